@@ -1,0 +1,40 @@
+# Every target works in the virtual environment .venv, made on first use and renewed when the
+# dependencies in setup.cfg change.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile --prefer-binary
+# The first Python that is new enough; evaluated only when the environment is made.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && break; done)
+
+.PHONY: install test test-all lint demo clean
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=..." >&2; exit 2; }
+	@echo "installing into $(VENV), this takes a minute or two"
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python $(PIP_INSTALL) pip; }
+	$(BIN)/python -m pip $(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One file stays on one worker, so that what it compiled is used again.
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-all: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not tpu_aot"
+
+demo: $(STAMP)
+	$(BIN)/python -m moe_diffusion.demo --workdir runs/digits
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
