@@ -1,0 +1,123 @@
+"""Every key of a run's config with its default and what it means.
+
+`config.default()` makes a `ConfigDict` of this table; `validation.validate` says which values and
+which combinations are possible.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "name": "dit",
+    "seed": 0,
+    "model": {
+        "image_size": 32,  # side of the model's input, in pixels or latents
+        "channels": 4,
+        "patch_size": 2,
+        "hidden_size": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "num_kv_heads": 0,  # fewer key/value heads (grouped queries); 0 = num_heads
+        "mlp_ratio": 4.0,  # width of the dense blocks' MLP / hidden_size
+        "mlp": "gelu",  # dense blocks: gelu (tanh) | silu, two layers; swiglu, gated
+        "mlp_bias": True,
+        "norm": "layernorm",  # layernorm (no parameters) | rmsnorm (learned scale)
+        "qk_norm": False,
+        "positions": "sincos",  # sincos | rope1d | rope2d
+        "num_classes": 1000,  # label num_classes is the null label of guidance
+        "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
+        "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
+        "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+        "remat": "none",  # recompute in the backward pass: none | full | dots (all but matmuls)
+        "moe": {
+            "num_experts": 16,
+            "hidden_size": 768,  # width of one expert
+            "mlp": "swiglu",
+            "bias": False,
+            "shared_hidden_size": 0,  # width of the shared expert; 0 = none
+            "shared_mlp": "swiglu",
+            "shared_bias": False,
+            "residual_input": False,  # add the layer's input where a shared expert would stand
+            "interleave": True,  # MoE in odd blocks only
+            "skip_first": 0,  # the first n blocks stay dense
+            "backend": "auto",  # of the dispatch: auto | reference | blocked | capacity
+            "capacity_factor": 1.25,  # token choice on backend "capacity": slots / average load
+        },
+        "router": {
+            "name": "token_choice",  # token_choice | expert_choice | diffmoe | dense (no MoE)
+            # token choice
+            "top_k": 2,
+            "scores": "softmax",  # softmax | sigmoid
+            "normalize": False,  # gates of a token sum to 1 (top_k > 1)
+            "scale": 1.0,  # multiplies the gates
+            "selection_bias": False,  # added to the scores for the choice only, never to the gates
+            "bias_update_rate": 0.0,  # step of the bias towards equal load, per optimizer step
+            "n_group": 1,  # experts in groups: choose topk_group groups first, then experts in them
+            "topk_group": 1,
+            # expert choice and DiffMoE
+            "capacity": 1.0,  # experts per token on average
+            "scope": "sample",  # experts choose among the tokens of a: sample | shard | batch
+            "threshold_decay": 0.95,  # of DiffMoE's moving thresholds, per optimizer step
+            "max_capacity": 4.0,  # DiffMoE inference: most tokens of an expert / average; 0 = all
+            "kernel_init": "kaiming_normal",  # kaiming_normal | kaiming_uniform | normal_0.006
+        },
+    },
+    "diffusion": {
+        "time_sampling": "uniform",  # uniform | logit_normal
+        "time_mean": 0.0,  # of the logit
+        "time_std": 1.0,
+        "label_dropout": 0.1,
+    },
+    "sampling": {
+        "sampler": "heun",  # heun | euler
+        "steps": 50,
+        "cfg": 2.0,  # guidance scale; 1 = off
+        "cfg_interval": (0.0, 1.0),  # times at which guidance acts; 0 is noise, 1 is data
+        "joint": False,  # conditional and unconditional halves in one forward pass
+    },
+    "loss_weights": {},  # name -> weight of the auxiliary losses that the router is asked for
+    "data": {
+        "source": "digits",  # digits | synthetic | latents:<folder>
+        "split": "train",
+        "batch_size": 256,  # images per optimizer step, over all devices
+        "augment": "none",  # none | flip | dequantize
+        "num_workers": 0,
+        "prefetch": 2,
+    },
+    "optim": {
+        "learning_rate": 1e-4,
+        "schedule": "constant",  # constant | cosine (to zero at train.num_steps)
+        "warmup_steps": 0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "decay_mask": "all",  # all | matrices
+        "clip_norm": 0.0,  # of the global gradient; 0 = off
+        "accumulate": 1,  # micro-batches per optimizer step
+        "accumulate_reduce": "mean",  # mean | sum
+    },
+    "ema": {
+        "decays": (0.9999,),
+        "warmup": False,  # decay of step n at most (1 + n) / (10 + n), so that short runs profit
+        "router_state": "average",  # average | copy | live
+    },
+    "train": {
+        "num_steps": 700_000,
+        "log_every": 100,
+        "sample_every": 0,  # 0 = never
+        "samples": 16,
+        "stop_on_nan": True,
+    },
+    "checkpoint": {"every": 5000, "keep_last": 3, "keep_every": 0, "asynchronous": True},
+    "parallel": {"preset": "dp"},  # dp | zero1 | fsdp
+    "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
+}
+
+# What may change between two starts in one workdir without making it another run.
+RUN_CONTROL = ("train.", "checkpoint.", "sampling.", "parallel.") + (
+    "compile_cache",
+    "data.num_workers",
+    "data.prefetch",
+)

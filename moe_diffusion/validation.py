@@ -1,0 +1,258 @@
+"""Which values and combinations of a config are possible; a message names the keys and a remedy.
+
+Only what the numbers alone can tell is checked here. Whether a data source exists and fits the
+model is checked where it is opened (`data.sources`).
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from ml_collections import ConfigDict
+
+from moe_diffusion.errors import UserError
+
+_MLPS = ("gelu", "silu", "swiglu")
+
+_CHOICES = {
+    "model.mlp": _MLPS,
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.positions": ("sincos", "rope1d", "rope2d"),
+    "model.dtype": ("float32", "bfloat16", "auto"),
+    "model.remat": ("none", "full", "dots"),
+    "model.moe.mlp": _MLPS,
+    "model.moe.shared_mlp": _MLPS,
+    "model.moe.backend": ("auto", "reference", "blocked", "capacity"),
+    "model.router.name": ("token_choice", "expert_choice", "diffmoe", "dense"),
+    "model.router.scores": ("softmax", "sigmoid"),
+    "model.router.scope": ("sample", "shard", "batch"),
+    "model.router.kernel_init": ("kaiming_normal", "kaiming_uniform", "normal_0.006"),
+    "diffusion.time_sampling": ("uniform", "logit_normal"),
+    "sampling.sampler": ("heun", "euler"),
+    "data.augment": ("none", "flip", "dequantize"),
+    "optim.schedule": ("constant", "cosine"),
+    "optim.decay_mask": ("all", "matrices"),
+    "optim.accumulate_reduce": ("mean", "sum"),
+    "ema.router_state": ("average", "copy", "live"),
+    "parallel.preset": ("dp", "zero1", "fsdp"),
+}
+
+_POSITIVE = (
+    *(f"model.{k}" for k in ("image_size", "channels", "patch_size", "hidden_size", "depth")),
+    *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale")),
+    *(f"model.moe.{k}" for k in ("num_experts", "hidden_size", "capacity_factor")),
+    *(f"model.router.{k}" for k in ("top_k", "scale", "n_group", "topk_group", "capacity")),
+    *("diffusion.time_std", "sampling.steps", "data.batch_size", "optim.learning_rate"),
+    *("optim.eps", "optim.accumulate", "train.num_steps", "train.log_every", "train.samples"),
+    *("checkpoint.every", "checkpoint.keep_last"),
+)
+
+_NOT_NEGATIVE = (
+    *("seed", "model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
+    *("model.router.bias_update_rate", "model.router.max_capacity", "sampling.cfg"),
+    *("data.num_workers", "data.prefetch", "optim.warmup_steps", "optim.weight_decay"),
+    *("optim.clip_norm", "train.sample_every", "checkpoint.keep_every"),
+)
+
+_FRACTION = ("optim.b1", "optim.b2", "model.router.threshold_decay")  # in [0, 1)
+
+# The auxiliary losses that each router can return.
+LOSSES = {
+    "token_choice": ("balance", "router_z"),
+    "expert_choice": ("router_z",),
+    "diffmoe": ("capacity", "router_z"),
+    "dense": (),
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises a UserError at the first value or combination that cannot work on any machine."""
+    _check_ranges(config)
+    _check_transformer(config.model)
+    if config.model.router.name != "dense":
+        _check_moe(config.model)
+        if config.model.router.name == "token_choice":
+            _check_token_choice(config.model)
+        else:
+            _check_expert_choice(config.model)
+            if config.model.router.scope == "sample":
+                _check_capacity(config.model, samples=1)
+            elif config.model.router.scope == "batch":
+                _check_capacity(config.model, samples=_micro_batch(config))
+    _check_loss_weights(config)
+    _check_training(config)
+
+
+def validate_devices(config: ConfigDict, num_devices: int) -> None:
+    """Raises a UserError unless a micro-batch splits evenly over the devices of all processes."""
+    images = _micro_batch(config)
+    _require(
+        images % num_devices == 0,
+        f"data.batch_size / optim.accumulate = {images} images cannot be split evenly over "
+        f"{num_devices} devices: make it a multiple of {num_devices}",
+    )
+    router = config.model.router
+    if router.name in ("expert_choice", "diffmoe") and router.scope == "shard":
+        _check_capacity(config.model, images // num_devices)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _micro_batch(config: ConfigDict) -> int:
+    batch, parts = config.data.batch_size, config.optim.accumulate
+    _require(
+        batch % parts == 0,
+        f"data.batch_size = {batch} cannot be split into optim.accumulate = {parts} micro-batches: "
+        "make it a multiple",
+    )
+    return batch // parts
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    """Every value on its own."""
+    for key, allowed in _CHOICES.items():
+        value = attrgetter(key)(config)
+        _require(value in allowed, f"{key} = {value!r} is unknown; choose {' | '.join(allowed)}")
+    for keys, condition, wanted in (
+        (_POSITIVE, lambda value: value > 0, "positive"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "zero or positive"),
+        (_FRACTION, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        (("diffusion.label_dropout",), lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ):
+        for key in keys:
+            value = attrgetter(key)(config)
+            _require(condition(value), f"{key} = {value} must be {wanted}")
+
+
+def _check_transformer(model: ConfigDict) -> None:
+    _require(
+        model.image_size % model.patch_size == 0,
+        f"model.patch_size = {model.patch_size} does not divide model.image_size = "
+        f"{model.image_size}: choose a divisor",
+    )
+    _require(
+        model.hidden_size % model.num_heads == 0,
+        f"model.num_heads = {model.num_heads} does not divide model.hidden_size = "
+        f"{model.hidden_size}: choose a divisor",
+    )
+    _require(
+        model.num_kv_heads == 0 or model.num_heads % model.num_kv_heads == 0,
+        f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = "
+        f"{model.num_heads}: choose a divisor, or 0 for as many",
+    )
+    head_size = model.hidden_size // model.num_heads
+    # One sine-cosine pair needs two channels; two axes need twice as many.
+    for positions, name, size, step in (
+        ("sincos", "model.hidden_size", model.hidden_size, 4),
+        ("rope1d", "model.hidden_size / model.num_heads", head_size, 2),
+        ("rope2d", "model.hidden_size / model.num_heads", head_size, 4),
+    ):
+        _require(
+            model.positions != positions or size % step == 0,
+            f"model.positions = {positions} needs {name} = {size} to be a multiple of {step}: "
+            "change the width, the heads or the positions",
+        )
+
+
+def _check_moe(model: ConfigDict) -> None:
+    moe = model.moe
+    blocks = range(moe.skip_first, model.depth)
+    _require(
+        any(not moe.interleave or block % 2 for block in blocks),
+        f"model.depth = {model.depth}, model.moe.skip_first = {moe.skip_first} and "
+        f"model.moe.interleave = {moe.interleave} leave no MoE block: add blocks, skip fewer, or "
+        "set model.router.name=dense",
+    )
+    _require(
+        not (moe.residual_input and moe.shared_hidden_size),
+        f"model.moe.residual_input stands in for a shared expert, but model.moe.shared_hidden_size "
+        f"= {moe.shared_hidden_size}: set one of them to false or 0",
+    )
+
+
+def _check_token_choice(model: ConfigDict) -> None:
+    router, experts = model.router, model.moe.num_experts
+    _require(
+        router.top_k <= experts,
+        f"model.router.top_k = {router.top_k} exceeds model.moe.num_experts = {experts}: lower it",
+    )
+    _require(
+        experts % router.n_group == 0,
+        f"model.router.n_group = {router.n_group} does not divide model.moe.num_experts = "
+        f"{experts}: choose a divisor",
+    )
+    _require(
+        router.topk_group <= router.n_group,
+        f"model.router.topk_group = {router.topk_group} exceeds model.router.n_group = "
+        f"{router.n_group}: lower it",
+    )
+    _require(
+        router.n_group == 1 or experts // router.n_group >= 2,
+        f"model.router.n_group = {router.n_group} leaves one expert to a group, but a group is "
+        "rated by its two best: use fewer groups",
+    )
+    _require(
+        router.bias_update_rate == 0 or router.selection_bias,
+        f"model.router.bias_update_rate = {router.bias_update_rate} has no bias to move: set "
+        "model.router.selection_bias=true, or the rate to 0",
+    )
+
+
+def _check_expert_choice(model: ConfigDict) -> None:
+    router, experts = model.router, model.moe.num_experts
+    _require(
+        router.capacity <= experts,
+        f"model.router.capacity = {router.capacity} exceeds model.moe.num_experts = {experts}: "
+        "an expert cannot take more tokens than there are, lower it",
+    )
+    _require(
+        router.name != "diffmoe" or router.max_capacity == 0 or router.max_capacity >= 1,
+        f"model.router.max_capacity = {router.max_capacity} would drop tokens even at the average "
+        "load: use at least 1, or 0 for no bound",
+    )
+
+
+def _check_capacity(model: ConfigDict, samples: int) -> None:
+    """An expert takes int(tokens / experts * capacity) tokens of `samples` samples: at least 1."""
+    router, experts = model.router, model.moe.num_experts
+    tokens = samples * (model.image_size // model.patch_size) ** 2
+    _require(
+        int(tokens / experts * router.capacity) >= 1,
+        f"model.router.capacity = {router.capacity} gives each of model.moe.num_experts = "
+        f"{experts} less than one of the {tokens} tokens in model.router.scope = {router.scope}: "
+        "raise the capacity, use fewer experts, a smaller model.patch_size or a wider scope",
+    )
+
+
+def _check_loss_weights(config: ConfigDict) -> None:
+    router = config.model.router.name
+    for name, weight in config.loss_weights.items():
+        _require(
+            name in LOSSES[router],
+            f"loss_weights.{name} is no loss of model.router.name = {router}, which has "
+            f"{' and '.join(LOSSES[router]) or 'none'}: remove it, or clear all: loss_weights={{}}",
+        )
+        _require(weight >= 0, f"loss_weights.{name} = {weight} must be zero or positive")
+
+
+def _check_training(config: ConfigDict) -> None:
+    _micro_batch(config)
+    decays = config.ema.decays
+    _require(
+        all(0 < decay < 1 for decay in decays) and len(set(decays)) == len(decays),
+        f"ema.decays = {decays} must be different numbers above 0 and below 1",
+    )
+    interval = config.sampling.cfg_interval
+    _require(
+        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+        f"sampling.cfg_interval = {interval} must be two times, 0 <= start < end <= 1",
+    )
+    optim, steps = config.optim, config.train.num_steps
+    _require(
+        optim.schedule == "constant" or optim.warmup_steps < steps,
+        f"optim.warmup_steps = {optim.warmup_steps} leaves nothing of train.num_steps = {steps} to "
+        "optim.schedule = cosine: lower the warm-up or train longer",
+    )

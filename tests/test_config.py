@@ -1,0 +1,312 @@
+"""The config: defaults, files, arguments, overrides, JSON and comparison, with every message."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from moe_diffusion import config as configs
+from moe_diffusion.defaults import DEFAULTS
+from moe_diffusion.errors import UserError
+
+
+def raises(message: str):
+    """Expects a UserError of one line that holds `message`."""
+    return pytest.raises(UserError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a config file whose get_config runs the given statements on `config`."""
+
+    def write(body: str, name: str = "mine.py") -> str:
+        lines = ["from moe_diffusion.config import default, parse_arg", "def get_config(arg=None):"]
+        lines += ["    config = default()", *(f"    {line}" for line in body.splitlines())]
+        (tmp_path / name).write_text("\n".join([*lines, "    return config", ""]))
+        return str(tmp_path / name)
+
+    return write
+
+
+# Defaults
+
+
+def test_default_is_valid_and_fresh():
+    config = configs.default()
+    configs.validate(config)
+    configs.validate_devices(config, 8)
+    assert json.loads(config.to_json()) == json.loads(json.dumps(DEFAULTS))
+    config.model.depth = 3
+    config.loss_weights.balance = 0.5
+    assert configs.default().model.depth == 12
+    assert not configs.default().loss_weights
+
+
+def test_default_is_locked_and_type_safe():
+    config = configs.default()
+    with pytest.raises(AttributeError):
+        config.optim.lr = 1.0
+    with pytest.raises(AttributeError):
+        config.extra = 1
+    with pytest.raises(TypeError):
+        config.model.depth = "12"
+    with pytest.raises(TypeError):
+        config.model.depth = 12.0
+    config.optim.learning_rate = 1  # an int passes for a float
+    assert config.optim.learning_rate == 1.0
+
+
+# Files
+
+
+def test_load_finds_configs_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.load("configs/digits.py").name == "digits_token_choice_tiny"
+
+
+def test_load_passes_the_argument_and_fills_in_kinds(config_file):
+    path = config_file("config.model.depth = parse_arg(arg, depth=4).depth\nconfig.optim.b1 = 0")
+    assert configs.load(path).model.depth == 4
+    config = configs.load(f"{path}:depth=6")
+    assert config.model.depth == 6 and isinstance(config.optim.b1, float)
+
+
+def test_load_locks_what_a_file_unlocked(config_file):
+    config = configs.load(config_file("config.unlock()"))
+    with pytest.raises(AttributeError):
+        config.optim.lr = 1.0
+
+
+def test_missing_file_lists_the_known_ones(config_file, tmp_path):
+    known = "digits, dsmoe_3b, dsmoe_b, dsmoe_l, dsmoe_s"
+    with raises(f"no config file 'configs/nothing.py'; in configs are: {known}"):
+        configs.load("configs/nothing.py")
+    with raises(f"are: {known}"):
+        configs.load("nowhere/nothing.py:router=dense")
+    config_file("pass", "here.py")
+    with raises("are: here"):
+        configs.load(f"{tmp_path}/there.py")
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("config.optim.lr = 1.0", "unknown config key 'lr'; the nearest is optim.learning_rate"),
+        ("config.modle.depth = 1", "unknown config key 'modle'; the nearest is model"),
+        ("config.model.depth = 1.5", "TypeError: Could not override field 'depth'"),
+        ("raise RuntimeError('two\\nlines')", "get_config failed: RuntimeError: two"),
+        ("raise RuntimeError", "get_config failed: RuntimeError: "),
+        ("3 .imag.x", "AttributeError: 'int' object has no attribute 'x'"),
+        ("return 3", "get_config returned int, not a ConfigDict"),
+        ("parse_arg('no=1', yes=2)", "mine.py: unknown argument 'no'; known are: yes"),
+        ("config.unlock(); config.extra = 1", "mine.py: unknown config key 'extra'"),
+        ("config.model.depth = True", "mine.py: model.depth = True is not an integer"),
+        ("config.name = None", "mine.py: name = None is not text"),
+    ],
+)
+def test_a_failing_get_config_names_the_file(config_file, body, message):
+    with raises(message):
+        configs.load(config_file(body))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def get_config(:", "cannot be imported: SyntaxError"),
+        ("import no_such_module", "cannot be imported: ModuleNotFoundError: No module named"),
+        ("config = 3", "has no function get_config(arg=None)"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    (tmp_path / "broken.py").write_text(text)
+    with raises(f"broken.py {message}"):
+        configs.load(str(tmp_path / "broken.py"))
+
+
+def test_a_file_that_is_no_python_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1")
+    with raises("config.yaml is not a Python file"):
+        configs.load(str(tmp_path / "config.yaml"))
+
+
+# Arguments of a config file
+
+
+def test_parse_arg():
+    defaults = dict(router="dense", size=4, rate=0.5, fast=False)
+    assert configs.parse_arg(None, **defaults).to_dict() == defaults
+    parsed = configs.parse_arg(" router = moe , size=8,rate=1,fast", **defaults)
+    assert parsed.to_dict() == dict(router="moe", size=8, rate=1.0, fast=True)
+    assert configs.parse_arg("fast=true", **defaults).fast
+    assert configs.parse_arg("size=8", choices={"size": (4, 8)}, **defaults).size == 8
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("experts=16", "unknown argument 'experts'; known are: router, size"),
+        ("router", "argument 'router' needs a value: router=dense"),
+        ("size=big", "size = 'big' is not an integer"),
+        ("router=dens", "router=dens is not possible; choose dense | moe"),
+    ],
+)
+def test_parse_arg_errors(arg, message):
+    with raises(message):
+        configs.parse_arg(arg, choices={"router": ("dense", "moe")}, router="dense", size=4)
+
+
+def test_argument_errors_name_the_config():
+    with raises("configs/digits.py:router=moe: router=moe is not possible; choose token_choice |"):
+        configs.load("configs/digits.py:router=moe")
+    with raises("configs/dsmoe_3b.py:experts=48: experts=48 is not possible; choose 16"):
+        configs.load("configs/dsmoe_3b.py:experts=48")
+
+
+# Overrides
+
+
+def test_overrides_of_every_kind():
+    config = configs.load(
+        "configs/digits.py",
+        [
+            "--config.name=a=b",
+            "--seed=7",
+            "config.optim.learning_rate=2e-4",
+            "optim.clip_norm=1",
+            "train.num_steps=20_000",
+            "model.qk_norm=true",
+            "data.split=test",
+            "--config.ema.decays=0.9,0.99",
+            "sampling.cfg_interval=(0, 0.5)",
+            "loss_weights.router_z=1",
+            "seed=8",
+        ],
+    )
+    assert (config.name, config.seed, config.optim.learning_rate) == ("a=b", 8, 2e-4)
+    assert isinstance(config.optim.clip_norm, float) and config.train.num_steps == 20_000
+    assert config.model.qk_norm is True and config.data.split == "test"
+    assert config.ema.decays == (0.9, 0.99) and config.sampling.cfg_interval == (0.0, 0.5)
+    assert config.loss_weights.to_dict() == {"balance": 0.01, "router_z": 1.0}
+
+
+def test_one_number_makes_a_list_of_one():
+    assert configs.load("configs/digits.py", ["ema.decays=0.9"]).ema.decays == (0.9,)
+
+
+def test_loss_weights_can_be_replaced_as_a_whole():
+    overrides = ["model.router.name=expert_choice", "loss_weights={'router_z': 1}"]
+    config = configs.load("configs/digits.py", overrides)
+    assert config.loss_weights.to_dict() == {"router_z": 1.0}
+    assert not configs.load("configs/digits.py", ["loss_weights={}"]).loss_weights
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--config.optim.lr=1", "unknown config key 'optim.lr'; the nearest is optim.learning_rat"),
+        ("optim.wd=1", "the nearest is optim.weight_decay"),
+        ("router.top_k=1", "the nearest is model.router.top_k"),
+        ("model.hiden_size=1", "the nearest is model.hidden_size"),
+        ("bath_size=1", "the nearest is data.batch_size"),
+        ("zzz=1", "unknown config key 'zzz'; the nearest is "),
+        ("model.router=dense", "'model.router' is a section of the config, not a key; set one in"),
+        ("train.num_steps", "override 'train.num_steps' has no value; write train.num_steps=<"),
+        ("train.num_steps=1e3", "train.num_steps = 1000.0 is not an integer (the default is 700"),
+        ("train.num_steps=many", "train.num_steps = 'many' is not an integer"),
+        ("train.num_steps=true", "train.num_steps = True is not an integer"),
+        ("optim.learning_rate=fast", "optim.learning_rate = 'fast' is not a number"),
+        ("optim.learning_rate=nan", "optim.learning_rate = 'nan' is not a number"),
+        ("optim.learning_rate=1e999", "optim.learning_rate = inf is not a number"),
+        ("optim.learning_rate=", "optim.learning_rate = '' is not a number"),
+        ("model.qk_norm=1", "model.qk_norm = 1 is not true or false"),
+        ("ema.decays=none", "ema.decays = 'none' is not a list of numbers like 0.5,1.0"),
+        ("ema.decays=(0.9,'a')", "ema.decays = 'a' is not a number"),
+        ("loss_weights=0.1", "loss_weights = 0.1 is not a table like {'balance': 0.01}"),
+        ("loss_weights.balance=high", "loss_weights.balance = 'high' is not a number"),
+        ("loss_weights={'balance': 'high'}", "loss_weights.balance = 'high' is not a number"),
+        ("loss_weights.a.b=1", "unknown config key 'loss_weights.a.b'"),
+    ],
+)
+def test_override_errors(override, message):
+    with raises(message):
+        configs.load("configs/digits.py", [override])
+
+
+def test_load_validates_after_the_overrides():
+    with raises("model.num_heads = 5 does not divide"):
+        configs.load("configs/digits.py", ["model.num_heads=5"])
+
+
+# JSON and comparison
+
+
+@pytest.mark.parametrize(
+    "spec", ["configs/digits.py", "configs/digits.py:router=diffmoe", "configs/dsmoe_3b.py"]
+)
+def test_json_roundtrip(spec, tmp_path):
+    config = configs.load(spec, ["optim.learning_rate=1.1e-7", "ema.decays=0.9,0.99"])
+    configs.save_json(config, tmp_path / "config.json")
+    loaded = configs.load_json(tmp_path / "config.json")
+    assert loaded == config and loaded.is_locked
+    assert isinstance(loaded.ema.decays, tuple)
+    assert configs.compare(config, loaded) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_save_json_replaces_and_reports(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("old")
+    configs.save_json(configs.default(), path)
+    assert configs.load_json(path) == configs.default()
+    with raises("No such file or directory): choose another folder"):
+        configs.save_json(configs.default(), tmp_path / "missing" / "config.json")
+
+
+def test_load_json_gives_defaults_to_new_keys(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": {"depth": 3}, "loss_weights": {"a": 1}}')
+    config = configs.load_json(tmp_path / "config.json")
+    assert config.model.depth == 3 and config.model.hidden_size == 384
+    assert config.loss_weights.to_dict() == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "config.json (No such file or directory): is it a workdir?"),
+        ('{"seed": 1', "config.json is not valid JSON ("),
+        ("[1]", "config.json does not hold a config"),
+        ('{"optim": {"lr": 1}}', "config.json: unknown config key 'optim.lr'; the nearest is opt"),
+        ('{"seed": "1"}', "config.json: seed = '1' is not an integer"),
+        ('{"model": 1}', "config.json: 'model' is a section"),
+        ('{"loss_weights": 1}', "config.json: loss_weights = 1 is not a table"),
+    ],
+)
+def test_load_json_errors(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with raises(message):
+        configs.load_json(tmp_path / "config.json")
+
+
+def test_compare_names_what_makes_another_run():
+    old = configs.load("configs/digits.py")
+    new = configs.load(
+        "configs/digits.py",
+        ["optim.b1=0.8", "ema.decays=0.5,0.6", "loss_weights={'router_z': 0.1}", "name=x"],
+    )
+    assert configs.compare(old, new) == [
+        "ema.decays: (0.999,) -> (0.5, 0.6)",
+        "loss_weights.balance: 0.01 -> absent",
+        "loss_weights.router_z: absent -> 0.1",
+        "name: digits_token_choice_tiny -> x",
+        "optim.b1: 0.9 -> 0.8",
+    ]
+
+
+def test_compare_ignores_run_control():
+    overrides = ["train.num_steps=500", "checkpoint.every=7", "sampling.cfg=3", "compile_cache=off"]
+    overrides += ["data.num_workers=1", "data.prefetch=3", "parallel.preset=fsdp"]
+    new = configs.load("configs/digits.py", overrides)
+    assert configs.compare(configs.load("configs/digits.py"), new) == []
