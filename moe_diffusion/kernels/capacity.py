@@ -1,0 +1,24 @@
+"""Experts with equally many slots: one batched product [E, C, D] x [E, D, H] for each projection.
+
+Memory traffic, in elements: 2 N D for the rows in and out, N H (twice for a SwiGLU) for the hidden
+values, 2-3 E D H for the weights, N = E C. Nothing is sorted; what XLA batches, it batches well.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.rows import combine, gather, plan_rows
+
+
+def capacity(
+    x: jax.Array, token: jax.Array, weight: jax.Array, params: Params, kind: str
+) -> jax.Array:
+    """x[T, D] -> [T, D] for token i32[E, C] (T marks an empty slot) and weight f32[E, C]."""
+    num_experts, slots = token.shape
+    plan = plan_rows(token.reshape(-1), num_tokens=x.shape[0])
+    rows = gather(x, plan).reshape(num_experts, slots, x.shape[1])
+    out = mlp.apply(rows, params, kind) * weight[..., None].astype(x.dtype)
+    return combine(out.reshape(num_experts * slots, x.shape[1]), plan)

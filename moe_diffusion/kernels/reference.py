@@ -1,0 +1,26 @@
+"""The oracle: every expert computes every token, and a dense gate matrix picks.
+
+E / K times the arithmetic of a dispatch, differentiated by JAX, too simple to be wrong.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.mlp import Params
+
+
+def reference(
+    x: jax.Array, token: jax.Array, expert: jax.Array, weight: jax.Array, params: Params, kind: str
+) -> jax.Array:
+    """y[t] = sum of weight[n] * expert[n](x[t]) over the assignments n with token[n] == t.
+
+    x [T, D]; token, expert i32[N] and weight f32[N] (expert == E is unused); returns [T, D].
+    """
+    num_tokens, num_experts = x.shape[0], params["up"].shape[0]
+    gates = jnp.zeros((num_tokens, num_experts + 1), jnp.float32).at[token, expert].add(weight)
+    outputs = mlp.apply(x[None], params, kind)  # [E, T, D]
+    y = jnp.einsum("te,etd->td", gates[:, :-1], outputs.astype(jnp.float32))
+    return y.astype(x.dtype)

@@ -1,0 +1,118 @@
+"""The MoE layer: tokens -> tokens, in the place of a dense MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_diffusion.kernels import mlp
+from moe_diffusion.moe.dispatch import dispatch, dropped_share
+from moe_diffusion.moe.routers import Router
+from moe_diffusion.moe.routing import expert_load
+from moe_diffusion.parallel.mesh import num_batch_shards
+
+SCOPES = ("sample", "shard", "batch")
+EXPERT_AXES = {
+    "up": ("expert", "embed", "mlp"),
+    "gate": ("expert", "embed", "mlp"),
+    "down": ("expert", "mlp", "embed"),
+    "up_bias": ("expert", "mlp"),
+    "gate_bias": ("expert", "mlp"),
+    "down_bias": ("expert", "embed"),
+}
+
+
+class Experts(nn.Module):
+    """E stacked MLPs: their parameters, in the layout of kernels/mlp.py."""
+
+    num_experts: int
+    hidden_size: int
+    kind: str = "swiglu"
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, width: int) -> dict[str, jax.Array]:
+        # Xavier for every expert on its own: the expert axis is no part of fan-in or fan-out.
+        xavier = nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=0
+        )
+        shapes = {name: (width, self.hidden_size) for name in mlp.inputs(self.kind)}
+        shapes["down"] = (self.hidden_size, width)
+        params = {}
+        for name, shape in shapes.items():
+            params[name] = self._param(name, xavier, shape)
+            if self.use_bias:
+                params[name + "_bias"] = self._param(
+                    name + "_bias", nn.initializers.zeros, shape[1:]
+                )
+        return params
+
+    def _param(self, name, init, shape):
+        init = nn.with_logical_partitioning(init, EXPERT_AXES[name])
+        return self.param(name, init, (self.num_experts, *shape), jnp.float32)
+
+
+class MoE(nn.Module):
+    """Routed experts plus, optionally, a shared expert or the layer's own input.
+
+    y = sum over chosen experts of weight * expert(x)  [+ shared(x)]  [+ x]
+
+    compete_in (`router.scope` in a config) says which tokens compete for an expert: those of a
+    `sample`, of a device's `shard` of the batch (what DiffMoE's code does), or of the whole
+    `batch`. Routers of token choice do not care. Sown: what the router returns, and the load of
+    the experts as metrics (`load_max` and `load_min` relative to the mean, so 1 is balanced).
+    """
+
+    make_router: Callable[..., Router]
+    make_experts: Callable[..., Experts]
+    make_shared: Callable[..., nn.Module] | None = None
+    residual_input: bool = False
+    compete_in: str = "sample"
+    backend: str | None = None
+    capacity_factor: float = 1.25
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_null: jax.Array, train: bool) -> jax.Array:
+        """x [B, S, D], is_null bool[B] (samples without a label) -> [B, S, D]."""
+        batch, tokens, width = x.shape
+        groups = {"sample": batch, "shard": num_batch_shards(), "batch": 1}[self.compete_in]
+        grouped = x.reshape(groups, -1, width)
+        is_null = jnp.repeat(is_null, tokens).reshape(groups, -1)
+        router, experts = self.make_router(name="router"), self.make_experts(name="experts")
+
+        routing, aux = router(grouped, is_null, train)
+        y = dispatch(
+            grouped,
+            routing,
+            experts(width),
+            kind=experts.kind,
+            backend=self.backend,
+            capacity_factor=self.capacity_factor,
+        ).reshape(x.shape)
+        if self.make_shared:
+            y += self.make_shared(name="shared")(x)
+        if self.residual_input:
+            y += x
+
+        load = expert_load(routing, experts.num_experts)
+        metrics = {"load_max": load.max() / load.mean(), "load_min": load.min() / load.mean()}
+        if self.backend == "capacity" and routing.slots_per_expert is None:
+            metrics["dropped"] = dropped_share(routing, experts.num_experts, self.capacity_factor)
+        self._sow("losses", aux.losses)
+        self._sow("metrics", metrics | aux.metrics)
+        for name, value in aux.stats.items():
+            router.sow("router_stats", name, value, reduce_fn=_latest, init_fn=lambda: 0.0)
+        return y
+
+    def _sow(self, collection, values):
+        for name, value in values.items():
+            self.sow(collection, name, value, reduce_fn=_latest, init_fn=lambda: 0.0)
+
+
+def _latest(old, new):
+    """Sown values are plain arrays, not tuples of all calls."""
+    del old
+    return new

@@ -1,0 +1,91 @@
+"""The Routing record: which tokens go to which experts, with what weight.
+
+Every router returns one and the dispatch reads nothing else. Shape letters of this package:
+
+    B batch           S tokens of a sample    G routing groups   T tokens of a group
+    D model width     H expert width          E experts          K experts per token
+    C slots per expert                        N assignments of a group
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@flax.struct.dataclass
+class Routing:
+    """G groups of T tokens, N assignments each.
+
+    token:  i32[G, N]  index of the token inside its group
+    expert: i32[G, N]  expert id; num_experts marks an unused slot
+    weight: f32[G, N]  gate value that multiplies the expert's output; 0 in an unused slot
+    slots_per_expert: C when the list is expert-major with C slots each, else None
+    slots_per_token:  K when the list is token-major with K used slots each, else None
+    """
+
+    token: jax.Array
+    expert: jax.Array
+    weight: jax.Array
+    slots_per_expert: int | None = flax.struct.field(pytree_node=False, default=None)
+    slots_per_token: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def by_token(expert: jax.Array, weight: jax.Array) -> Routing:
+    """Routing of tokens that chose: expert i32[G, T, K], weight f32[G, T, K]."""
+    groups, tokens, top_k = expert.shape
+    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], expert.shape)
+    flat = (groups, tokens * top_k)
+    return Routing(
+        token=token.reshape(flat),
+        expert=expert.reshape(flat).astype(jnp.int32),
+        weight=weight.reshape(flat).astype(jnp.float32),
+        slots_per_token=top_k,
+    )
+
+
+def by_expert(
+    token: jax.Array, weight: jax.Array, used: jax.Array | None = None, fixed_slots: bool = True
+) -> Routing:
+    """Routing of experts that chose: token i32[G, E, C], weight f32[G, E, C].
+
+    used bool[G, E, C] marks the slots that count (all by default). fixed_slots says that C slots
+    are worth computing whether used or not; without it the list promises nothing.
+    """
+    groups, num_experts, slots = token.shape
+    expert = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32)[:, None], token.shape)
+    if used is not None:
+        expert = jnp.where(used, expert, num_experts)
+        weight = jnp.where(used, weight, 0.0)
+    flat = (groups, num_experts * slots)
+    return Routing(
+        token=token.reshape(flat).astype(jnp.int32),
+        expert=expert.reshape(flat),
+        weight=weight.reshape(flat).astype(jnp.float32),
+        slots_per_expert=slots if fixed_slots else None,
+    )
+
+
+def top_experts(scores: jax.Array, top_k: int) -> jax.Array:
+    """The K best experts of every token: f32[G, T, E] -> i32[G, T, K]."""
+    return lax.top_k(scores, top_k)[1]
+
+
+def top_tokens(scores: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """The C best tokens of every expert: f32[G, T, E] -> weight, token of [G, E, C]."""
+    return lax.top_k(scores.swapaxes(1, 2), slots)
+
+
+def expert_load(routing: Routing, num_experts: int) -> jax.Array:
+    """Assignments of each expert over all groups, f32[E]; unused slots do not count."""
+    one_hot = jax.nn.one_hot(routing.expert.reshape(-1), num_experts, dtype=jnp.float32)
+    return one_hot.sum(0)
+
+
+def dense_gates(routing: Routing, num_tokens: int, num_experts: int) -> jax.Array:
+    """The same routing as a matrix of gate values, f32[G, T, E]; for pictures and tests."""
+    groups = jnp.arange(routing.token.shape[0])[:, None]
+    gates = jnp.zeros((routing.token.shape[0], num_tokens, num_experts + 1), jnp.float32)
+    return gates.at[groups, routing.token, routing.expert].add(routing.weight)[..., :-1]

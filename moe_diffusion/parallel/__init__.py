@@ -1,0 +1,1 @@
+"""Where arrays live: the device mesh, the sharding presets, clusters of processes."""

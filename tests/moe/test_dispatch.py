@@ -1,0 +1,190 @@
+"""Every backend against `reference`: values and gradients, on routings kind and unkind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_diffusion.kernels.blocked import ladder
+from moe_diffusion.moe.dispatch import dispatch, dropped_share
+from moe_diffusion.moe.routing import Routing, by_expert, by_token
+from moe_diffusion.parallel.mesh import make_mesh
+
+D, H, E, K, T, G = 12, 20, 4, 2, 32, 2
+
+
+def params(kind, bias, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) * 0.5, jnp.float32)
+
+    tree = {"up": normal(E, D, H), "down": normal(E, H, D)}
+    if kind == "swiglu":
+        tree["gate"] = normal(E, D, H)
+    if bias:
+        tree |= {"up_bias": normal(E, H), "down_bias": normal(E, D)}
+        if kind == "swiglu":
+            tree["gate_bias"] = normal(E, H)
+    return tree
+
+
+def token_choice(name):
+    """Routings of tokens that choose, G groups."""
+    rng = np.random.default_rng(1)
+    uniform = np.argsort(rng.normal(size=(G, T, E)), axis=-1)[..., :K]
+    expert = {
+        "uniform": uniform,
+        "skewed": np.where(rng.random((G, T, 1)) < 0.8, np.array([2, 1]), uniform),
+        "all to one": np.broadcast_to(np.array([3, 0]), (G, T, K)),
+        "empty expert": np.argsort(rng.normal(size=(G, T, E - 1)), axis=-1)[..., :K],
+    }[name]
+    return by_token(jnp.asarray(expert), jnp.asarray(rng.random((G, T, K)), jnp.float32))
+
+
+def expert_choice(unused=False):
+    rng = np.random.default_rng(2)
+    slots = T // E * K
+    token = np.argsort(rng.normal(size=(G, E, T)), axis=-1)[..., :slots]
+    weight = jnp.asarray(rng.random((G, E, slots)), jnp.float32)
+    used = jnp.asarray(rng.random((G, E, slots)) < 0.6) if unused else None
+    return by_expert(jnp.asarray(token), weight, used)
+
+
+ROUTINGS = {
+    **{name: token_choice(name) for name in ("uniform", "skewed", "all to one", "empty expert")},
+    "expert choice": expert_choice(),
+    "unused slots": expert_choice(unused=True),
+}
+
+
+def values_and_gradients(routing, tree, kind, **options):
+    x = jax.random.normal(jax.random.key(5), (G, T, D))
+    out = jax.random.normal(jax.random.key(6), (G, T, D))
+
+    def f(x, weight, tree):
+        return dispatch(x, routing.replace(weight=weight), tree, kind=kind, **options)
+
+    def both(x, weight, tree):
+        y, pull = jax.vjp(f, x, weight, tree)
+        return y, pull(out)
+
+    return jax.jit(both)(x, routing.weight, tree)
+
+
+def masked(result, routing):
+    """An unused slot's weight counts for nothing; its gradient neither."""
+    y, (d_x, d_weight, d_params) = result
+    return y, d_x, jnp.where(routing.expert < E, d_weight, 0), d_params
+
+
+@pytest.mark.parametrize(
+    ("routing", "kind", "bias"),
+    [
+        *((name, "swiglu", False) for name in ROUTINGS),
+        *((name, "gelu", True) for name in ("skewed", "unused slots")),
+        ("skewed", "silu", False),
+        ("uniform", "swiglu", True),
+    ],
+)
+def test_backends_equal_reference(routing, kind, bias):
+    routing, tree = ROUTINGS[routing], params(kind, bias)
+    expected = masked(values_and_gradients(routing, tree, kind, backend="reference"), routing)
+    backends = {"blocked": {}, "capacity": {"capacity_factor": E}}
+    for backend, options in backends.items():
+        got = values_and_gradients(routing, tree, kind, backend=backend, **options)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5),
+            masked(got, routing),
+            expected,
+        )
+
+
+def test_dispatch_by_hand():
+    # Experts that only scale: silu(30 x) = 30 x for x = 1, so expert e multiplies by e + 1.
+    tree = {
+        "up": jnp.full((2, 1, 1), 30.0),
+        "down": jnp.array([1.0, 2.0]).reshape(2, 1, 1) / 30.0,
+    }
+    routing = Routing(
+        token=jnp.array([[0, 1, 0, 2]]),
+        expert=jnp.array([[0, 1, 1, 2]]),  # the last is unused
+        weight=jnp.array([[0.5, 0.25, 1.0, 9.0]]),
+    )
+    for backend in ("reference", "blocked"):
+        y = dispatch(jnp.ones((1, 3, 1)), routing, tree, kind="silu", backend=backend)
+        np.testing.assert_allclose(y[0, :, 0], [0.5 * 1 + 1.0 * 2, 0.25 * 2, 0.0], rtol=1e-5)
+
+
+def test_capacity_drops_what_comes_last():
+    # Six tokens, all to expert 0 of two, C = ceil(1.0 * 6 / 2) = 3.
+    routing = by_token(jnp.zeros((1, 6, 1), jnp.int32), jnp.ones((1, 6, 1)))
+    tree = {"up": jnp.full((2, 1, 1), 30.0), "down": jnp.ones((2, 1, 1)) / 30.0}
+    y = dispatch(
+        jnp.ones((1, 6, 1)), routing, tree, kind="silu", backend="capacity", capacity_factor=1.0
+    )
+    np.testing.assert_allclose(y[0, :, 0], [1, 1, 1, 0, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(dropped_share(routing, 2, 1.0), 0.5)
+    np.testing.assert_allclose(dropped_share(routing, 2, 2.0), 0.0)
+
+
+def test_unknown_backend_lists_the_known():
+    with pytest.raises(ValueError, match="known: reference, blocked, capacity"):
+        dispatch(jnp.ones((G, T, D)), ROUTINGS["uniform"], params("silu", False), kind="silu",
+                 backend="magic")  # fmt: skip
+
+
+def test_bfloat16_stays_close():
+    tree = params("swiglu", False)
+    x = jax.random.normal(jax.random.key(5), (G, T, D))
+    full = dispatch(x, ROUTINGS["skewed"], tree, kind="swiglu", backend="reference")
+    for backend in ("blocked", "capacity"):
+        half = dispatch(
+            x.astype(jnp.bfloat16),
+            ROUTINGS["skewed"],
+            tree,
+            kind="swiglu",
+            backend=backend,
+            capacity_factor=E,
+        )
+        assert half.dtype == jnp.bfloat16
+        scale = jnp.abs(full).max()
+        assert jnp.abs(half.astype(jnp.float32) - full).max() < 0.03 * scale
+
+
+@pytest.mark.parametrize("name", ["skewed", "expert choice"])
+def test_groups_split_over_devices_give_the_same(name):
+    from ml_collections import ConfigDict
+
+    routing, tree = ROUTINGS[name], params("gelu", True)
+    expected = values_and_gradients(routing, tree, "gelu")
+    mesh = make_mesh(ConfigDict({"preset": "dp"}), jax.devices()[:G])
+    with jax.set_mesh(mesh):
+        got = values_and_gradients(routing, tree, "gelu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("name", ["uniform", "expert choice"])
+def test_gradients_scatter_nothing_and_keep_no_copy_of_the_weights(name):
+    # No scatter-add anywhere, and no array of [E, rows, width], which a dense gradient would make.
+    routing, tree = ROUTINGS[name], params("swiglu", False)
+
+    def loss(x, weight, tree):
+        return dispatch(x, routing.replace(weight=weight), tree, kind="swiglu").sum()
+
+    x = jnp.ones((G, T, D))
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, routing.weight, tree).as_text()
+    assert "scatter" not in text
+    if name == "uniform":
+        rows = G * T * K
+        assert f"{E}x{rows}x" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts"), [(4096, 16), (48, 8), (1, 4), (100_000, 16), (2048, 48)]
+)
+def test_ladder_is_short_and_reaches_twice_the_average(rows, experts):
+    sizes = ladder(rows, experts)
+    assert len(sizes) <= 12 and list(sizes) == sorted(set(sizes))
+    assert sizes[-1] >= min(rows, 2 * rows / experts, 2048)
+    assert sizes[0] <= max(32, rows / experts / 4)
