@@ -1,0 +1,224 @@
+"""What transformers for diffusion are made of: embedders, norms, attention, rope, adaLN, MLPs.
+
+Weights are f32; every module computes in `dtype`. Logical axis names of weights: embed, mlp,
+heads, expert, layers (see parallel/rules.py for where they go on a mesh).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from moe_diffusion.kernels import mlp
+
+Dtype = Any
+ROPES = ("rope1d", "rope2d")
+XAVIER = nn.initializers.xavier_uniform()
+ZEROS = nn.initializers.zeros
+
+
+def linear(
+    features: int | Sequence[int],
+    axes: Sequence[str | None],
+    *,
+    name: str,
+    dtype: Dtype,
+    init: Callable = XAVIER,
+    use_bias: bool = True,
+    contract: int = 1,
+) -> nn.DenseGeneral:
+    """A linear layer over the last `contract` axes; `axes` names the kernel's axes."""
+    return nn.DenseGeneral(
+        features,
+        axis=tuple(range(-contract, 0)),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(init, tuple(axes)),
+        bias_init=nn.with_logical_partitioning(ZEROS, tuple(axes[contract:])),
+        name=name,
+    )
+
+
+# --- positions -----------------------------------------------------------------------------------
+
+
+def sincos_table(grid: int, width: int) -> np.ndarray:
+    """Fixed position embedding f32[grid * grid, width] of DiT.
+
+    The first half of the channels encodes the column, the second the row; each half is [sin, cos]
+    of position / 10000^(2i / half). Computed in f64, like the tables inside published files.
+    """
+    quarter = width // 4
+    frequency = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
+    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    angles = [np.outer(position.reshape(-1), frequency) for position in (column, row)]
+    halves = [f(angle) for angle in angles for f in (np.sin, np.cos)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def rope_angles(kind: str, grid: int, head_dim: int) -> np.ndarray:
+    """Rotation angles f32[grid * grid, n, head_dim / n / 2] of the n axes of `rope1d`, `rope2d`.
+
+    rope1d: one axis, the token's number in row-major order. rope2d: the first half of a head turns
+    with the row, the second with the column. Frequencies 10000^(-i / number of pairs).
+    """
+    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    positions = [row, column] if kind == "rope2d" else [np.arange(grid * grid)]
+    pairs = head_dim // len(positions) // 2
+    frequency = 1.0 / 10000.0 ** (np.arange(pairs) / pairs)
+    angles = [np.outer(position.reshape(-1), frequency) for position in positions]
+    return np.stack(angles, axis=1).astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Applies rope to x [B, S, heads, head_dim] with angles [S, n, pairs].
+
+    Half-split layout inside each of the n parts of a head: pair i is (x[i], x[pairs + i]).
+    """
+    *batch, heads, head_dim = x.shape
+    axes, pairs = angles.shape[-2:]
+    first, second = jnp.moveaxis(x.reshape(*batch, heads, axes, 2, pairs), -2, 0)
+    cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.stack(turned, axis=-2).reshape(x.shape)
+
+
+# --- embedders -----------------------------------------------------------------------------------
+
+
+def time_features(t: jax.Array, width: int = 256, max_period: float = 10000.0) -> jax.Array:
+    """Sinusoidal features f32[B, width] of f32[B]: [cos, sin] of t * max_period^(-i / half)."""
+    half = width // 2
+    frequency = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeEmbed(nn.Module):
+    """Times f32[B] -> [B, D]: sinusoidal features, Linear, SiLU, Linear."""
+
+    width: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, t):
+        normal = nn.initializers.normal(0.02)
+        make = partial(linear, self.width, dtype=self.dtype, init=normal)
+        x = make((None, "embed"), name="dense_0")(time_features(t).astype(self.dtype))
+        return make(("embed", None), name="dense_1")(nn.silu(x))
+
+
+class LabelEmbed(nn.Module):
+    """Labels i32[B] -> [B, D]; one row more than classes: the last is the null label's."""
+
+    num_classes: int
+    width: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, y):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        table = self.param("embedding", init, (self.num_classes + 1, self.width), jnp.float32)
+        return jnp.take(table, y, axis=0, mode="clip").astype(self.dtype)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """Images [B, H, W, C] -> tokens [B, H/p * W/p, p*p*C], values in the order (row, column, C)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.swapaxes(2, 3).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x: jax.Array, patch: int) -> jax.Array:
+    """The inverse of `patchify` for square images."""
+    b, s, features = x.shape
+    grid, c = int(s**0.5), features // patch**2
+    x = x.reshape(b, grid, grid, patch, patch, c)
+    return x.swapaxes(2, 3).reshape(b, grid * patch, grid * patch, c)
+
+
+# --- inside a block ------------------------------------------------------------------------------
+
+
+class Norm(nn.Module):
+    """`layernorm` without parameters, or `rmsnorm` with a scale; eps 1e-6, computed in f32."""
+
+    kind: str = "layernorm"
+
+    @nn.compact
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+        if self.kind == "rmsnorm":
+            init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+            y *= self.param("scale", init, x.shape[-1:], jnp.float32)
+        return y.astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """adaLN: x [B, S, D] scaled by 1 + scale [B, D] and shifted by shift [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class MLP(nn.Module):
+    """A dense MLP of a kind of kernels/mlp.py: [.., D] -> [.., D]."""
+
+    hidden_size: int
+    kind: str = "gelu"
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        make = partial(linear, dtype=self.dtype, use_bias=self.use_bias)
+        names = mlp.inputs(self.kind)
+        hidden = (make(self.hidden_size, ("embed", "mlp"), name=name)(x) for name in names)
+        inner = mlp.activation(self.kind)(*hidden)
+        return make(x.shape[-1], ("mlp", "embed"), name="down")(inner)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, S, D] -> [B, S, D].
+
+    num_kv_heads < num_heads groups the queries: key head j serves query heads j * r .. j * r + r-1.
+    With qk_norm, queries and keys pass an RMSNorm before rope. positions: `rope1d` or `rope2d`
+    turns them on a square grid of tokens, anything else does not.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    qk_norm: bool
+    positions: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        head_dim = width // self.num_heads
+
+        def heads(name, *number):
+            axes = ("embed", *[None] * (len(number) - 1), "heads", None)
+            return linear((*number, head_dim), axes, name=name, dtype=self.dtype)(x)
+
+        if self.num_kv_heads == self.num_heads:
+            q, k, v = jnp.moveaxis(heads("qkv", 3, self.num_heads), -3, 0)
+        else:
+            q = heads("q", self.num_heads)
+            k, v = heads("k", self.num_kv_heads), heads("v", self.num_kv_heads)
+        if self.qk_norm:
+            q, k = Norm("rmsnorm", name="q_norm")(q), Norm("rmsnorm", name="k_norm")(k)
+        if self.positions in ROPES:
+            angles = rope_angles(self.positions, int(x.shape[1] ** 0.5), head_dim)
+            q, k = rotate(q, angles), rotate(k, angles)
+        out = jax.nn.dot_product_attention(q, k, v)
+        return linear(width, ("heads", None, "embed"), name="proj", dtype=self.dtype, contract=2)(
+            out
+        )

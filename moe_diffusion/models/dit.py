@@ -1,0 +1,213 @@
+"""DiT: one class for DiT, SiT, TC-DiT, EC-DiT, DiffMoE and DSMoE, told apart by configuration.
+
+A class-conditional transformer on patches of an image or a latent (2212.09748), whose MLPs, in a
+pattern of layers, are mixtures of experts. Layers are scanned: a period of blocks (say one dense,
+one MoE) is traced and compiled once, and its parameters are stacked along a leading `layers` axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from moe_diffusion.models.blocks import (
+    ZEROS,
+    Attention,
+    Dtype,
+    LabelEmbed,
+    Norm,
+    TimeEmbed,
+    linear,
+    modulate,
+    patchify,
+    sincos_table,
+    unpatchify,
+)
+
+COLLECTIONS = ("params", "router_state", "losses", "metrics", "router_stats", "intermediates")
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def layer_segments(pattern: tuple[bool, ...]) -> tuple[tuple[tuple[bool, ...], int], ...]:
+    """Cuts a pattern of layers (True = MoE) into (period, repeats), to be scanned one by one.
+
+    (F, T, F, T) -> (((F, T), 2),)          (F, F, T, T) -> (((F,), 2), ((T,), 2))
+    """
+    segments = []
+    start = 0
+    while start < len(pattern):
+        best = (pattern[start : start + 1], 1)
+        for size in (1, 2):
+            period = pattern[start : start + size]
+            repeats = 1
+            while pattern[start + repeats * size :][:size] == period:
+                repeats += 1
+            if len(period) == size and repeats > 1 and repeats * size > len(best[0]) * best[1]:
+                best = (period, repeats)
+        segments.append(best)
+        start += len(best[0]) * best[1]
+    return tuple(segments)
+
+
+class Block(nn.Module):
+    """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x))."""
+
+    norm: str
+    make_attention: Callable[..., Attention]
+    make_ffn: Callable[..., nn.Module]
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, c, *ffn_args):
+        """x [B, S, D], condition c [B, D]; what else the ffn takes -> [B, S, D]."""
+        axes, width = ("embed", "mlp"), 6 * x.shape[-1]
+        adaln = linear(width, axes, name="adaLN", dtype=self.dtype, init=ZEROS)(nn.silu(c))
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
+        h = modulate(Norm(self.norm, name="norm1")(x), shift_a, scale_a)
+        x += gate_a[:, None] * self.make_attention(name="attn")(h)
+        h = modulate(Norm(self.norm, name="norm2")(x), shift_f, scale_f)
+        return x + gate_f[:, None] * self.make_ffn()(h, *ffn_args)
+
+
+class Period(nn.Module):
+    """The blocks of one scan step; pattern says which have experts."""
+
+    pattern: tuple[bool, ...]
+    make_block: Callable[..., Block]
+    make_mlp: Callable[..., nn.Module]
+    make_moe: Callable[..., nn.Module] | None
+    train: bool
+
+    @nn.compact
+    def __call__(self, x, c, is_null):
+        for index, is_moe in enumerate(self.pattern):
+            name = f"block_{index}"
+            if is_moe:
+                x = self.make_block(make_ffn=self.make_moe, name=name)(x, c, is_null, self.train)
+            else:
+                x = self.make_block(make_ffn=self.make_mlp, name=name)(x, c)
+        return x, None
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then a linear layer to the values of a patch; both start at zero."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, c):
+        make = partial(linear, dtype=self.dtype, init=ZEROS)
+        adaln = make(2 * x.shape[-1], ("embed", "mlp"), name="adaLN")(nn.silu(c))
+        x = modulate(Norm(name="norm")(x), *jnp.split(adaln, 2, axis=-1))
+        return make(self.features, ("embed", None), name="linear")(x)
+
+
+class DiT(nn.Module):
+    """Noisy image, time and label -> prediction; see `models.build` for how a config fills this.
+
+    image_size: side of the square input (pixels or latents); channels: of the input.
+    learn_sigma: twice the channels come out; a flow uses the first half.
+    positions: `sincos` (fixed table), `rope1d` or `rope2d`.
+    time_scale multiplies t before its embedding. moe_pattern: True where a block has experts.
+    remat: `none`, `dots` (keeps the results of weight products) or `full` (keeps nothing).
+    """
+
+    image_size: int
+    channels: int
+    patch_size: int
+    num_classes: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    qk_norm: bool
+    norm: str
+    positions: str
+    learn_sigma: bool
+    time_scale: float
+    moe_pattern: tuple[bool, ...]
+    make_mlp: Callable[..., nn.Module]
+    make_moe: Callable[..., nn.Module] | None
+    remat: str
+    dtype: Dtype
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array, train: bool) -> jax.Array:
+        """x [B, H, W, C], t f32[B] (0 noise, 1 data), y i32[B] -> f32[B, H, W, C or 2C].
+
+        y == num_classes is the null label (no condition). train only tells the routers.
+        """
+        width, dtype = self.hidden_size, self.dtype
+        x = patchify(x.astype(dtype), self.patch_size)
+        x = linear(width, (None, "embed"), name="patch_embed", dtype=dtype)(x)
+        if self.positions == "sincos":
+            x += jnp.asarray(sincos_table(self.grid, width), dtype)
+        c = TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale)
+        c += LabelEmbed(self.num_classes, width, dtype, name="label_embed")(y)
+        x = self._blocks(x, c, y == self.num_classes, train)
+        features = self.patch_size**2 * self.channels * (2 if self.learn_sigma else 1)
+        x = FinalLayer(features, dtype, name="final")(x, c)
+        return unpatchify(x.astype(jnp.float32), self.patch_size)
+
+    def _blocks(self, x, c, is_null, train):
+        """All layers, segment by segment, each a scan over its stacked parameters."""
+        attention = partial(
+            Attention,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            qk_norm=self.qk_norm,
+            positions=self.positions,
+            dtype=self.dtype,
+        )
+        make_block = partial(Block, norm=self.norm, make_attention=attention, dtype=self.dtype)
+        body = Period
+        if self.remat != "none":
+            body = nn.remat(Period, policy=REMAT[self.remat], prevent_cse=False)
+        for index, (pattern, repeats) in enumerate(layer_segments(self.moe_pattern)):
+            scanned = nn.scan(
+                body,
+                variable_axes={name: 0 for name in COLLECTIONS},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            blocks = scanned(
+                pattern, make_block, self.make_mlp, self.make_moe, train, name=f"layers_{index}"
+            )
+            x, _ = blocks(x, c, is_null)
+        return x
+
+    @nn.nowrap  # plain function: it makes an unbound router for its rule
+    def update_router_state(self, router_state: dict, router_stats: dict) -> dict:
+        """router_state after an optimizer step that saw `router_stats` (same paths, stacked)."""
+        if not router_state:
+            return router_state
+        router = self.make_moe().make_router()
+
+        def update(state, stats):
+            if any(isinstance(value, dict) for value in state.values()):
+                return {name: update(state[name], stats.get(name, {})) for name in state}
+            return router.next_state(state, stats)
+
+        return update(router_state, router_stats)
+
+
+def moe_pattern(depth: int, interleave: bool, skip_first: int) -> tuple[bool, ...]:
+    """Which blocks have experts: all, or the odd ones; never the first `skip_first`."""
+    layers = np.arange(depth)
+    moe = (layers % 2 == 1) if interleave else (layers >= 0)
+    return tuple(bool(v) for v in moe & (layers >= skip_first))
