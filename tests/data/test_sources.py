@@ -1,0 +1,120 @@
+"""Sources: what the records are, and that data which does not fit the model is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from moe_diffusion.data import sources
+from moe_diffusion.errors import UserError
+
+
+def _data(source, split="train"):
+    return SimpleNamespace(source=source, split=split)
+
+
+def _model(image_size=8, channels=1, num_classes=10):
+    return SimpleNamespace(image_size=image_size, channels=channels, num_classes=num_classes)
+
+
+def test_digits_split_is_whole_disjoint_and_stratified():
+    train, test = sources.Digits("train"), sources.Digits("test")
+    assert (len(train), len(test)) == (1437, 360)
+    images = np.concatenate([train.images, test.images]).reshape(1797, 64)
+    # The same images as the package's, as multisets: nothing lost, nothing in both splits.
+    original = load_digits().data
+    np.testing.assert_array_equal(
+        np.sort((images + 1) * 8 @ np.arange(1.0, 65.0) ** 2),
+        np.sort(original @ np.arange(1.0, 65.0) ** 2),
+    )
+    share = np.bincount(test.labels) / np.bincount(np.concatenate([train.labels, test.labels]))
+    np.testing.assert_allclose(share, 0.2, atol=0.005)
+
+
+def test_digits_records():
+    source = sources.Digits("test")
+    record = source[7]
+    assert record["image"].shape == source.image_shape == (8, 8, 1)
+    assert record["image"].dtype == np.float32 and record["label"].dtype == np.int32
+    levels = np.unique(source.images)
+    np.testing.assert_array_equal(levels, np.linspace(-1, 1, source.levels))
+    batch = source.take(np.array([7, 3]))
+    np.testing.assert_array_equal(batch["image"][0], record["image"])
+    assert batch["label"][0] == record["label"]
+
+
+def test_synthetic_is_deterministic_in_range_and_any_shape():
+    source = sources.Synthetic((6, 4, 3), num_classes=5, size=50)
+    batch = source.take(np.arange(50))
+    assert batch["image"].shape == (50, 6, 4, 3) and batch["image"].dtype == np.float32
+    assert np.abs(batch["image"]).max() <= 1 and batch["image"].std() > 0.1
+    np.testing.assert_array_equal(np.bincount(batch["label"]), [10] * 5)
+    again = sources.Synthetic((6, 4, 3), num_classes=5, size=50)[13]
+    np.testing.assert_array_equal(again["image"], batch["image"][13])
+    assert again["label"] == batch["label"][13] == 3
+    assert len(np.unique(batch["image"].reshape(50, -1), axis=0)) == 50
+
+
+def test_synthetic_classes_can_be_told_apart():
+    source = sources.Synthetic((8, 8, 3), num_classes=10, size=400)
+    batch = source.take(np.arange(400))
+    images = batch["image"].reshape(400, -1)
+    distance = np.linalg.norm(images[200:, None] - images[None, :200], axis=-1)
+    nearest = batch["label"][:200][distance.argmin(axis=1)]
+    assert np.mean(nearest == batch["label"][200:]) > 0.8  # chance: 0.1
+
+
+def test_hashed_uniform_is_uniform_and_independent():
+    a, b = sources._hashed_uniform(np.arange(10_000), 2)
+    np.testing.assert_allclose(np.histogram(a, 10, (0, 1))[0], 1000, atol=150)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
+    assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.05
+
+
+def test_open_source():
+    assert len(sources.open_source(_data("digits", "test"), _model())) == 360
+    source = sources.open_source(_data("synthetic"), _model(16, 4, 1000))
+    assert source.image_shape == (16, 16, 4) and source.num_classes == 1000
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "message"),
+    [
+        (_data("digit"), _model(), "'digit' is unknown; known are: digits, synthetic"),
+        (_data("digits", "dev"), _model(), "'dev' is unknown; known are: train, test"),
+        (_data("digits"), _model(32, 4), r"shape \(8, 8, 1\), the model takes \(32, 32, 4\)"),
+        (_data("digits"), _model(num_classes=9), "10 classes, the model only 9"),
+    ],
+)
+def test_what_does_not_fit_is_refused(data, model, message):
+    with pytest.raises(UserError, match=message):
+        sources.open_source(data, model)
+
+
+def test_missing_latents_say_what_to_prepare_and_how(tmp_path):
+    folder = tmp_path / "imagenet256"
+    with pytest.raises(UserError) as caught:
+        sources.open_source(_data(f"latents:{folder}"), _model(32, 4, 1000))
+    message = str(caught.value)
+    for part in (
+        f"{folder} is not there",
+        "32x32x4 latents of 256x256 images",
+        "python -m moe_diffusion.prepare --source folder:/data --size 256 --vae sd-vae-ft-ema",
+        f"--out {folder}",
+        "--config.data.source=synthetic",
+    ):
+        assert part in message
+    folder.mkdir()
+    with pytest.raises(UserError, match="exists but cannot be read by this version"):
+        sources.open_source(_data(f"latents:{folder}"), _model(32, 4, 1000))
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_label_out_of_range_is_refused_by_record(label):
+    source = sources.Digits("train")
+    source.labels[[41, 99]] = label
+    with pytest.raises(UserError, match=f"record 41 of the data has label {label}, outside 0..9"):
+        sources.check_fits(source, "digits", (8, 8, 1), 10)
