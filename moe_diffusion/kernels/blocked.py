@@ -189,9 +189,7 @@ def _backward(kind, residuals, d_y):
     def chunk(expert, row, left, index, carry):
         d_rows, d_gate, d_params = carry
         branches = [partial(sized, size) for size in sizes]
-        new_rows, new_gate, grads = lax.switch(
-            index, branches, row, left, _expert(params, expert)
-        )
+        new_rows, new_gate, grads = lax.switch(index, branches, row, left, _expert(params, expert))
         sums = {name: old + grads[name] for name, old in _expert(d_params, expert).items()}
         d_params = {
             name: lax.dynamic_update_index_in_dim(array, sums[name], expert, 0)

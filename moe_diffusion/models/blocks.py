@@ -181,8 +181,21 @@ class MLP(nn.Module):
         make = partial(linear, dtype=self.dtype, use_bias=self.use_bias)
         names = mlp.inputs(self.kind)
         hidden = (make(self.hidden_size, ("embed", "mlp"), name=name)(x) for name in names)
-        inner = mlp.activation(self.kind)(*hidden)
+        inner = jax.checkpoint(mlp.activation(self.kind))(*hidden)
         return make(x.shape[-1], ("mlp", "embed"), name="down")(inner)
+
+
+@jax.checkpoint
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(head_dim)) v for q [B, S, heads, d] and k, v [B, S, kv_heads, d].
+
+    The S x S weights, in f32, are computed again in the backward pass: cheaper than to keep them.
+    """
+    b, s, heads, d = q.shape
+    q = q.reshape(b, s, k.shape[2], -1, d) * d**-0.5
+    scores = jnp.einsum("bsgrd,btgd->bgrst", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores).astype(v.dtype)
+    return jnp.einsum("bgrst,btgd->bsgrd", weights, v).reshape(b, s, heads, d)
 
 
 class Attention(nn.Module):
@@ -218,7 +231,7 @@ class Attention(nn.Module):
         if self.positions in ROPES:
             angles = rope_angles(self.positions, int(x.shape[1] ** 0.5), head_dim)
             q, k = rotate(q, angles), rotate(k, angles)
-        out = jax.nn.dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return linear(width, ("heads", None, "embed"), name="proj", dtype=self.dtype, contract=2)(
             out
         )

@@ -210,7 +210,8 @@ class DiffMoE(Router):
             return by_expert(token, weight), Aux(asked, {}, stats)
 
         wanted = (jax.nn.sigmoid(predicted) > threshold).sum(1)  # i32[G, E]
-        bound = min(tokens, int(slots * self.max_capacity)) if self.max_capacity else tokens
+        bound = max(1, int(slots * self.max_capacity)) if self.max_capacity else tokens
+        bound = min(tokens, bound)
         weight, token = top_tokens(scores, bound)
         used = jnp.arange(bound) < wanted[..., None]
         dropped = jnp.maximum(wanted - bound, 0).sum() / jnp.maximum(wanted.sum(), 1)

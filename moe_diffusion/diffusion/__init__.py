@@ -1,0 +1,1 @@
+"""Corruption, loss, guidance and sampling, kept apart from the network that they use."""

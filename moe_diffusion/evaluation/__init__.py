@@ -1,0 +1,1 @@
+"""Pictures and numbers that say how good the samples are."""

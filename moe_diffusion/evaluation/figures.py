@@ -1,0 +1,191 @@
+"""Pictures for people: grids of samples and loss curves, written as PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from moe_diffusion.errors import UserError
+
+_TEXT = (60, 60, 60)
+_SMALLEST_SIDE = 64  # pixels; smaller images are enlarged to about this
+
+
+def image_grid(
+    images: np.ndarray,
+    labels: Sequence | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """Lays images side by side on white, with their labels.
+
+    A label stands once, left of its row, where every row holds one label; else under each image.
+
+    Args:
+      images: f32[N, H, W, C] in [-1, 1], clipped. One channel is shown in grey, three in colour; of
+        other numbers (latents) the first three (of two: the first), each stretched to its
+        own range, and the title says so.
+      labels: N labels, anything that prints well; None for no text.
+      columns: images in a row; by default the grid is about square.
+      scale: whole number of screen pixels per pixel; by default small images grow to about 64.
+      title: a line of text above the grid.
+
+    Raises:
+      UserError: there is no image, an image is not finite, or `labels` is of another length.
+    """
+    images = np.asarray(images, np.float32)
+    if images.ndim != 4 or not images.size:
+        raise UserError(f"a grid needs images of shape [N, H, W, C], got {images.shape}")
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f"a grid of {len(images)} images got {len(labels)} labels")
+    pixels, note = _to_pixels(images)
+    title = " ".join(filter(None, [title, note]))
+    count = len(pixels)
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    scale = scale or max(1, round(_SMALLEST_SIDE / max(images.shape[1:3])))
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    texts = [] if labels is None else [str(label) for label in labels]
+    one_per_row = columns > 1 and all(
+        len(set(texts[r * columns : (r + 1) * columns])) == 1 for r in range(rows)
+    )
+
+    font = ImageFont.load_default(size=min(28, max(14, height // 4)))
+    line = sum(font.getmetrics()) + 4
+    gap = max(3, width // 20)
+    margin = left = top = 4 * gap
+    if one_per_row:
+        left += math.ceil(max(map(font.getlength, texts))) + 2 * gap
+    if title:
+        top += line + gap
+    step_x = width + gap
+    step_y = height + gap + (line if texts and not one_per_row else 0)
+    right = left + columns * step_x - gap
+    if title:
+        right = max(right, left + math.ceil(font.getlength(title)))
+
+    canvas = Image.new("RGB", (right + margin, top + rows * step_y - gap + margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((left, margin), title, _TEXT, font, anchor="la")
+    for i, pixel in enumerate(pixels):
+        row, column = divmod(i, columns)
+        x, y = left + column * step_x, top + row * step_y
+        tile = Image.fromarray(pixel).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(tile, (x, y))
+        if texts and not one_per_row:
+            text = _shorten(texts[i], font, width)
+            draw.text((x + width // 2, y + height + 2), text, _TEXT, font, anchor="ma")
+        elif one_per_row and column == 0:
+            draw.text((left - 2 * gap, y + height // 2), texts[i], _TEXT, font, anchor="rm")
+    return canvas
+
+
+def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
+    """Writes a PNG, whole or not at all (temporary name, then rename); makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:
+    """Writes images f32[N, H, W, C] in [-1, 1] as folder/000000.png and on; returns the paths."""
+    pixels, _ = _to_pixels(np.asarray(images, np.float32))
+    return [
+        save_png(Image.fromarray(pixel), Path(folder) / f"{i:06}.png")
+        for i, pixel in enumerate(pixels)
+    ]
+
+
+def loss_curve(jsonl_path: str | os.PathLike, out_path: str | os.PathLike) -> Path:
+    """Plots the loss over the steps of a metrics.jsonl, raw and as a running mean.
+
+    Lines without "step" and "loss" are passed over. Where a resumed run wrote a step again, the
+    later line counts. A last line cut off in the middle (the run was killed) is tolerated.
+
+    Raises:
+      UserError: the file is not there, another line is not JSON, or no line holds a loss.
+    """
+    # Imported here: takes a second, and no other function needs matplotlib. A bare Figure needs
+    # no display and is freed like any object, unlike those that pyplot keeps.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses = _read_losses(Path(jsonl_path))
+    steps = np.array(sorted(losses))
+    values = np.array([losses[step] for step in steps], np.float64)
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    span = max(1, len(values) // 40)
+    axes.plot(steps, values, color="#b9c9dd" if span > 1 else "#24507f", linewidth=1)
+    if span > 1:
+        mean = np.convolve(values, np.ones(span) / span, mode="valid")
+        middle = steps[(span - 1) // 2 :][: len(mean)]  # centred: the mean does not lag behind
+        axes.plot(middle, mean, color="#24507f", linewidth=1.6)
+        axes.legend(["loss", f"mean of {span} logged values"], frameon=False)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), out_path)
+
+
+def _to_pixels(images: np.ndarray) -> tuple[np.ndarray, str]:
+    """[N,H,W,C] in [-1,1] -> u8[N,H,W] (grey) or u8[N,H,W,3], and a note on what is shown."""
+    broken = len(images) - int(np.isfinite(images).all((1, 2, 3)).sum())
+    if broken:
+        raise UserError(f"{broken} of {len(images)} images hold NaN or infinity")
+    channels, note = images.shape[-1], ""
+    if channels not in (1, 3):
+        shown = 3 if channels > 3 else 1
+        images = images[..., :shown]
+        low, high = images.min((0, 1, 2)), images.max((0, 1, 2))
+        images = 2 * (images - low) / np.maximum(high - low, 1e-6) - 1
+        note = f"(first {shown} of {channels} channels, rescaled)"
+    pixels = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return (pixels[..., 0] if pixels.shape[-1] == 1 else pixels), note
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, or as much of its beginning as fits the width in pixels, with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _read_losses(path: Path) -> dict[int, float]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the metrics {path}: {error.strerror}") from None
+    losses = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise UserError(f"line {number} of {path} is not JSON: {line[:80]!r}") from None
+        if isinstance(record, dict) and None not in (record.get("step"), record.get("loss")):
+            losses[int(record["step"])] = float(record["loss"])
+    if not losses:
+        raise UserError(f"no line of {path} holds a step and a loss")
+    return losses

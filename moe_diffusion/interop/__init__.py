@@ -1,0 +1,107 @@
+"""Exchange of weights with the authors' PyTorch code.
+
+model, variables = interop.load_torch("DSMoE-L-E48.pt", "dsmoe", hparams)
+interop.save_torch(model, variables, "DSMoE-L-E48.safetensors", "dsmoe")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from moe_diffusion import models
+from moe_diffusion.errors import UserError
+from moe_diffusion.interop import dit, files, keymap
+from moe_diffusion.interop.hparams import model_config_from_torch
+from moe_diffusion.moe import routers
+
+__all__ = [
+    "export_state_dict",
+    "family_of",
+    "import_state_dict",
+    "load_torch",
+    "model_config_from_torch",
+    "save_torch",
+]
+
+
+def import_state_dict(
+    state: Mapping[str, Any], model: nn.Module, family: str
+) -> dict[str, dict[str, Any]]:
+    """PyTorch's state dict (arrays) -> {"params": ..., "router_state": ...}, numpy leaves.
+
+    Raises:
+      UserError: unknown family, or keys that are missing, unexpected or misshaped (all in one).
+    """
+    return keymap.import_tree(state, _family(family), model)
+
+
+def export_state_dict(
+    variables: Mapping[str, Any], model: nn.Module, family: str | None = None
+) -> dict[str, np.ndarray]:
+    """The way back: a complete state dict under the authors' names, buffers included.
+
+    Args:
+      variables: {"params": ..., "router_state": ...}, the second only if the model has one.
+      family: None takes `family_of(model)`.
+
+    Raises:
+      UserError: a variable is missing, or has no name in that family.
+    """
+    chosen = _family(family or family_of(model))
+    state = keymap.export_tree(
+        {name: variables.get(name, {}) for name in ("params", "router_state")}, chosen, model
+    )
+    needed = {e.key for e in keymap.entries(chosen, model, keymap.abstract_variables(model))}
+    if set(state) != needed:
+        lacking = sorted(needed - set(state))
+        raise UserError(f"the variables lack {', '.join(lacking[: keymap.LISTED])}")
+    return state | keymap.constants(chosen, model)
+
+
+def load_torch(
+    path: str | os.PathLike,
+    family: str,
+    hparams: Mapping[str, Any],
+    *,
+    losses: tuple[str, ...] = (),
+    weights: str | None = None,
+) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+    """Builds the model that `hparams` (the authors' names) describe and reads its weights.
+
+    Args:
+      losses: auxiliary losses that the model is to return; needed to train it on.
+      weights: which state dict of a `.pt` file that holds several, for example "ema".
+    """
+    model = models.build(model_config_from_torch(family, hparams), losses=losses)
+    return model, import_state_dict(files.read_state_dict(path, weights), model, family)
+
+
+def save_torch(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    path: str | os.PathLike,
+    family: str | None = None,
+) -> None:
+    """Writes a `.safetensors` file that the authors' code loads; see `export_state_dict`."""
+    files.write_state_dict(export_state_dict(variables, model, family), path)
+
+
+def family_of(model: nn.Module) -> str:
+    """The family that writes models of this kind: by the router, and whether it has a bias."""
+    if model.make_moe is None:
+        return "dit"
+    router = model.make_moe().make_router()
+    if isinstance(router, routers.TokenChoice):
+        return "dsmoe" if router.selection_bias else "tcdit"
+    return {routers.ExpertChoice: "ecdit", routers.DiffMoE: "diffmoe"}[type(router)]
+
+
+def _family(name: str) -> keymap.Family:
+    if name not in dit.FAMILIES:
+        raise UserError(f"unknown family '{name}'; choose one of {', '.join(dit.FAMILIES)}")
+    return dit.FAMILIES[name]

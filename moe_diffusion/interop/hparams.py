@@ -1,0 +1,209 @@
+"""The authors' hyperparameters -> our model config.
+
+The names, defaults and rules are those of the constructors in the authors' repositories:
+DiT and SiT (models.py), DSMoE and DiffMoE (models/models_*.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from moe_diffusion import config as config_lib
+from moe_diffusion.errors import UserError
+
+_COMMON = {
+    "input_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,
+    "num_heads": 16,
+    "mlp_ratio": 4.0,
+    "class_dropout_prob": 0.1,
+    "num_classes": 1000,
+    "learn_sigma": True,
+}
+_MOE_COMMON = {
+    "use_swiglu": False,
+    "head_dim": None,
+    "MoE_config": None,
+    "CapacityPred_loss_weight": 0.01,
+    "init_MoeMLP": False,
+    "use_capacity_schedule": None,
+}
+_DSMOE = {
+    "rope_type": "none",
+    "use_sinks": False,
+    "sliding_window": 0,
+    "enable_gqa": False,
+    "norm_type": "layernorm",
+}
+# Keys of MoE_config; `...` marks those without a default. Some do not shape the weights: how
+# the experts start, and schedules and fields that the code of that family never reads.
+_TOKEN_OR_EXPERT_CHOICE = {
+    "num_experts": ...,
+    "capacity": ...,
+    "n_shared_experts": 0,
+    "interleave": True,
+    "init_MoeMLP": False,
+    "capacity_schedule": None,
+}
+_MOE_CONFIG = {
+    "dsmoe": {
+        "num_experts": ...,
+        "moe_intermediate_size": ...,
+        "num_experts_per_tok": ...,
+        "hidden_size": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "use_shared_expert": False,
+        "interleave": True,
+        "skip_first2": False,
+        "skip_last2": False,
+        "capacity": 1,
+        "init_MoeMLP": False,
+        "capacity_schedule": None,
+    },
+    "tcdit": _TOKEN_OR_EXPERT_CHOICE,
+    "ecdit": _TOKEN_OR_EXPERT_CHOICE,
+    "diffmoe": _TOKEN_OR_EXPERT_CHOICE,
+}
+FAMILIES = ("dit", "sit", *_MOE_CONFIG)
+
+
+def model_config_from_torch(family: str, hparams: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """`config.model` of the network that `hparams` describe.
+
+    Args:
+      family: dit | sit | dsmoe | tcdit | ecdit | diffmoe.
+      hparams: arguments of the authors' constructor under their names; left-out ones take the
+        authors' default. What no checkpoint says keeps our default: `dtype`, `remat`, and for
+        DiffMoE `router.max_capacity`, which is 0 (no bound) in the authors' code.
+
+    Raises:
+      UserError: unknown family or key, a key without default left out, a value of the wrong kind,
+        an impossible combination, or an option that has no counterpart here.
+    """
+    if family not in FAMILIES:
+        raise UserError(f"unknown family '{family}'; choose one of {', '.join(FAMILIES)}")
+    known = dict(_COMMON)
+    if family in _MOE_CONFIG:
+        known |= _MOE_COMMON
+    if family == "dsmoe":
+        known |= _DSMOE
+    h = _fill("model", known, hparams)
+    config = config_lib.default()
+    try:
+        _set_model(config.model, h, family)
+    except TypeError as error:  # a value of the wrong kind, such as depth: "12"
+        raise UserError(f"hyperparameters of {family}: {error}") from error
+    config_lib.validate(config)
+    return config.model
+
+
+def _set_model(model: ml_collections.ConfigDict, h: Mapping[str, Any], family: str) -> None:
+    model.image_size = h["input_size"]
+    model.channels = h["in_channels"]
+    for name in ("patch_size", "hidden_size", "depth", "num_heads", "num_classes", "learn_sigma"):
+        model[name] = h[name]
+    model.mlp_ratio = float(h["mlp_ratio"])
+    if family in ("dit", "sit"):
+        model.router.name = "dense"
+        return
+    if h["head_dim"] not in (None, h["hidden_size"] // h["num_heads"]):
+        raise UserError(f"head_dim {h['head_dim']} is not hidden_size / num_heads: unsupported")
+    moe = _fill("MoE_config", _MOE_CONFIG[family], h["MoE_config"] or {})
+    model.moe.num_experts = moe["num_experts"]
+    model.moe.interleave = moe["interleave"]
+    (_set_dsmoe if family == "dsmoe" else _set_choice)(model, h, moe, family)
+
+
+def _set_dsmoe(model, h, moe, family) -> None:
+    """DSMoE: DeepSeek-V3's router, SwiGLU experts, SiLU in the dense blocks' MLP."""
+    if h["use_sinks"]:
+        raise UserError("use_sinks (attention sinks) is not supported; no published model has it")
+    if moe["hidden_size"] not in (None, h["hidden_size"]):
+        raise UserError(
+            f"MoE_config.hidden_size is {moe['hidden_size']}, but hidden_size is {h['hidden_size']}"
+        )
+    positions = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
+    if h["rope_type"] not in positions:
+        raise UserError(f"rope_type is {h['rope_type']!r}; known: {', '.join(positions)}")
+    model.positions = positions[h["rope_type"]]
+    model.norm = h["norm_type"]
+    model.num_kv_heads = h["num_heads"] // 2 if h["enable_gqa"] else 0
+    model.mlp = "silu"
+    skip = moe["skip_first2"]
+    model.moe.update(
+        hidden_size=moe["moe_intermediate_size"],
+        mlp="swiglu",
+        bias=False,
+        shared_hidden_size=moe["moe_intermediate_size"] if moe["use_shared_expert"] else 0,
+        shared_mlp="swiglu",
+        shared_bias=False,
+        residual_input=not moe["use_shared_expert"],
+        skip_first=(2 if skip else 0) if isinstance(skip, bool) else skip or 0,
+    )
+    model.router.update(
+        name="token_choice",
+        top_k=moe["num_experts_per_tok"],
+        scores="sigmoid",
+        normalize=moe["num_experts_per_tok"] > 1,
+        scale=float(moe["routed_scaling_factor"]),
+        selection_bias=True,
+        n_group=moe["n_group"],
+        topk_group=moe["topk_group"],
+        kernel_init="kaiming_normal",
+    )
+
+
+def _set_choice(model, h, moe, family) -> None:
+    """TC-DiT, EC-DiT, DiffMoE: experts and dense blocks share one kind of MLP and its width."""
+    gated = h["use_swiglu"]
+    model.mlp = "swiglu" if gated else "gelu"
+    model.mlp_bias = not gated
+    model.moe.update(
+        hidden_size=int(h["hidden_size"] * h["mlp_ratio"]), mlp=model.mlp, bias=not gated
+    )
+    if moe["n_shared_experts"]:
+        # One shared MLP. DiffMoE's is a GELU MLP, 8 times as wide as the model, in any case.
+        wide = family == "diffmoe"
+        model.moe.update(
+            shared_hidden_size=h["hidden_size"] * (8 if wide else moe["n_shared_experts"]),
+            shared_mlp="gelu" if wide else "swiglu",
+            shared_bias=wide,
+        )
+    if family == "tcdit":
+        # MoE_config.capacity is the number of experts of a token here.
+        model.router.update(
+            name="token_choice",
+            top_k=moe["capacity"],
+            scores="softmax",
+            normalize=False,
+            kernel_init="kaiming_uniform",
+        )
+        return
+    model.router.update(
+        name="expert_choice" if family == "ecdit" else "diffmoe",
+        capacity=float(moe["capacity"]),
+        scope="sample" if family == "ecdit" else "batch",
+        kernel_init="normal_0.006",
+    )
+
+
+def _fill(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` completed by the defaults of `known`; unknown and left-out keys are errors."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown hyperparameter '{key}' in {where}; the nearest is '{near}'")
+    filled = {**known, **given}
+    lacking = [key for key, value in filled.items() if value is ...]
+    if lacking:
+        raise UserError(f"{where} lacks the hyperparameter(s) {', '.join(lacking)}")
+    return filled

@@ -1,0 +1,104 @@
+"""Presets: which array is split over which mesh axis.
+
+Modules name the dimensions of their parameters by logical axes (`layers`, `expert`, `embed`,
+`mlp`, `heads`). A preset maps logical axes to mesh axes, once for the parameters and once for what
+is only touched by the update (optimizer state and EMAs):
+
+| preset  | parameters          | optimizer state, EMAs | parameters, gradients, Adam, one EMA |
+|---------|---------------------|-----------------------|--------------------------------------|
+| `dp`    | whole               | whole                 | 5 P on each device                   |
+| `zero1` | whole               | `embed` over `data`   | 2 P + 3 P / devices                  |
+| `fsdp`  | `embed` over `fsdp` | `embed` over `fsdp`   | 5 P / devices + a layer              |
+
+The batch is split over all devices in each of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_diffusion.parallel.mesh import batch_axes
+
+LogicalAxes = tuple[str | None, ...]
+
+
+class Rules(NamedTuple):
+    """Logical axis -> mesh axis; an axis that is not named is not split."""
+
+    params: dict[str, str]
+    update: dict[str, str]  # gradients, optimizer state and EMAs
+
+
+PRESETS = {
+    "dp": Rules(params={}, update={}),
+    "zero1": Rules(params={}, update={"embed": "data"}),
+    "fsdp": Rules(params={"embed": "fsdp"}, update={"embed": "fsdp"}),
+}
+
+
+def batch_sharding(mesh: Mesh, micro_batches: bool = False) -> NamedSharding:
+    """Sharding of a batch [B, ...] or, with micro-batches, of [A, B / A, ...], along B."""
+    leading = (None,) if micro_batches else ()
+    return NamedSharding(mesh, PartitionSpec(*leading, batch_axes(mesh)))
+
+
+def state_shardings(mesh: Mesh, preset: str, abstract_state: Any, logical_axes: Any) -> Any:
+    """A NamedSharding for every leaf of a `TrainState`.
+
+    A leaf of the optimizer state or of an EMA takes the logical axes of the parameter whose whole
+    path is the tail of the leaf's path; leaves without one (counts, router state) are replicated.
+
+    Args:
+      abstract_state: TrainState of arrays or ShapeDtypeStructs.
+      logical_axes: tree like `abstract_state.params` with a tuple of names for each parameter.
+    """
+    rules = PRESETS[preset]
+    axes_of = _by_path(logical_axes)
+
+    def shard(path: tuple, leaf: Any) -> NamedSharding:
+        names = tuple(_name(key) for key in path)
+        table = rules.params if names[0] == "params" else rules.update
+        tails = (names[start:] for start in range(len(names)))
+        axes = next((axes_of[tail] for tail in tails if tail in axes_of), ())
+        return NamedSharding(mesh, _spec(leaf.shape, axes, table, mesh))
+
+    return jax.tree_util.tree_map_with_path(shard, abstract_state)
+
+
+def update_shardings(mesh: Mesh, preset: str, abstract_params: Any, logical_axes: Any) -> Any:
+    """A NamedSharding for every gradient: where its part of the update is computed."""
+    table = PRESETS[preset].update
+    axes_of = _by_path(logical_axes)
+
+    def shard(path: tuple, leaf: Any) -> NamedSharding:
+        axes = axes_of[tuple(_name(key) for key in path)]
+        return NamedSharding(mesh, _spec(leaf.shape, axes, table, mesh))
+
+    return jax.tree_util.tree_map_with_path(shard, abstract_params)
+
+
+def _spec(
+    shape: tuple[int, ...], axes: LogicalAxes, table: dict[str, str], mesh: Mesh
+) -> PartitionSpec:
+    """Splits each dimension as the table says, unless it does not divide or the axis is taken."""
+    spec: list[str | None] = []
+    for size, name in zip(shape, axes, strict=False):
+        axis = table.get(name)
+        fits = axis is not None and axis not in spec and size % mesh.shape[axis] == 0
+        spec.append(axis if fits else None)
+    return PartitionSpec(*spec)
+
+
+def _by_path(logical_axes: Any) -> dict[tuple[str, ...], LogicalAxes]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        logical_axes, is_leaf=lambda node: isinstance(node, tuple)
+    )
+    return {tuple(_name(key) for key in path): axes for path, axes in leaves}
+
+
+def _name(key: Any) -> str:
+    """The text of one step of a key path: a dict key, an attribute or an index."""
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))

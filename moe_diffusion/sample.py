@@ -1,0 +1,115 @@
+"""Draws images from a trained run: a labelled grid, and on request single files and an array.
+
+  python -m moe_diffusion.sample --workdir runs/digits --num 64 --cfg 2.0 --sampler heun \\
+      --steps 50 --out grid.png
+  python -m moe_diffusion.sample --workdir runs/digits --labels 3,7 --num 32 --out grid.png \\
+      --images singles/ --npz samples.npz --config.model.router.top_k=1
+
+What is not given (guidance, sampler, steps) is the config's. Any key of the config can be set as
+--config.<key>=<value>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.errors import UserError, exits_on_user_error
+from moe_diffusion.evaluation.figures import image_grid, save_png, save_pngs
+from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
+
+
+def labels_for(text: str, num: int, config: ConfigDict) -> np.ndarray:
+    """`num` labels, evenly over those of a text like "3,7", or over all classes."""
+    if not text:
+        return spread_labels(num, config.model.num_classes)
+    try:
+        chosen = np.array([int(part) for part in text.split(",")])
+    except ValueError:
+        raise UserError(f"--labels {text!r} is not a list of numbers like 3,7") from None
+    bad = chosen[(chosen < 0) | (chosen >= config.model.num_classes)]
+    if bad.size:
+        raise UserError(
+            f"--labels: {bad[0]} is no class; this model knows 0 to {config.model.num_classes - 1}"
+        )
+    return chosen[spread_labels(num, len(chosen))].astype(np.int32)
+
+
+def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
+    """Writes arr_0 f32[N, H, W, C] in [-1, 1] and labels i32[N], whole or not at all."""
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+        np.savez(file, arr_0=images, labels=labels)
+    os.replace(part, path)
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    description, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_diffusion.sample",
+        description=description,
+        epilog="examples:\n" + rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of a trained run")
+    add("--num", type=int, default=64, help="how many images (%(default)s)")
+    add("--labels", default="", help="classes, like 3,7 (all)")
+    add("--cfg", type=float, help="guidance scale; 1 is none")
+    add("--sampler", help="heun or euler")
+    add("--steps", type=int, help="steps of the sampler")
+    add("--ema", help="decay of the average to use, or none (the run's first)")
+    add("--step", type=int, help="checkpoint to use (the newest)")
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add("--batch", type=int, default=64, help="images at a time (%(default)s)")
+    add("--out", default="grid.png", help="picture of all images (%(default)s)")
+    add("--images", help="folder for one PNG per image")
+    add("--npz", help="file for the images as an array in [-1, 1]")
+    add("--json", action="store_true", help="print one JSON object as last line")
+    args, overrides = parser.parse_known_args(argv)
+    unknown = [text for text in overrides if not text.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}; a config key is set as --config.key=value")
+    if args.num < 1 or args.batch < 1:
+        raise UserError("--num and --batch must be at least 1")
+    given = {"cfg": args.cfg, "sampler": args.sampler, "steps": args.steps}
+    overrides += [f"sampling.{key}={value}" for key, value in given.items() if value is not None]
+
+    config, model, variables, note = load_workdir(
+        args.workdir, tuple(overrides), step=args.step, ema=args.ema
+    )
+    labels = labels_for(args.labels, args.num, config)
+    sampling = config.sampling
+    images = generate(
+        make_sampler(model, sampling),
+        variables,
+        labels,
+        (config.model.image_size, config.model.image_size, config.model.channels),
+        seed=args.seed,
+        batch_size=min(args.batch, args.num),
+        progress=True,
+    )
+    title = f"{config.name}, step {note['step']}, ema {note['ema']}, cfg {sampling.cfg:g}, "
+    save_png(image_grid(images, labels, title=f"{title}{sampling.sampler} {sampling.steps}"),
+             args.out)  # fmt: skip
+    if args.images:
+        save_pngs(images, args.images)
+    if args.npz:
+        save_npz(args.npz, images, labels)
+    print(f"{args.num} images: {args.out}")
+    if args.json:
+        print(json.dumps({"num": args.num, "out": args.out, **note, **sampling.to_dict()}))
+
+
+if __name__ == "__main__":
+    main()

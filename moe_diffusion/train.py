@@ -1,0 +1,98 @@
+"""Trains a model; run the same command again to resume.
+
+  python -m moe_diffusion.train --config configs/digits.py --workdir runs/digits
+  python -m moe_diffusion.train --config configs/digits.py:router=diffmoe --workdir runs/diffmoe \\
+      --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
+
+The workdir then holds config.json, metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and
+samples/. Any key of the config can be set as --config.<key>=<value>; moe_diffusion/defaults.py
+lists them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_diffusion import config as configs
+from moe_diffusion.data.pipeline import make_iterator
+from moe_diffusion.data.sources import open_source
+from moe_diffusion.diffusion.objectives import make_flow_loss
+from moe_diffusion.errors import UserError, exits_on_user_error
+from moe_diffusion.evaluation.figures import loss_curve
+from moe_diffusion.evaluation.generate import SampleHook
+from moe_diffusion.models import build
+from moe_diffusion.models.accounting import parameter_counts, table
+from moe_diffusion.parallel import distributed
+from moe_diffusion.training.loop import train
+
+
+def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains the config `spec` (see `config.load`) in `workdir`; returns what it came to."""
+    config = configs.load(spec, overrides)
+    source = open_source(config.data, config.model)
+    model = build(config.model, losses=sorted(config.loss_weights))
+    if distributed.is_main_process():
+        print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
+              f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip
+        print(table(parameter_counts(model)), flush=True)
+    with contextlib.ExitStack() as stack:
+
+        def open_iterator():
+            if config.data.batch_size % jax.process_count():
+                raise UserError(
+                    f"data.batch_size = {config.data.batch_size} cannot be split over "
+                    f"{jax.process_count()} processes: make it a multiple"
+                )
+            iterator = make_iterator(
+                source,
+                config.data,
+                seed=config.seed,
+                batch_size_per_process=config.data.batch_size // jax.process_count(),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            return stack.enter_context(contextlib.closing(iterator))
+
+        hooks = [SampleHook(config, model, workdir)]
+        loss_fn = make_flow_loss(model, config)
+        state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks)
+    metrics = Path(workdir) / "metrics.jsonl"
+    if distributed.is_main_process() and metrics.exists() and metrics.stat().st_size:
+        loss_curve(metrics, Path(workdir) / "loss.png")
+    return {"step": int(state.step), "num_steps": config.train.num_steps, "workdir": workdir}
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    description, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_diffusion.train",
+        description=description,
+        epilog="examples:\n" + rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = partial(parser.add_argument, required=True, metavar="")
+    add("--config", help="config file, with arguments: configs/digits.py:router=dense")
+    add("--workdir", help="folder of the run; made if missing, resumed if not")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
+    args, overrides = parser.parse_known_args(argv)
+    unknown = [text for text in overrides if not text.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}; a config key is set as --config.key=value")
+    distributed.initialize()
+    result = run(args.config, args.workdir, overrides)
+    if args.json and distributed.is_main_process():
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A run: state, optimizer, step, loop, checkpoints, metrics."""

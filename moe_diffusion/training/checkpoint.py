@@ -1,0 +1,218 @@
+"""Checkpoints of a run: `workdir/checkpoints/<step>/{state,data}`.
+
+`state` is the TrainState (orbax, every process writes its own shards), `data` the state of the data
+iterator (JSON). A checkpoint is written under a temporary name and renamed when it is whole, so
+what a killed process leaves behind is never taken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.training.state import TrainState
+
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run.
+
+    keep_last of the newest are kept, and for ever those whose step is a multiple of keep_every
+    (0 = none). With asynchronous, `save` returns once the state is copied to host memory.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, checkpoint_config: Any):
+        self.folder = _folder(workdir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_main_process():
+            for leftover in self.folder.glob(_UNFINISHED):
+                leftover.rmtree()
+        keep = [checkpoint_managers.LatestN(checkpoint_config.keep_last)]
+        if checkpoint_config.keep_every:
+            keep.append(checkpoint_managers.EveryNSteps(checkpoint_config.keep_every))
+        self._manager = _open(
+            self.folder,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+            enable_async_checkpointing=checkpoint_config.asynchronous,
+        )
+
+    def newest(self) -> epath.Path | None:
+        """Folder of the newest checkpoint, also while it is being written; None without one."""
+        step = self._manager.latest_step()
+        return None if step is None else self.folder / str(step)
+
+    def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> None:
+        """Saves, unless a checkpoint of this step exists. Raises UserError if writing fails."""
+        if step == self._manager.latest_step():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data_state))
+        )
+        try:
+            self._manager.save(step, args=items)
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from error
+
+    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restores the newest checkpoint: the state and the data iterator's state.
+
+        Args:
+          target: TrainState of ShapeDtypeStructs with shardings.
+
+        Raises:
+          UserError: the checkpoint is damaged or belongs to another model. Nothing is deleted.
+        """
+        step = self._manager.latest_step()
+        args = ocp.args.Composite(state=_restore_args(target), data=ocp.args.JsonRestore())
+
+        def read() -> tuple[TrainState, dict[str, Any]]:
+            items = self._manager.restore(step, args=args)
+            if int(items.state.step) != step or not isinstance(items.data, dict):
+                raise ValueError("its content is that of another step")
+            return items.state, items.data
+
+        return _read(read, self.folder, step, self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Waits until what was saved is whole on disk. Raises UserError if writing failed."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Waits as `wait` does and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _cannot_write(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:300]
+        return UserError(
+            f"a checkpoint could not be written to {self.folder} ({reason}): make room or mend the "
+            "access, then run the same command again to resume"
+        )
+
+
+def restore_for_inference(
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    ema: str | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> tuple[Any, Any, int]:
+    """Reads (params, router_state, step) and nothing else of a checkpoint.
+
+    Args:
+      step: None reads the newest.
+      ema: decay of an average as text ("0.9999"); None reads the live weights.
+      sharding: of every array; None puts them on the first device.
+
+    Raises:
+      UserError: no such checkpoint or average, or a damaged checkpoint.
+    """
+    folder = _folder(workdir)
+    if not folder.is_dir():
+        raise UserError(f"{workdir} holds no checkpoints: train into it first, or name another")
+    manager = _open(folder)
+    try:
+        steps = sorted(manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            raise UserError(
+                f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; "
+                f"it has: {', '.join(map(str, steps)) or 'none'}"
+            )
+        step = steps[-1] if step is None else step
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return _read(partial(_read_weights, manager, step, ema, sharding), folder, step, steps)
+    finally:
+        manager.close()
+
+
+def _read_weights(
+    manager: ocp.CheckpointManager, step: int, ema: str | None, sharding: jax.sharding.Sharding
+) -> tuple[Any, Any, int]:
+    stored = dict(manager.item_metadata(step).state.tree)
+    wanted = {name: stored[name] for name in ("step", "params", "router_state")}
+    if ema is not None:
+        if ema not in stored["emas"]:
+            raise UserError(
+                f"the run keeps no average of decay {ema}; it keeps: "
+                f"{', '.join(stored['emas']) or 'none'}"
+            )
+        del wanted["params"]
+        wanted["emas"] = {ema: stored["emas"][ema]}
+    target = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), wanted
+    )
+    args = ocp.args.Composite(state=_restore_args(target, partial_restore=True))
+    state = manager.restore(step, args=args).state
+    if ema is None:
+        return state["params"], state["router_state"], int(state["step"])
+    average = state["emas"][ema]
+    router_state = average["router_state"] or state["router_state"]  # {}: left to the live one
+    return average["params"], router_state, int(state["step"])
+
+
+def _folder(workdir: str | os.PathLike) -> epath.Path:
+    remote = "://" in os.fspath(workdir)
+    return epath.Path(workdir if remote else os.path.abspath(workdir)) / "checkpoints"
+
+
+def _open(folder: epath.Path, **options: Any) -> ocp.CheckpointManager:
+    # Beside the error that orbax raises, asyncio logs one for every array.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    return ocp.CheckpointManager(
+        folder,
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(create=False, save_root_metadata=False, **options),
+    )
+
+
+def _restore_args(target: Any, **options: Any) -> ocp.args.PyTreeRestore:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(item=target, restore_args=restore_args, **options)
+
+
+def _read(read: Callable[[], Any], folder: epath.Path, step: int, steps: list[int]) -> Any:
+    """read(), or a UserError about checkpoint `step`, whatever a damaged file makes orbax raise.
+
+    When one array cannot be read, orbax drops the reads of all others, and each prints a traceback
+    when it ends or is collected. That is silenced, also after a failure, which ends the program
+    anyhow; and the error has no cause, which would keep them alive until the program exits.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    reason = ""
+    try:
+        return read()
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    finally:
+        if not reason:
+            sys.unraisablehook = hook
+    gc.collect()
+    older = [other for other in steps if other < step]
+    raise UserError(
+        f"checkpoint {folder / str(step)} is damaged or of another model ({reason}): "
+        "use the code and config that wrote it, or delete that folder to fall back on "
+        f"{f'step {max(older)}' if older else 'a fresh start'}"
+    )

@@ -1,0 +1,287 @@
+"""The training loop, read from top to bottom. Every kind of training is this loop with its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from moe_diffusion import config as configs
+from moe_diffusion.errors import UserError
+from moe_diffusion.parallel import rules
+from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.training.checkpoint import Checkpointer
+from moe_diffusion.training.logging import MetricWriter, Progress
+from moe_diffusion.training.optim import make_optimizer, make_schedule
+from moe_diffusion.training.state import TrainState, abstract_state, create_state
+from moe_diffusion.training.step import Metrics, TrainStep, make_train_step
+
+Hook = Callable[[int, TrainState], "dict[str, np.ndarray] | None"]
+
+
+def train(
+    config: ConfigDict,
+    model: nn.Module,
+    loss_fn: Callable,
+    iterator_fn: Callable[[], Any],
+    workdir: str | os.PathLike,
+    *,
+    hooks: Sequence[Hook] = (),
+) -> TrainState:
+    """Trains until step `config.train.num_steps`; called again on the same workdir, it resumes.
+
+    Step n is a function of the state, batch n and fold_in(key(config.seed), n), so an interrupted
+    run ends with the numbers of an undisturbed one. SIGTERM or SIGINT saves and returns early.
+
+    Args:
+      model: as `models.build` makes it: `init`, `update_router_state`, `image_size`, `channels`.
+      loss_fn: see `step.make_train_step`.
+      iterator_fn: makes this process's iterator over batches of numpy arrays [B, ...], where all
+        processes' batches together are `data.batch_size` images; with `get_state() -> dict` (JSON,
+        the same on every process), `set_state` and `close`; see `data.pipeline`.
+      hooks: called as hook(step, state) every `train.sample_every` steps on every process; may
+        return images for TensorBoard, name -> [H, W, C].
+
+    Returns:
+      The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
+
+    Raises:
+      UserError: before anything is written if config, workdir, devices or checkpoint do not fit;
+        later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
+    """
+    _check(config, workdir)
+    _use_compile_cache(config.compile_cache)
+    mesh = make_mesh(config.parallel)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(jax.set_mesh(mesh))
+        iterator = iterator_fn()
+        stack.callback(iterator.close)
+        checkpoints = Checkpointer(workdir, config.checkpoint)
+        stack.callback(checkpoints.close)
+        state, train_step = _restore_or_create(config, model, loss_fn, mesh, checkpoints, iterator)
+        start, num_steps = int(state.step), config.train.num_steps
+        progress = Progress(start, num_steps, config.data.batch_size)
+        stack.callback(progress.close)
+        if start >= num_steps:
+            progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
+            return state
+
+        key = jax.random.key(config.seed)
+        place = partial(_to_device, mesh=mesh, accumulate=config.optim.accumulate)
+        batch = place(next(iterator))
+        jax.eval_shape(train_step, state, batch, key)  # a wrong loss fails here, nothing written
+        writer = _open_workdir(config, workdir, start)
+        stack.callback(writer.close)
+        progress.write(
+            f"{'resuming after' if start else 'starting at'} step {start} of {num_steps}"
+        )
+        monitor = Monitor(config.train, writer, progress, checkpoints)
+        for step in range(start + 1, num_steps + 1):
+            state, metrics = train_step(state, batch, key)
+            monitor.follow(step, metrics)
+            stopping = stop.requested(step)
+            if step % config.checkpoint.every == 0 or step == num_steps or stopping:
+                monitor.finish()  # raises before a state past a bad step is saved
+                with progress.paused():
+                    checkpoints.save(step, state, iterator.get_state())
+            if stopping:
+                checkpoints.wait()
+                progress.write(
+                    f"stopped by {stop.name} after step {step} of {num_steps}, which is saved; "
+                    "run the same command again to resume"
+                )
+                break
+            if config.train.sample_every and step % config.train.sample_every == 0:
+                monitor.finish()
+                with progress.paused():
+                    for hook in hooks:
+                        writer.write_images(step, hook(step, state) or {})
+            if step < num_steps:
+                # Not before the checkpoint, which keeps the iterator where batch step + 1 begins.
+                # The device is still busy with this step.
+                batch = place(next(iterator))
+        return state
+
+
+class Monitor:
+    """Reports a step once the next is under way, so that the device never waits for the host."""
+
+    def __init__(
+        self,
+        train_config: ConfigDict,
+        writer: MetricWriter,
+        progress: Progress,
+        checkpoints: Checkpointer,
+    ):
+        self._config = train_config
+        self._writer = writer
+        self._progress = progress
+        self._checkpoints = checkpoints
+        self._pending: tuple[int, Metrics] | None = None
+
+    def follow(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that has just been started and finishes the one before."""
+        self.finish()
+        self._pending = (step, metrics)
+
+    def finish(self) -> None:
+        """Waits for the step that is under way and reports it. Raises UserError if it failed."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        if not metrics["finite"]:
+            self._complain(step, metrics)
+        self._progress.update(step)
+        if step % self._config.log_every == 0 or step == self._config.num_steps:
+            values = jax.device_get({k: v for k, v in metrics.items() if k != "finite"})
+            loss = float(values.pop("loss"))
+            rate = self._progress.report(step, loss)
+            self._writer.write_scalars(step, {"loss": loss, **values, "images_per_sec": rate})
+
+    def _complain(self, step: int, metrics: Metrics) -> None:
+        values = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
+        if not self._config.stop_on_nan:
+            self._progress.write(f"step {step}: {values}; this step is skipped")
+            return
+        self._checkpoints.wait()
+        raise UserError(
+            f"training stopped at step {step}: {values}. Last good checkpoint: "
+            f"{self._checkpoints.newest() or 'none yet'}. Resume with train.stop_on_nan=false to "
+            "skip such steps, or start anew with a lower optim.learning_rate or optim.clip_norm=1"
+        )
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a question; a second signal ends the process as usual.
+
+    With several processes only SIGTERM counts, and jax's preemption service, which listens to it,
+    makes them stop at the same step, whichever of them is told.
+    """
+
+    name = "SIGTERM"
+
+    def __enter__(self) -> StopSignal:
+        self._received = False
+        self._previous = {}
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, _: Any) -> None:
+        self._received = True
+        self.name = signal.Signals(number).name
+        self.__exit__()
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; every process must ask at every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+
+def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Raises a UserError for what would fail later; writes nothing."""
+    configs.validate_devices(config, jax.device_count())
+    folder = epath.Path(workdir)
+    if (folder / "config.json").exists():
+        differences = configs.compare(configs.load_json(folder / "config.json"), config)
+        if differences:
+            raise UserError(
+                f"{workdir} belongs to a run with another config ({'; '.join(differences)}): "
+                "choose another workdir, or set these back to resume"
+            )
+    if "://" not in os.fspath(workdir):
+        existing = Path(workdir).absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise UserError(f"cannot write to {existing}: choose another workdir")
+
+
+def _use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs between runs: in `folder`, "" the default one, "off" nowhere."""
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif folder or jax.config.jax_compilation_cache_dir is None:
+        default = Path.home() / ".cache" / "moe_diffusion" / "jax"
+        jax.config.update("jax_compilation_cache_dir", folder or str(default))
+
+
+def _restore_or_create(
+    config: ConfigDict,
+    model: nn.Module,
+    loss_fn: Callable,
+    mesh: Mesh,
+    checkpoints: Checkpointer,
+    iterator: Any,
+) -> tuple[TrainState, TrainStep]:
+    """The state of the newest checkpoint, with the iterator set to match, or a new one."""
+    preset = config.parallel.preset
+    optimizer = make_optimizer(config.optim)
+    shapes, axes = abstract_state(model, optimizer, config)
+    shardings = rules.state_shardings(mesh, preset, shapes, axes)
+    if checkpoints.newest() is None:
+        state = create_state(model, optimizer, config, mesh, config.seed)
+    else:
+        target = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+        state, data_state = checkpoints.restore(target)
+        iterator.set_state(data_state)
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        make_schedule(config.optim, config.train.num_steps),
+        config,
+        model.update_router_state,
+        shardings,
+        rules.update_shardings(mesh, preset, shapes.params, axes),
+    )
+    return state, train_step
+
+
+def _open_workdir(config: ConfigDict, workdir: str | os.PathLike, start: int) -> MetricWriter:
+    if is_main_process():
+        configs.save_json(config, epath.Path(workdir) / "config.json")
+    writer = MetricWriter(workdir, start)
+    writer.write_hparams(config.to_dict())
+    return writer
+
+
+def _to_device(batch: Any, mesh: Mesh, accumulate: int) -> Any:
+    """This process's part [b, ...] of a batch becomes its part of [B, ...] or [A, B / A, ...].
+
+    Micro-batch i takes every A-th image from the i-th on, cut on the host: no array moves between
+    devices, and the number of processes does not change which images are together.
+    """
+    sharding = rules.batch_sharding(mesh, accumulate > 1)
+
+    def place(array: np.ndarray) -> jax.Array:
+        if accumulate > 1:
+            array = array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree.map(place, batch)

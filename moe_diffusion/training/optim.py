@@ -1,0 +1,111 @@
+"""AdamW, its schedule, clipping and the moving averages of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+def make_schedule(optim_config: Any, num_steps: int) -> optax.Schedule:
+    """Learning rate of step n (0, 1, ...): linear warm-up from 0, then constant or a half cosine.
+
+    The cosine ends at zero after `num_steps`. With a warm-up, step 0 has rate 0.
+    """
+    peak, warmup = optim_config.learning_rate, optim_config.warmup_steps
+    if optim_config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup))
+    else:
+        after = optax.constant_schedule(peak)
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(optim_config: Any) -> optax.GradientTransformation:
+    """torch.optim.AdamW (1711.05101, Algorithm 2) before the multiplication by the learning rate.
+
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        (step n = 1, 2, ...)
+        u = m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay p
+
+    The training step subtracts rate * u. `decay_mask` "matrices" spares biases, scales and vectors.
+    """
+    return optax.chain(
+        optax.scale_by_adam(optim_config.b1, optim_config.b2, optim_config.eps),
+        optax.add_decayed_weights(
+            optim_config.weight_decay,
+            mask=_matrices if optim_config.decay_mask == "matrices" else None,
+        ),
+    )
+
+
+def _matrices(params: Tree) -> Tree:
+    """True for what has two axes or more in one layer and is no bias (JiT's parameter groups)."""
+
+    def is_matrix(path: tuple, param: jax.Array) -> bool:
+        is_stacked = path[0].key.startswith("layers_")  # scanned layers: one more axis
+        return param.ndim - is_stacked > 1 and not path[-1].key.endswith(("bias", "scale"))
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    """What torch's clip_grad_norm_ multiplies gradients by: min(1, max_norm / (norm + 1e-6))."""
+    if max_norm == 0:
+        return jnp.float32(1.0)
+    return jnp.minimum(1.0, max_norm / (norm + 1e-6))
+
+
+def init_emas(params: Tree, router_state: Tree, ema_config: Any) -> dict[str, dict[str, Tree]]:
+    """One average per decay, by its text ("0.9999"), that starts at the given values.
+
+    With `ema_config.router_state == "live"` an average has no router state of its own.
+    """
+    own = {} if ema_config.router_state == "live" else router_state
+    return {
+        str(decay): {
+            "params": jax.tree.map(jnp.copy, params),
+            "router_state": jax.tree.map(jnp.copy, own),
+        }
+        for decay in ema_config.decays
+    }
+
+
+def update_emas(
+    emas: Mapping[str, Mapping[str, Tree]],
+    params: Tree,
+    router_state: Tree,
+    step: jax.Array,
+    ema_config: Any,
+) -> dict[str, dict[str, Tree]]:
+    """average = d average + (1 - d) value, with the values after optimizer step `step` (0, 1, ...).
+
+    d is the decay or, with `warmup`, at most (1 + step) / (10 + step). The router's state is
+    averaged likewise ("average"), taken over ("copy") or left to the live one ("live").
+    """
+
+    def update(name: str) -> dict[str, Tree]:
+        weight = 1 - float(name)  # in double precision: 1 - f32(0.9999) is 2e-4 off
+        if ema_config.warmup:
+            weight = jnp.maximum(weight, 9 / (10 + step))
+
+        def average(old: Tree, new: Tree) -> Tree:
+            return jax.tree.map(lambda a, b: a + weight * (b - a), old, new)
+
+        own = emas[name]["router_state"]
+        mode = ema_config.router_state
+        return {
+            "params": average(emas[name]["params"], params),
+            "router_state": average(own, router_state)
+            if mode == "average"
+            else router_state
+            if mode == "copy"
+            else own,
+        }
+
+    return {name: update(name) for name in emas}

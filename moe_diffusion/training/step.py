@@ -1,0 +1,107 @@
+"""One optimizer step as one compiled program: gradients, clipping, update, averages, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_diffusion.training.optim import clip_factor, update_emas
+from moe_diffusion.training.state import TrainState
+
+Tree = Any
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: Any,
+    update_router_state: Callable[[Tree, Tree], Tree],
+    shardings: TrainState | None = None,
+    update_shardings: Tree | None = None,
+) -> TrainStep:
+    """Compiles step(state, batch, key) -> (state, metrics); the given state is consumed.
+
+    batch: leaves [B, ...] or, with optim.accumulate = A > 1, [A, B / A, ...], micro-batches first.
+    key: of the run. Micro-batch i of step n draws from fold_in(fold_in(key, n), i).
+    metrics: what the loss returns (mean over micro-batches), "loss", "grad_norm" (before
+      clipping), "learning_rate" and "finite": whether loss and gradient are. If they are not, the
+      new state is the old one but for `step`, so that one bad batch cannot ruin a run.
+
+    Args:
+      loss_fn: (params, router_state, batch, key) -> (loss, aux with `metrics`, `router_stats`).
+      optimizer: makes updates that are multiplied by -schedule(step) and added to the params.
+      config: reads `optim.accumulate`, `optim.accumulate_reduce`, `optim.clip_norm` and `ema`.
+      update_router_state: (router_state, mean router_stats of the micro-batches) -> router_state.
+      shardings: of the state, kept from step to step.
+      update_shardings: of the gradients, which says where each part of the update is computed
+        (`zero1`: on the device that keeps the moments, after which the params are gathered).
+    """
+    optim = config.optim
+
+    def gradients(state: TrainState, batch: Tree, key: jax.Array):
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, aux), grads = grad_fn(state.params, state.router_state, batch, key)
+        metrics = {"loss": loss, **aux.metrics}
+        return _constrain(grads, update_shardings), metrics, aux.router_stats
+
+    def apply(state: TrainState, grads: Tree, router_stats: Tree, factor: jax.Array) -> TrainState:
+        rate = schedule(state.step)
+        grads = jax.tree.map(lambda g: factor * g, grads)
+        params = _constrain(state.params, update_shardings)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        router_state = update_router_state(state.router_state, router_stats)
+        emas = update_emas(state.emas, params, router_state, state.step, config.ema)
+        return state.replace(
+            params=params, router_state=router_state, emas=emas, opt_state=opt_state
+        )
+
+    def train_step(state: TrainState, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        if optim.accumulate == 1:
+            grads, metrics, stats = gradients(state, batch, jax.random.fold_in(key, 0))
+        else:
+            grads, metrics, stats = _accumulate(gradients, state, batch, key, optim.accumulate)
+        mean = 1 / optim.accumulate if optim.accumulate_reduce == "mean" else 1.0
+        grad_norm = mean * optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        factor = mean * clip_factor(grad_norm, optim.clip_norm)
+        learning_rate = jnp.float32(schedule(state.step))
+        # Not a select: its two readers of every old array would each cost XLA:CPU a copy.
+        state = jax.lax.cond(finite, apply, lambda state, *_: state, state, grads, stats, factor)
+        state = state.replace(step=state.step + 1)
+        extra = {"grad_norm": grad_norm, "learning_rate": learning_rate, "finite": finite}
+        return state, metrics | extra
+
+    out_shardings = None if shardings is None else (shardings, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _accumulate(
+    gradients: Callable, state: TrainState, batch: Tree, key: jax.Array, expected: int
+) -> tuple[Tree, Metrics, Tree]:
+    """Sum of the micro-batches' gradients; mean of their metrics and router statistics."""
+    num = jax.tree.leaves(batch)[0].shape[0]
+    if num != expected:
+        raise ValueError(f"the batch holds {num} micro-batches, optim.accumulate is {expected}")
+
+    def body(total: Tree, inputs: tuple[jax.Array, Tree]):
+        index, micro_batch = inputs
+        grads, metrics, stats = gradients(state, micro_batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, grads), (metrics, stats)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, reports = jax.lax.scan(body, zeros, (jnp.arange(num), batch))
+    metrics, stats = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
+    return grads, metrics, stats
+
+
+def _constrain(tree: Tree, shardings: Tree | None) -> Tree:
+    return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)

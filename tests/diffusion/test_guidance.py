@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_diffusion.diffusion import guidance
+
+NULL = 10
+X, LABEL = jnp.zeros((2, 1, 1, 4)), jnp.array([1, 2])
+
+
+def by_label(x, t, label):
+    """The label itself: conditional 1 and 2, unconditional 10."""
+    return x + label[:, None, None, None]
+
+
+def run(t=0.5, **options):
+    guided = guidance.guide(by_label, NULL, options.pop("scale", 3.0), **options)
+    return np.asarray(guided(X, jnp.float32(t), LABEL))[:, 0, 0]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_formula(joint):
+    # 10 + 3 * (1 - 10) = -17 and 10 + 3 * (2 - 10) = -14
+    np.testing.assert_allclose(run(joint=joint), [[-17] * 4, [-14] * 4])
+
+
+def test_some_channels():
+    np.testing.assert_allclose(run(channels=3), [[-17] * 3 + [1], [-14] * 3 + [2]])
+
+
+def test_scale_1_costs_nothing():
+    assert guidance.guide(by_label, NULL, 1.0, interval=(0.2, 0.3), joint=True) is by_label
+
+
+@pytest.mark.parametrize(
+    "interval, t, guided",
+    [
+        ((0.2, 0.8), 0.5, True),
+        ((0.2, 0.8), 0.1, False),
+        ((0.2, 0.8), 0.9, False),
+        ((0.25, 0.75), 0.25, False),  # strict at both ends
+        ((0.25, 0.75), 0.75, False),
+        ((0.0, 1.0), 0.0, True),  # 0 and 1 are no bounds
+        ((0.0, 1.0), 1.0, True),
+        ((0.0, 0.5), 0.0, True),
+        ((0.5, 1.0), 1.0, True),
+    ],
+)
+def test_interval(interval, t, guided):
+    np.testing.assert_allclose(run(t, interval=interval)[0, 0], -17 if guided else 1)
+
+
+def test_no_unconditional_pass_outside_the_interval():
+    seen = []
+
+    def velocity(x, t, label):
+        jax.debug.callback(lambda value: seen.append(int(value[0])), label)
+        return by_label(x, t, label)
+
+    guided = jax.jit(guidance.guide(velocity, NULL, 3.0, interval=(0.2, 0.8)))
+    guided(X, jnp.float32(0.1), LABEL).block_until_ready()
+    jax.effects_barrier()
+    assert seen == [1]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_diffusion import config as config_lib
+from moe_diffusion.diffusion import objectives
+from moe_diffusion.errors import UserError
+
+B, NULL = 6, 4
+IMAGE = np.random.default_rng(0).normal(size=(B, 2, 2, 3)).astype(np.float32)
+BATCH = {"image": IMAGE, "label": jnp.array([0, 1, 2, 3, 0, 1])}
+DRAWS = objectives.Draws(
+    t=np.linspace(0, 1, B, dtype=np.float32),
+    noise=np.random.default_rng(1).normal(size=IMAGE.shape).astype(np.float32),
+    drop_uniform=jnp.array([0.05, 0.3, 0.09, 0.1, 0.9, 0.5]),
+)
+
+
+class Echo(nn.Module):
+    """Twice the channels: the label in the first half, nonsense in the second. Two layers sow."""
+
+    num_classes: int = NULL
+
+    @nn.compact
+    def __call__(self, x, t, y, train):
+        assert train
+        bias = self.param("bias", nn.initializers.zeros, ())
+        for collection, name, values in (
+            ("losses", "balance", [1.0, 2.0]),
+            ("metrics", "load_max", [1.0, 2.0]),
+            ("router_stats", "load", [5.0, 6.0]),
+        ):
+            self.sow(collection, name, jnp.array(values), lambda _, new: new, lambda: None)
+        v = jnp.broadcast_to((y + bias)[:, None, None, None], x.shape)
+        return jnp.concatenate([v, jnp.full_like(v, jnp.nan)], axis=-1)
+
+
+def evaluate(**changes):
+    options = {"label_dropout": 0.1, "loss_weights": {"balance": 0.5}} | changes
+    params = {"bias": jnp.float32(0)}
+    return objectives.flow_loss(Echo(), params, {}, BATCH, DRAWS, **options)
+
+
+def test_by_hand():
+    loss, aux = evaluate()
+    label = np.array([NULL, 1, NULL, 3, 0, 1])  # dropped where the uniform is below 0.1, strictly
+    errors = (label[:, None, None, None] - (IMAGE - DRAWS.noise)) ** 2
+    mse = np.mean([error.mean() for error in errors])
+    np.testing.assert_allclose(aux.metrics["mse"], mse, rtol=1e-6)
+    np.testing.assert_allclose(aux.metrics["balance"], 3.0)  # sum over the layers, unweighted
+    np.testing.assert_allclose(aux.metrics["load_max"], 1.5)  # mean over the layers
+    np.testing.assert_allclose(loss, mse + 1.5, rtol=1e-6)
+    assert aux.metrics["loss"] is loss
+    np.testing.assert_array_equal(aux.router_stats["load"], [5.0, 6.0])
+
+
+def test_loss_names_must_match():
+    with pytest.raises(UserError, match="balance"):
+        evaluate(loss_weights={})
+    with pytest.raises(UserError, match="capacity"):
+        evaluate(loss_weights={"balance": 1.0, "capacity": 1.0})
+
+
+def test_draws():
+    draws = objectives.draw(jax.random.key(0), IMAGE)
+    assert (draws.t.shape, draws.noise.shape) == ((B,), IMAGE.shape)
+    again, other = (objectives.draw(jax.random.key(seed), IMAGE) for seed in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, draws, again)
+    assert (draws.t != other.t).all() and (draws.t != draws.drop_uniform).all()
+
+
+def test_loss_of_a_config():
+    config = config_lib.default()
+    config.loss_weights = {"balance": 0.5}
+    config.diffusion.update(time_sampling="logit_normal", label_dropout=1.0)
+    loss_fn = jax.jit(objectives.make_flow_loss(Echo(), config))
+    params, key = {"bias": jnp.float32(0)}, jax.random.key(3)
+    loss, aux = loss_fn(params, {}, BATCH, key)
+    draws = objectives.draw(key, IMAGE, time_sampling="logit_normal")
+    expected, _ = objectives.flow_loss(
+        Echo(), params, {}, BATCH, draws, label_dropout=1.0, loss_weights={"balance": 0.5}
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert set(aux.metrics) == {"loss", "mse", "balance", "load_max"}

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from moe_diffusion.diffusion import paths
+from moe_diffusion.errors import UserError
+
+
+def test_interpolate_by_hand():
+    data, noise = np.full((2, 1, 1, 3), 4.0), np.full((2, 1, 1, 3), -2.0)
+    x_t = paths.interpolate(data, noise, np.array([0.0, 0.5]))
+    np.testing.assert_allclose(x_t[0], -2.0)  # t=0 is noise
+    np.testing.assert_allclose(x_t[1], 1.0)
+
+
+def test_velocity_is_the_derivative_of_the_path():
+    rng = np.random.default_rng(0)
+    data, noise = rng.normal(size=(2, 3, 4, 4, 2))
+    t = np.array([0.1, 0.4, 0.9])
+    _, derivative = jax.jvp(lambda t: paths.interpolate(data, noise, t), (t,), (np.ones_like(t),))
+    np.testing.assert_allclose(derivative, paths.velocity(data, noise), rtol=1e-5)
+
+
+def test_uniform_times():
+    t = np.asarray(paths.sample_time(jax.random.key(0), (4096,), "uniform"))
+    assert 0 <= t.min() and t.max() < 1
+    np.testing.assert_allclose(np.quantile(t, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
+
+
+def test_logit_normal_times():
+    t = np.asarray(paths.sample_time(jax.random.key(0), (4096,), "logit_normal", -0.8, 0.8))
+    logit = np.log(t / (1 - t))
+    np.testing.assert_allclose([logit.mean(), logit.std()], [-0.8, 0.8], atol=0.05)
+
+
+def test_unknown_time_sampling():
+    with pytest.raises(UserError, match="time_sampling is 'cosine'"):
+        paths.sample_time(jax.random.key(0), (1,), "cosine")

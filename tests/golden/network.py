@@ -1,0 +1,172 @@
+"""Checks of one network: evaluation, guidance, a training forward with its losses and gradients."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_diffusion import interop
+from moe_diffusion.diffusion import guidance, objectives
+from moe_diffusion.interop import keymap
+from moe_diffusion.moe import losses
+
+from . import probe
+
+
+def check(case, family: str) -> None:
+    """All stored results of the case."""
+    model, variables = probe.build(case, family)
+    forward = probe.jit(functools.partial(probe.apply, model), static_argnums=4)
+    _check_eval(case, family, model, variables, forward)
+    if "out/forward_with_cfg" in case:
+        _check_guidance(case, model, variables, forward)
+    if "flow/xt" in case:
+        _check_flow(case, model, variables, forward)
+    if "train/x1" in case:
+        _check_capacity_training(case, family, model, variables, forward)
+    elif "train/cotangent" in case:
+        _check_training(case, family, model, variables)
+    elif "train/x" in case:
+        y = case.labels("train")
+        t = case["train/t"].astype(np.float32)
+        case.compare("out/train", forward(variables, case.image("train/x"), t, y, True)[0])
+    case.assert_all_compared()
+
+
+def _check_eval(case, family, model, variables, forward) -> None:
+    prefix, key = ("eval/", "out/eval") if "out/eval" in case else ("", "out/forward")
+    x, t = case.image("in/x"), case["in/t"].astype(np.float32)
+    output, sown = forward(variables, x, t, case["in/y"], False)
+    # SiT's own forward already drops the second half of the channels.
+    case.compare(key, output[..., : model.channels] if family == "sit" else output)
+    record = probe.Record(model, sown, len(x))
+    probe.compare_routing(case, record, prefix)
+    probe.compare_intermediates(case, record, prefix)
+
+
+def _check_guidance(case, model, variables, forward) -> None:
+    """`forward_with_cfg`: both halves in one pass, three channels guided, the rest as it is."""
+    key = "out/forward_with_cfg"
+    half = len(case["cfg/x"]) // 2
+    x, t, y = case.image("cfg/x")[:half], case["cfg/t"].astype(np.float32), case["cfg/y"]
+    assert (y[half:] == model.num_classes).all()
+    outputs = []
+
+    def velocity(both, _, labels):
+        outputs.append(forward(variables, both, t, labels, False)[0])
+        return outputs[0]
+
+    guide = guidance.guide(
+        velocity, model.num_classes, float(case["cfg/scale"]), channels=3, joint=True
+    )
+    conditional = guide(x, t[0], y[:half])
+    unconditional = jnp.concatenate([conditional[..., :3], outputs[0][half:, ..., 3:]], axis=-1)
+    both = jnp.concatenate([conditional, unconditional])
+    case.compare(key, both[..., : case[key].shape[1]])
+
+
+def _check_flow(case, model, variables, forward) -> None:
+    """SiT's velocity loss, per sample."""
+    image, noise, t = case.image("flow/x1"), case.image("flow/x0"), case["flow/t"]
+    output = forward(variables, case.image("flow/xt"), t, case["flow/y"], False)[0]
+    output = output[..., : model.channels]
+    case.compare("out/flow_pred", output)
+    case.compare("flow/loss", jnp.mean((output - (image - noise)) ** 2, axis=(1, 2, 3)))
+    loss, _ = objectives.flow_loss(
+        model,
+        variables["params"],
+        variables["router_state"],
+        {"image": image, "label": case["flow/y"]},
+        objectives.Draws(t, noise, jnp.ones(len(t))),
+        label_dropout=0.0,
+        loss_weights={},
+    )
+    np.testing.assert_allclose(loss, case["flow/loss"].mean(), rtol=1e-4)
+
+
+def _check_training(case, family, model, variables) -> None:
+    """TC-DiT and EC-DiT: a linear functional of the output plus the balance losses."""
+    weights = probe.loss_weights(case, family)
+    x, t, y = case.image("train/x"), case["train/t"], case.labels("train")
+    cotangent = case.image("train/cotangent")
+
+    def loss_fn(params):
+        output, sown = probe.apply(model, variables | {"params": params}, x, t, y, True)
+        main = jnp.mean(output * cotangent)
+        named = losses.sum_by_name(sown.get("losses", {}))
+        aux = losses.weigh(named, weights)
+        return main + aux, (output, sown, main, aux)
+
+    grad_fn = probe.jit(jax.grad(loss_fn, has_aux=True))
+    grads, (output, sown, main, aux) = grad_fn(variables["params"])
+    case.compare("out/train", output)
+    case.compare("train/loss_main", main)
+    record = probe.Record(model, sown, len(x))
+    probe.compare_routing(case, record, "train/")
+    probe.compare_intermediates(case, record, "train/")
+    if "train/aux_loss_total" in case:
+        case.compare("train/aux_loss_total", aux)
+        for key in (key for key in case.arrays if key.endswith("/aux_loss")):
+            block = int(key.split("/")[2].removeprefix("blocks."))
+            case.compare(key, 0.01 * record.sown("losses", block, "balance"))
+    if (case.path / "grads.safetensors").exists():
+        compare_grads(case, family, model, grads)
+
+
+def _check_capacity_training(case, family, model, variables, forward) -> None:
+    """DiffMoE: flow loss plus capacity BCE, pool masks, and the step of the thresholds."""
+    image, noise, t = case.image("train/x1"), case.image("train/z0"), case["train/t"]
+    y = case.labels("train")
+    output, sown = forward(variables, case.image("train/zt"), t, y, True)
+    case.compare("out/train", output)
+    residual = output[..., : model.channels] - (image - noise)
+    case.compare("train/mse", jnp.mean(residual**2, axis=(1, 2, 3)))
+
+    def loss_fn(params):
+        return objectives.flow_loss(
+            model,
+            params,
+            variables["router_state"],
+            {"image": image, "label": case["train/y"]},
+            objectives.Draws(t, noise, case["train/drop_uniform"]),
+            label_dropout=case.hparams["class_dropout_prob"],
+            loss_weights=probe.loss_weights(case, family),
+        )
+
+    (loss, aux), grads = probe.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+    case.compare("train/loss", loss)
+    case.compare("train/cp_loss", loss - aux.metrics["mse"])
+    compare_grads(case, family, model, grads)
+
+    record = probe.Record(model, sown, len(image))
+    probe.compare_routing(case, record, "train/")
+    probe.compare_intermediates(case, record, "train/")
+    before = thresholds(variables["router_state"], family, model)
+    after = model.update_router_state(variables["router_state"], aux.router_stats)
+    after = thresholds(after, family, model)
+    for block in case["train/layer_idx"]:
+        case.compare(
+            f"train/ones.{block}", record.gates(block)[0].reshape(case[f"train/ones.{block}"].shape)
+        )
+        case.compare(f"train/capacity_pred.{block}", record.capacity_logits(block))
+        bce = record.sown("losses", block, "capacity")
+        case.compare(f"train/Capacity_Pred_loss_{block}", bce)
+        case.compare(f"train/threshold_before.blocks.{block}", before[block])
+        case.compare(f"train/threshold_after.blocks.{block}", after[block])
+        quantile = (after[block] - 0.95 * before[block]) / 0.05
+        case.compare(f"train/router/blocks.{block}/quantile", quantile)
+
+
+def thresholds(router_state, family: str, model) -> dict[int, np.ndarray]:
+    """Block number -> DiffMoE's thresholds [E]."""
+    named = keymap.export_tree({"router_state": router_state}, interop.dit.FAMILIES[family], model)
+    return {int(key.split(".")[1]): value for key, value in named.items()}
+
+
+def compare_grads(case, family: str, model, grads) -> None:
+    """Every gradient under PyTorch's name. Frozen entries have none in the file."""
+    family = interop.dit.FAMILIES[family]
+    case.compare_tensors("grads", keymap.export_tree({"params": grads}, family, model))

@@ -1,0 +1,148 @@
+"""DiT as a whole: segments of layers, its start at zero, remat, precision, router state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_diffusion import config as configs
+from moe_diffusion.errors import UserError
+from moe_diffusion.models import build
+from moe_diffusion.models.dit import layer_segments, moe_pattern
+
+F, T = False, True
+
+
+@pytest.mark.parametrize(
+    ("pattern", "segments"),
+    [
+        ((F, T, F, T), (((F, T), 2),)),
+        ((F, F, T, T), (((F,), 2), ((T,), 2))),
+        ((F, T, F, T, F), (((F, T), 2), ((F,), 1))),
+        ((F, F, F, T, F, T), (((F,), 3), ((T,), 1), ((F,), 1), ((T,), 1))),
+        ((T,), (((T,), 1),)),
+        ((F,) * 5, (((F,), 5),)),
+    ],
+)
+def test_layer_segments_cover_the_pattern(pattern, segments):
+    found = layer_segments(pattern)
+    assert sum((period * repeats for period, repeats in found), ()) == pattern
+    if all(repeats > 1 or len(period) == 1 for period, repeats in segments):
+        assert found == segments
+
+
+def test_moe_pattern():
+    assert moe_pattern(4, interleave=True, skip_first=0) == (F, T, F, T)
+    assert moe_pattern(4, interleave=False, skip_first=2) == (F, F, T, T)
+    assert moe_pattern(6, interleave=True, skip_first=2) == (F, F, F, T, F, T)
+
+
+def tiny(router="token_choice", **overrides):
+    """A digits config shrunk to two blocks, with `model` keys overridden."""
+    keys = {"hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 2, "moe.hidden_size": 16}
+    keys |= {"moe.num_experts": 4, **overrides}
+    if router == "deepseek":
+        keys |= {"moe.shared_hidden_size": 16, "router.n_group": 2, "router.topk_group": 1}
+    text = [f"model.{key}={value}" for key, value in keys.items()]
+    return configs.load(f"configs/digits.py:router={router}", text)
+
+
+def inputs(batch=4):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(batch, 8, 8, 1)), jnp.float32)
+    t = jnp.asarray(rng.random(batch), jnp.float32)
+    return x, t, jnp.arange(batch, dtype=jnp.int32)
+
+
+def variables_of(model, scale=0.1):
+    """Initial variables with noise on everything, since a new DiT puts out zeros."""
+    variables = nn.meta.unbox(model.init(jax.random.key(0), *inputs(), False))
+    leaves, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+        leaf + scale * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    state = variables.get("router_state", {})
+    return {"params": jax.tree.unflatten(tree, noisy), "router_state": state}
+
+
+def test_a_new_model_puts_out_zeros():
+    config = tiny()
+    model = build(config.model)
+    variables = nn.meta.unbox(model.init(jax.random.key(0), *inputs(), False))
+    out = model.apply(variables, *inputs(), False)
+    assert out.shape == (4, 8, 8, 1) and out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, 0)
+
+
+def test_learn_sigma_doubles_the_channels():
+    model = build(tiny(learn_sigma="true").model)
+    variables = nn.meta.unbox(model.init(jax.random.key(0), *inputs(), False))
+    assert model.apply(variables, *inputs(), False).shape == (4, 8, 8, 2)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_number(remat):
+    plain, saving = (build(tiny(remat=kind).model) for kind in ("none", remat))
+    variables = variables_of(plain)
+
+    def gradients(model):
+        def loss(params):
+            return (model.apply(variables | {"params": params}, *inputs(), True) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradients(saving),
+        gradients(plain),
+    )
+
+
+def test_bfloat16_keeps_weights_and_output_in_float32():
+    # Token choice is discrete: a rounded token may meet another expert, so dense it is.
+    config = tiny("dense")
+    full, half = (build(tiny("dense", dtype=dtype).model) for dtype in ("float32", "bfloat16"))
+    variables = variables_of(full)
+    assert config.model.dtype == "float32"
+    expected, got = (m.apply(variables, *inputs(), False) for m in (full, half))
+    assert got.dtype == jnp.float32
+    assert 0 < jnp.abs(got - expected).max() < 0.05 * jnp.abs(expected).max()
+    initial = nn.meta.unbox(half.init(jax.random.key(0), *inputs(), False))
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice", "diffmoe", "deepseek"])
+def test_router_state_moves_only_by_its_rule(router):
+    config = tiny(router)
+    model = build(config.model, losses=sorted(config.loss_weights))
+    variables = variables_of(model)
+    out, sown = model.apply(
+        variables, *inputs(), True, mutable=["losses", "metrics", "router_stats"]
+    )
+    assert np.isfinite(out).all()
+    state = model.update_router_state(variables["router_state"], sown.get("router_stats", {}))
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(variables["router_state"]), jax.tree.leaves(state), strict=True
+        )
+    ]
+    assert changed == ([True] if router in ("diffmoe", "deepseek") else [])
+
+
+def test_the_null_label_has_its_own_row():
+    model = build(tiny().model)
+    variables = variables_of(model)
+    x, t, y = inputs()
+    null = jnp.full_like(y, model.num_classes)
+    assert not np.allclose(
+        model.apply(variables, x, t, y, False), model.apply(variables, x, t, null, False)
+    )
+
+
+def test_a_loss_the_router_does_not_have_is_an_error():
+    with pytest.raises(UserError, match="loss_weights.capacity: router 'token_choice' has no such"):
+        build(tiny().model, losses=["capacity"])

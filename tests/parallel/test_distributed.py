@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_diffusion.parallel import distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WORKER = """
+import sys, time
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+from moe_diffusion.parallel import distributed
+distributed.initialize()
+from moe_diffusion.training.loop import train
+from tests.training import toy
+
+workdir, steps, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+config = toy.make_config(
+    parallel__preset="fsdp", optim__accumulate=2, optim__eps=1e-3, train__num_steps=steps,
+    train__log_every=1, checkpoint__every=1000,
+)
+
+class Part(toy.Batches):
+    def __next__(self):
+        time.sleep(seconds)
+        size = self.batch_size // jax.process_count()
+        part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+        return {name: value[part] for name, value in super().__next__().items()}
+
+train(config, toy.Toy(), toy.loss_fn, lambda: Part(16), workdir)
+"""
+
+
+def test_a_single_host_needs_nothing(monkeypatch):
+    called = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: called.append(args))
+    distributed.initialize()
+    assert not called and distributed.is_main_process()
+
+
+@pytest.mark.parametrize(
+    "env,arguments",
+    [
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+            },
+            ("a:1", 2, 1),
+        ),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, ()),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ()),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ()),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ],
+)
+def test_clusters_are_recognised(monkeypatch, env, arguments):
+    called = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: called.append(args))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    assert called == ([] if arguments is None else [arguments])
+
+
+def start(workdir, processes, steps, seconds=0.0):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+    }
+    if processes > 1:
+        env |= cluster
+    command = [sys.executable, "-c", WORKER, str(workdir), str(steps), str(seconds)]
+    return [
+        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE)
+        for i in range(processes)
+    ]
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+    """SIGTERM to one of two: both save the same step, and one alone resumes with equal losses."""
+    pair = start(tmp_path / "run", 2, 500, seconds=0.1)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(tmp_path / "run")) < 2:
+        assert all(process.poll() is None for process in pair)
+        time.sleep(0.2)
+    pair[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=100)[0].decode() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert "stopped by SIGTERM after step" in outputs[0]
+    assert "stopped" not in outputs[1]  # only the main process speaks
+    stopped = max(losses(tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [str(stopped)]
+    for workdir in (tmp_path / "run", tmp_path / "alone"):
+        (process,) = start(workdir, 1, stopped + 3)
+        process.communicate(timeout=100)
+        assert process.returncode == 0
+    assert list(losses(tmp_path / "run")) == list(range(1, stopped + 4))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import jax
+import pytest
+
+from moe_diffusion.parallel.mesh import AXES, batch_axes, make_mesh, num_batch_shards
+from tests.training import toy
+
+
+@pytest.mark.parametrize("preset,axis", [("dp", "data"), ("zero1", "data"), ("fsdp", "fsdp")])
+def test_a_preset_gives_all_devices_to_one_axis(preset, axis):
+    mesh = make_mesh(toy.make_config(parallel__preset=preset).parallel)
+    assert mesh.axis_names == AXES
+    assert dict(mesh.shape) == {name: 8 if name == axis else 1 for name in AXES}
+    assert num_batch_shards(mesh) == 8
+
+
+def test_batch_shards_of_the_mesh_that_is_set():
+    mesh = make_mesh(toy.make_config().parallel, jax.devices()[:4])
+    assert (batch_axes(), num_batch_shards()) == ((), 1)
+    with jax.set_mesh(mesh):
+        shards = jax.jit(lambda: num_batch_shards())
+        assert int(shards()) == 4
+        assert batch_axes() == ("data", "fsdp")
+    assert int(jax.jit(lambda: num_batch_shards())()) == 1

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_diffusion.parallel import rules
+from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.training.optim import make_optimizer, make_schedule
+from moe_diffusion.training.state import abstract_state, create_state
+from moe_diffusion.training.step import make_train_step
+from tests.training import toy
+
+MODEL = toy.Toy()
+WHOLE = P(None, None)
+
+
+def make(preset, num_devices=8, **overrides):
+    config = toy.make_config(parallel__preset=preset, **overrides)
+    mesh = make_mesh(config.parallel, jax.devices()[:num_devices])
+    optimizer = make_optimizer(config.optim)
+    return config, mesh, optimizer, create_state(MODEL, optimizer, config, mesh, 0)
+
+
+@pytest.mark.parametrize(
+    "preset,of_params,of_moments",
+    [
+        ("dp", WHOLE, WHOLE),
+        ("zero1", WHOLE, P("data", None)),
+        ("fsdp", P("fsdp", None), P("fsdp", None)),
+    ],
+)
+def test_shardings_of_each_preset(preset, of_params, of_moments):
+    _, _, _, state = make(preset)
+    adam = state.opt_state[0]
+    assert state.params["up"]["kernel"].sharding.spec == of_params
+    for moments in (adam.mu, adam.nu, state.emas["0.9"]["params"], state.emas["0.5"]["params"]):
+        assert moments["up"]["kernel"].sharding.spec == of_moments
+        assert moments["odd"].sharding.spec == WHOLE  # 12 rows do not split over 8 devices
+    for replicated in (state.step, adam.count, state.router_state["bias"]):
+        assert replicated.sharding.is_fully_replicated
+    kernel = adam.mu["up"]["kernel"]
+    part = kernel.addressable_shards[0].data.size
+    assert part == kernel.size // (1 if of_moments == WHOLE else 8)
+
+
+def test_an_axis_is_used_once():
+    mesh = make_mesh(toy.make_config().parallel)
+    axes = {"kernel": ("embed", "embed")}
+    shapes = {"kernel": jax.ShapeDtypeStruct((16, 16), np.float32)}
+    assert rules.update_shardings(mesh, "zero1", shapes, axes)["kernel"].spec == P("data", None)
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    reference = make("dp", 1)[-1]
+    for preset in rules.PRESETS:
+        toy.assert_trees_equal(make(preset)[-1], reference)
+
+
+def run(preset, num_devices, accumulate):
+    config, mesh, optimizer, state = make(preset, num_devices, optim__accumulate=accumulate)
+    config.optim.eps = 1e-3  # else elements without gradient follow the sign of rounding errors
+    shapes, axes = abstract_state(MODEL, optimizer, config)
+    step = make_train_step(
+        toy.loss_fn,
+        optimizer,
+        make_schedule(config.optim, 10),
+        config,
+        MODEL.update_router_state,
+        rules.state_shardings(mesh, preset, shapes, axes),
+        rules.update_shardings(mesh, preset, shapes.params, axes),
+    )
+    before, losses = jax.tree.map(lambda x: x.sharding, state), []
+    with jax.set_mesh(mesh):
+        for number in range(4):
+            batch = toy.make_batch(number, 32)
+            if accumulate > 1:
+                batch = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            batch = jax.device_put(batch, rules.batch_sharding(mesh, accumulate > 1))
+            state, metrics = step(state, batch, jax.random.key(0))
+            losses.append(float(metrics["loss"]))
+    assert jax.tree.map(lambda x: x.sharding, state) == before
+    return losses, jax.device_get(state)
+
+
+@pytest.mark.parametrize("preset", rules.PRESETS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_same_numbers_on_1_and_on_8_devices(preset, accumulate):
+    losses, state = run(preset, 8, accumulate)
+    expected_losses, expected = run("dp", 1, accumulate)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    toy.assert_trees_close(state, expected, 1e-5)

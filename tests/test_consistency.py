@@ -1,0 +1,25 @@
+"""Lists that stand in two places, because config and validation import nothing else."""
+
+from moe_diffusion.data.pipeline import AUGMENTATIONS
+from moe_diffusion.kernels import mlp
+from moe_diffusion.models.blocks import ROPES
+from moe_diffusion.models.dit import REMAT
+from moe_diffusion.moe.dispatch import BACKENDS
+from moe_diffusion.moe.layer import SCOPES
+from moe_diffusion.moe.routers import INITIALIZERS, ROUTERS
+from moe_diffusion.validation import _CHOICES, LOSSES
+
+
+def test_choices_are_those_of_the_code():
+    assert _CHOICES["model.mlp"] == _CHOICES["model.moe.mlp"] == mlp.KINDS
+    assert _CHOICES["model.positions"] == ("sincos", *ROPES)
+    assert set(_CHOICES["model.remat"]) == {"none", *REMAT}
+    assert set(_CHOICES["model.moe.backend"]) == {"auto", *BACKENDS}
+    assert set(_CHOICES["model.router.name"]) == {"dense", *ROUTERS}
+    assert set(_CHOICES["model.router.kernel_init"]) == set(INITIALIZERS)
+    assert _CHOICES["model.router.scope"] == SCOPES
+    assert _CHOICES["data.augment"] == AUGMENTATIONS
+
+
+def test_losses_are_those_of_the_routers():
+    assert LOSSES == {"dense": ()} | {name: kind.provides for name, kind in ROUTERS.items()}

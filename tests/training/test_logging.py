@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moe_diffusion.training.logging import MetricWriter, Progress
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_scalars_go_to_both_files(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.write_scalars(1, {"loss": np.float32(0.5), "grad_norm": float("nan")})
+    writer.write_scalars(2, {"loss": 0.25})
+    writer.close()
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": 0.5, "grad_norm": None},
+        {"step": 2, "loss": 0.25},
+    ]
+    assert next(tmp_path.glob("events.out.tfevents.*")).stat().st_size > 0
+
+
+def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.write_scalars(1, {"loss": 1.0})
+    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+    writer.close()
+
+
+def test_a_resumed_run_drops_what_it_will_write_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lo')
+    writer = MetricWriter(tmp_path, step=2)
+    writer.write_scalars(3, {"loss": 1.0})
+    writer.close()
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    assert sorted(p.name for p in tmp_path.iterdir() if "events" not in p.name) == ["metrics.jsonl"]
+
+
+def test_a_line_without_its_end_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    MetricWriter(tmp_path, step=2).close()
+    assert lines(tmp_path) == [{"step": 1}]
+
+
+def test_images_texts_and_hparams(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.write_images(1, {"grid": np.zeros((8, 8, 3), np.uint8), "many": np.zeros((2, 8, 8, 1))})
+    writer.write_texts(1, {"note": "hello"})
+    writer.write_hparams({"optim": {"learning_rate": 1e-4}})
+    writer.flush()
+    writer.close()
+    events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
+    for name in (b"grid", b"many", b"hello", b"learning_rate"):
+        assert name in events
+
+
+def test_without_a_terminal_progress_prints_lines(capsys):
+    progress = Progress(10, 30, batch_size=4)
+    progress.update(11)
+    assert np.isnan(progress.report(11, 1.0))  # the time of the first step is compilation
+    with progress.paused():
+        time.sleep(0.3)
+    time.sleep(0.1)
+    progress.update(21)
+    rate = progress.report(21, 0.5)
+    assert rate == pytest.approx(400, rel=0.3)  # 10 steps of 4 images in 0.1 s
+    progress.write("note")
+    progress.close()
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "step 11/30: loss 1"
+    assert second.startswith("step 21/30: loss 0.5, ") and second.endswith("images/s, 00:00 left")
+    assert third == "note"
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(0, 4, batch_size=4)
+    for step in (1, 2, 3, 4):
+        progress.update(step)
+    progress.report(4, 0.5)
+    progress.close()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "4/4" in shown.err and "loss 0.5" in shown.err
