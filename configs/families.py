@@ -81,7 +81,7 @@ def digits(router: str, size: str) -> ConfigDict:
 
     model = config.model
     model.depth, model.hidden_size, model.num_heads = _DIGITS_SIZES[size]
-    model.image_size, model.channels, model.patch_size, model.num_classes = 8, 1, 1, 10
+    model.image_size, model.channels, model.patch_size, model.num_classes = 8, 1, 2, 10
     model.positions = "rope2d"
     model.moe.num_experts = 8
     model.moe.hidden_size = 2 * model.hidden_size
@@ -98,9 +98,10 @@ def digits(router: str, size: str) -> ConfigDict:
     config.optim.learning_rate = 1e-3
     config.optim.schedule, config.optim.warmup_steps = "cosine", 100
     config.ema.decays, config.ema.warmup = (0.999,), True
-    config.train.num_steps = 3000
-    config.train.sample_every = 1000
-    config.checkpoint.every = 1000
+    config.train.num_steps = 1500
+    config.train.sample_every = 500
+    config.checkpoint.every = 500
+    config.sampling.steps = 25
     return config
 
 

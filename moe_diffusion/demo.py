@@ -23,6 +23,7 @@ from moe_diffusion.errors import exits_on_user_error
 from moe_diffusion.evaluation.digits import DigitsJudge
 from moe_diffusion.evaluation.figures import image_grid, save_png
 from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
+from moe_diffusion.training.allocator import keep_freed_memory
 
 SAMPLES, COLUMNS = 1000, 12
 
@@ -30,6 +31,7 @@ SAMPLES, COLUMNS = 1000, 12
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
+    keep_freed_memory()
     description, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m moe_diffusion.demo",

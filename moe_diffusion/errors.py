@@ -1,10 +1,12 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and how command lines show it."""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -12,6 +14,15 @@ class UserError(ValueError):
 
     Raised before anything is written, so that bad input never loses data.
     """
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raises a UserError unless files can be written in `folder`, which need not exist yet."""
+    existing = Path(folder).absolute()
+    while not os.path.exists(existing):
+        existing = existing.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UserError(f"cannot write to {existing}: choose another folder")
 
 
 def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.errors import UserError, exits_on_user_error
+from moe_diffusion.errors import UserError, check_writable, exits_on_user_error
 from moe_diffusion.evaluation.figures import image_grid, save_png, save_pngs
 from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
 
@@ -82,6 +82,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"unknown argument {unknown[0]}; a config key is set as --config.key=value")
     if args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1")
+    for path in filter(None, (args.out, args.npz)):
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
+        check_writable(Path(path).parent)
+    if args.images:
+        check_writable(args.images)
     given = {"cfg": args.cfg, "sampler": args.sampler, "steps": args.steps}
     overrides += [f"sampling.{key}={value}" for key, value in given.items() if value is not None]
 

@@ -31,6 +31,7 @@ from moe_diffusion.evaluation.generate import SampleHook
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import parameter_counts, table
 from moe_diffusion.parallel import distributed
+from moe_diffusion.training.allocator import keep_freed_memory
 from moe_diffusion.training.loop import train
 
 
@@ -72,6 +73,7 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    keep_freed_memory()
     description, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m moe_diffusion.train",

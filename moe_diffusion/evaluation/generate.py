@@ -20,6 +20,7 @@ from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.figures import image_grid, save_png
 from moe_diffusion.models import build
+from moe_diffusion.models.accounting import abstract_variables
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.training.checkpoint import restore_for_inference
 from moe_diffusion.training.state import TrainState
@@ -46,7 +47,29 @@ def load_workdir(
     average = None if ema == "none" else ema
     params, router_state, step = restore_for_inference(workdir, step, average)
     variables = {"params": params, "router_state": router_state}
-    return config, build(config.model), variables, {"step": step, "ema": ema}
+    model = build(config.model)
+    _check_fits(model, variables, path)
+    return config, model, variables, {"step": step, "ema": ema}
+
+
+def _check_fits(model: nn.Module, variables: dict[str, Any], path: Path) -> None:
+    """Raises a UserError unless the arrays are those of the model that `path` describes."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+
+    wanted, found = shapes(abstract_variables(model)), shapes(variables)
+    # A router without a state leaves alone what another kept.
+    names = wanted.keys() | {name for name in found if name.startswith("params/")}
+    wrong = sorted(name for name in names if wanted.get(name) != found.get(name))
+    if wrong:
+        first = wrong[0]
+        raise UserError(
+            f"the checkpoint is of another model than {path} and --config describe; {len(wrong)} "
+            f"arrays differ: {first} is {found.get(first, 'absent')}, should be "
+            f"{wanted.get(first, 'absent')}: use the config that it was trained with"
+        )
 
 
 def generate(

@@ -40,7 +40,7 @@ def parameter_counts(model: nn.Module) -> dict[str, Count]:
     as used, as the papers count it. Nothing is allocated.
     """
     counts: dict[str, Count] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)["params"]):
         kind = _kind(jax.tree_util.keystr(path))
         used = leaf.size
         if kind == "routed experts":
@@ -54,14 +54,13 @@ def parameter_counts(model: nn.Module) -> dict[str, Count]:
     return counts
 
 
-def abstract_params(model: nn.Module) -> dict:
-    """Shapes of the parameters, as a tree of ShapeDtypeStruct."""
+def abstract_variables(model: nn.Module) -> dict:
+    """Shapes of params and router_state (if there is one), as trees of ShapeDtypeStruct."""
     image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, model.channels), "float32")
     time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
-    variables = jax.eval_shape(
-        partial(model.init, train=False), jax.random.key(0), image, time, label
-    )
-    return nn.meta.unbox(variables["params"])
+    init = partial(model.init, train=False)
+    variables = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), image, time, label))
+    return {name: tree for name, tree in variables.items() if name in ("params", "router_state")}
 
 
 def table(counts: dict[str, Count]) -> str:

@@ -69,7 +69,7 @@ class Block(nn.Module):
     def __call__(self, x, c, *ffn_args):
         """x [B, S, D], condition c [B, D]; what else the ffn takes -> [B, S, D]."""
         axes, width = ("embed", "mlp"), 6 * x.shape[-1]
-        adaln = linear(width, axes, name="adaLN", dtype=self.dtype, init=ZEROS)(nn.silu(c))
+        adaln = linear(width, axes, name="adaLN", dtype=self.dtype, kernel_init=ZEROS)(nn.silu(c))
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
         h = modulate(Norm(self.norm, name="norm1")(x), shift_a, scale_a)
         x += gate_a[:, None] * self.make_attention(name="attn")(h)
@@ -105,7 +105,7 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
-        make = partial(linear, dtype=self.dtype, init=ZEROS)
+        make = partial(linear, dtype=self.dtype, kernel_init=ZEROS)
         adaln = make(2 * x.shape[-1], ("embed", "mlp"), name="adaLN")(nn.silu(c))
         x = modulate(Norm(name="norm")(x), *jnp.split(adaln, 2, axis=-1))
         return make(self.features, ("embed", None), name="linear")(x)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.parallel.mesh import make_mesh
@@ -212,11 +212,7 @@ def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
                 "choose another workdir, or set these back to resume"
             )
     if "://" not in os.fspath(workdir):
-        existing = Path(workdir).absolute()
-        while not existing.exists():
-            existing = existing.parent
-        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            raise UserError(f"cannot write to {existing}: choose another workdir")
+        check_writable(workdir)
 
 
 def _use_compile_cache(folder: str) -> None:

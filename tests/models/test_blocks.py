@@ -39,8 +39,8 @@ def test_rope_products_depend_on_the_distance_only(kind):
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=head_dim), jnp.float32) for _ in range(2))
     angles = blocks.rope_angles(kind, grid, head_dim)
-    everywhere = lambda v: jnp.broadcast_to(v, (1, grid * grid, 1, head_dim))  # noqa: E731
-    turned_q, turned_k = (blocks.rotate(everywhere(v), angles)[0, :, 0] for v in (q, k))
+    everywhere = lambda v: jnp.broadcast_to(v, (grid * grid, head_dim))  # noqa: E731
+    turned_q, turned_k = (blocks.rotate(everywhere(v), angles) for v in (q, k))
     scores = turned_q @ turned_k.T
     np.testing.assert_allclose(scores[1, 2], scores[9, 10], rtol=1e-5)  # one column to the right
     np.testing.assert_allclose(scores[0, 4], scores[5, 9], rtol=1e-5)  # one row down
@@ -50,9 +50,9 @@ def test_rope_products_depend_on_the_distance_only(kind):
 
 def test_rotate_by_hand():
     # One axis, two pairs: (x0, x2) turns by the first angle, (x1, x3) by the second.
-    x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
+    x = jnp.array([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 4)
     angles = np.array([np.pi / 2, np.pi]).reshape(1, 1, 2)
-    turned = blocks.rotate(x, angles)[0, 0, 0]
+    turned = blocks.rotate(x, angles)[0, 0]
     np.testing.assert_allclose(turned, [0.0, 0.0, 1.0, -1.0], atol=1e-6)
 
 
