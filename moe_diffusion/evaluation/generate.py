@@ -19,8 +19,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.figures import image_grid, save_png
-from moe_diffusion.models import build
-from moe_diffusion.models.accounting import abstract_variables
+from moe_diffusion.models import abstract_variables, build
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.training.checkpoint import restore_for_inference
 from moe_diffusion.training.state import TrainState

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from moe_diffusion import models
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import dit
 
@@ -98,16 +99,7 @@ class Entry(NamedTuple):
 
 def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Paths ("params/final/linear/bias", ...) and shapes of all variables, computing none."""
-    size = model.image_size
-    inputs = (
-        jax.ShapeDtypeStruct((1, size, size, model.channels), np.float32),
-        jax.ShapeDtypeStruct((1,), np.float32),
-        jax.ShapeDtypeStruct((1,), np.int32),
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(lambda k, *args: model.init(k, *args, False), key, *inputs)
-    kept = {name: variables[name] for name in ("params", "router_state") if name in variables}
-    return flatten_dict(nn.meta.unbox(kept), sep="/")
+    return flatten_dict(models.abstract_variables(model), sep="/")
 
 
 def block_paths(model: nn.Module) -> list[tuple[str, int]]:

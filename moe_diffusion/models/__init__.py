@@ -1,4 +1,4 @@
-"""From a config to a model: `build(config.model)`."""
+"""From a config to a model: `build(config.model)`; and the shapes of its variables."""
 
 from __future__ import annotations
 
@@ -97,6 +97,15 @@ def _moe(config: ConfigDict, losses: tuple[str, ...], dtype) -> partial:
         capacity_factor=moe.capacity_factor,
         name="moe",
     )
+
+
+def abstract_variables(model: nn.Module) -> dict:
+    """Shapes of params and router_state (if there is one), as trees of ShapeDtypeStruct."""
+    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, model.channels), "float32")
+    time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
+    init = partial(model.init, train=False)
+    variables = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), image, time, label))
+    return {name: tree for name, tree in variables.items() if name in ("params", "router_state")}
 
 
 def compute_dtype(name: str) -> jnp.dtype:

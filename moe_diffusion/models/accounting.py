@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 from flax import linen as nn
+
+from moe_diffusion.models import abstract_variables
 
 # A parameter's kind is that of the first word that its path contains.
 KINDS = (
@@ -52,15 +53,6 @@ def parameter_counts(model: nn.Module) -> dict[str, Count]:
         sum(c.total for c in counts.values()), sum(c.activated for c in counts.values())
     )
     return counts
-
-
-def abstract_variables(model: nn.Module) -> dict:
-    """Shapes of params and router_state (if there is one), as trees of ShapeDtypeStruct."""
-    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, model.channels), "float32")
-    time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
-    init = partial(model.init, train=False)
-    variables = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), image, time, label))
-    return {name: tree for name, tree in variables.items() if name in ("params", "router_state")}
 
 
 def table(counts: dict[str, Count]) -> str:

@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
 
 
 def _runs_on_cpu() -> bool:
-    """Whether jax will run on CPU, told without starting it: by its setting or what is installed."""
+    """Whether jax will run on CPU, without starting it: by its setting or what is installed."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
     return not entry_points(group="jax_plugins") and not importlib.util.find_spec("libtpu")

@@ -1,0 +1,149 @@
+"""The real command lines, as processes or in this one, with a model that trains in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HANGS_AFTER = 300  # seconds; no process here takes a tenth of it
+
+
+def digits(router: str = "token_choice", **changes: Any) -> list[str]:
+    """Arguments for `train`: 2 blocks of width 16 on digits; data__batch_size=8 changes a key."""
+    values = {
+        "model__depth": 2,
+        "model__hidden_size": 16,
+        "model__num_heads": 2,
+        "model__patch_size": 4,
+        "model__moe__num_experts": 4,
+        "model__moe__hidden_size": 16,
+        "data__batch_size": 16,
+        "optim__warmup_steps": 2,
+        "train__num_steps": 3,
+        "train__log_every": 1,
+        "train__sample_every": 0,
+        "checkpoint__every": 1,
+    } | changes
+    keys = [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+    return ["--config", f"configs/digits.py:router={router}", *keys]
+
+
+def environment(devices: int, optimize: bool = False) -> dict[str, str]:
+    """Of a child. Compilation is most of the time of a small run, hence no optimization."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    quickly = str(int(not optimize))
+    return os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": quickly}
+
+
+def run(module: str, *args: str | Path, devices: int = 1) -> subprocess.CompletedProcess:
+    """`python -m moe_diffusion.<module> args` to its end, whatever that is."""
+    return subprocess.run(
+        [sys.executable, "-m", f"moe_diffusion.{module}", *map(str, args)],
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER,
+    )
+
+
+def succeed(module: str, *args: str | Path, devices: int = 1) -> str:
+    """`run`, which must succeed; returns what it printed."""
+    result = run(module, *args, devices=devices)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@contextlib.contextmanager
+def started(module: str, *args: str | Path, optimize: bool = False) -> Iterator[subprocess.Popen]:
+    """A running command; stdout and stderr together are its stdout. It does not outlive the block.
+
+    Yields a Popen whose `stdout` can be read line by line.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"moe_diffusion.{module}", *map(str, args)],
+        cwd=ROOT,
+        env=environment(1, optimize),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    watchdog = threading.Timer(HANGS_AFTER, process.kill)
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def read_until(process: subprocess.Popen, text: str) -> str:
+    """Reads the output up to the line that starts with `text`; returns all that was read."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(text):
+            return "".join(lines)
+    raise AssertionError(f"no line starts with {text!r}:\n{''.join(lines)}")
+
+
+def refused(capfd: pytest.CaptureFixture, main: Callable, args: Sequence[str | Path]) -> str:
+    """The message of a command line that must exit with status 2 and one line on stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, args)))
+    return the_one_error(stopped.value.code, capfd.readouterr().err)
+
+
+def the_one_error(status: int, stderr: str) -> str:
+    assert status == 2, stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    return stderr.removeprefix("error: ").rstrip("\n")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its bytes (None: a folder)."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def metrics(workdir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_sec"} for line in lines]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the whole checkpoints; what is being written has another name."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def read_checkpoint(workdir: Path, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by path and the data iterator's state, read past this project's code."""
+    folder = workdir / "checkpoints" / str(step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        structure = reader.metadata(folder / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        state = reader.restore(folder / "state", restore_args=as_numpy)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        data = reader.restore(folder / "data")
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}, data

@@ -1,0 +1,91 @@
+"""Every config file, made narrow and shallow, trains a step; DSMoE-L does so as it is."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moe_diffusion import config as configs
+from moe_diffusion.data.sources import open_source
+from moe_diffusion.diffusion.objectives import make_flow_loss
+from moe_diffusion.models import build
+from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.training.optim import make_optimizer, make_schedule
+from moe_diffusion.training.state import create_state
+from moe_diffusion.training.step import make_train_step
+from tests import cli
+
+ROUTERS = ("token_choice", "expert_choice", "diffmoe", "deepseek", "dense")
+SPECS = [f"configs/digits.py:router={router}" for router in ROUTERS]
+SPECS += [f"configs/dsmoe_{size}.py:experts={e}" for size in "sbl" for e in (16, 48)]
+SPECS += ["configs/dsmoe_3b.py"]
+BATCH = 8
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def small(spec: str) -> configs.ConfigDict:
+    """Only sizes change: experts, groups, router, losses, positions and schedule stay."""
+    sizes = {
+        "model.image_size": 8,
+        "model.patch_size": 4,
+        "model.depth": 4,
+        "model.hidden_size": 16,
+        "model.num_heads": 2,
+        "model.moe.hidden_size": 8,
+        "data.batch_size": BATCH,
+        "data.source": "synthetic",
+        "parallel.preset": "dp",  # one device; a common one finds compiled programs again
+    }
+    if configs.load(spec).model.moe.shared_hidden_size:
+        sizes["model.moe.shared_hidden_size"] = 8
+    return configs.load(spec, [f"{key}={value}" for key, value in sizes.items()])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_takes_a_step(spec):
+    config = small(spec)
+    model = build(config.model, losses=sorted(config.loss_weights))
+    optimizer = make_optimizer(config.optim)
+    train_step = make_train_step(
+        make_flow_loss(model, config),
+        optimizer,
+        make_schedule(config.optim, config.train.num_steps),
+        config,
+        model.update_router_state,
+    )
+    batch = open_source(config.data, config.model).take(np.arange(BATCH))
+    with jax.set_mesh(make_mesh(config.parallel, jax.devices()[:1])):
+        state = create_state(model, optimizer, config, jax.sharding.get_mesh(), config.seed)
+        state, metrics = train_step(state, batch, jax.random.key(config.seed))
+    metrics = {name: float(value) for name, value in metrics.items()}
+    assert metrics.pop("finite") == 1 and np.isfinite(list(metrics.values())).all()
+    assert metrics["loss"] > 0.1 and metrics["grad_norm"] > 0.01
+    assert metrics.keys() >= set(config.loss_weights)
+    assert ("load_max" in metrics) == (config.model.router.name != "dense")
+    assert int(state.step) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.slow
+def test_dsmoe_l_as_it_is_takes_its_first_step_soon(tmp_path):
+    """Compilation included. Parameters, moments and gradients of E48 are 20 of 24 GB of memory,
+    so there is no room for an average; E16 has a sixth more."""
+    args = ["--config", "configs/dsmoe_l.py:experts=48", "--workdir", tmp_path / "run"]
+    changes = ("data.source=synthetic", "data.batch_size=2", "train.log_every=1", "ema.decays=()")
+    args += [f"--config.{change}" for change in (*changes, "compile_cache=off")]
+    start = time.perf_counter()
+    with cli.started("train", *args, optimize=True) as process:
+        output = cli.read_until(process, "step 1/")
+        seconds = time.perf_counter() - start
+    assert "total                1,166.944 M   456.796 M" in output
+    assert "step 1/700000: loss 1." in output
+    assert seconds < 90, f"{seconds:.0f} s from the command to the first step"
