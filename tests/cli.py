@@ -22,7 +22,11 @@ HANGS_AFTER = 300  # seconds; no process here takes a tenth of it
 
 
 def digits(router: str = "token_choice", **changes: Any) -> list[str]:
-    """Arguments for `train`: 2 blocks of width 16 on digits; data__batch_size=8 changes a key."""
+    """Arguments for `train`: 2 blocks of width 16 on digits; data__batch_size=8 changes a key.
+
+    Tests that change only train and checkpoint share a compiled step. Few steps change the weights
+    visibly; Adam's default eps would make full steps of the rounding of gradients near zero.
+    """
     values = {
         "model__depth": 2,
         "model__hidden_size": 16,
@@ -31,7 +35,12 @@ def digits(router: str = "token_choice", **changes: Any) -> list[str]:
         "model__moe__num_experts": 4,
         "model__moe__hidden_size": 16,
         "data__batch_size": 16,
+        "optim__learning_rate": 0.1,
+        "optim__schedule": "constant",
         "optim__warmup_steps": 2,
+        "optim__eps": 1e-3,
+        "ema__decays": "0.5,0.9",
+        "ema__warmup": "false",
         "train__num_steps": 3,
         "train__log_every": 1,
         "train__sample_every": 0,

@@ -37,29 +37,28 @@ def compile_quickly():
 
 
 def arguments(router, **changes):
-    """Adam with the default eps would turn rounding of gradients near zero into full steps."""
-    return cli.digits(router, optim__eps=1e-3, optim__warmup_steps=0, **changes)
+    return cli.digits(router, train__num_steps=4, **changes)
 
 
 @pytest.mark.parametrize(
     "router, preset",
     [
         ("token_choice", "fsdp"),
-        ("diffmoe", "dp"),
         ("diffmoe", "zero1"),
+        pytest.param("diffmoe", "dp", marks=pytest.mark.slow),
         pytest.param("token_choice", "dp", marks=pytest.mark.slow),
         pytest.param("token_choice", "zero1", marks=pytest.mark.slow),
         pytest.param("diffmoe", "fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_the_same_numbers_on_eight_devices(router, preset, on_one_device, tmp_path, capsys):
-    """Losses, router losses, expert loads and the norm of the gradient after 0, 1 and 2 updates."""
+    """Losses, router losses, expert loads and the norm of the gradient of four steps."""
     train.main([*arguments(router, parallel__preset=preset), "--workdir", str(tmp_path)])
     assert f", 8 x cpu, preset {preset}" in capsys.readouterr().out
     found, expected = cli.metrics(tmp_path), on_one_device(router)
-    assert len(found) == len(expected) == 3
+    assert len(found) == len(expected) == 4
     for line, wanted in zip(found, expected, strict=True):
         assert line.keys() == wanted.keys() >= {"loss", "mse", "grad_norm", "load_max"}
         for name, value in wanted.items():
             assert math.isclose(line[name], value, rel_tol=TOLERANCE), (name, line, wanted)
-    assert len({line["loss"] for line in found}) == 3
+    assert len({line["loss"] for line in found}) == 4

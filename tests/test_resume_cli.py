@@ -17,7 +17,12 @@ from tests import cli
 
 NUM_STEPS = 24
 # Saving as a run ends is slow beside 24 steps, hence seldom where it is not what is tested.
-ARGS = cli.digits("diffmoe", train__num_steps=NUM_STEPS, checkpoint__every=NUM_STEPS)
+ARGS = cli.digits(
+    "diffmoe",
+    data__source="synthetic",  # saves the seconds that scikit-learn takes to import
+    train__num_steps=NUM_STEPS,
+    checkpoint__every=NUM_STEPS,
+)
 
 
 def arguments(workdir: Path, **changes) -> list[str]:

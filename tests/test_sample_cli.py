@@ -17,24 +17,18 @@ from moe_diffusion import config as configs
 from moe_diffusion import sample
 from tests import cli
 
-# A high rate changes the weights visibly in 3 steps, and the averages differ.
-ARGS = cli.digits(
-    ema__decays="0.5,0.9",
-    ema__warmup="false",
-    optim__learning_rate=0.1,
-    optim__warmup_steps=0,
-)
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    hook = [
-        "--config.train.sample_every=3",
-        "--config.train.samples=4",
-        "--config.sampling.steps=2",
-    ]
-    cli.succeed("train", *ARGS, *hook, "--workdir", workdir)
+    args = cli.digits(
+        train__num_steps=12,
+        checkpoint__every=4,
+        train__sample_every=12,
+        train__samples=4,
+        sampling__steps=2,
+    )
+    cli.succeed("train", *args, "--workdir", workdir)
     return workdir
 
 
@@ -76,7 +70,7 @@ def reference(trained, tmp_path_factory):
 
 def test_training_draws_at_intervals(trained):
     (picture,) = (trained / "samples").iterdir()
-    assert picture.name == "00000003.png"
+    assert picture.name == "00000012.png"
     assert len(np.unique(np.asarray(Image.open(picture).convert("L")))) > 20
 
 
@@ -101,7 +95,7 @@ def test_a_real_process_writes_grid_array_and_single_images(reference):
     assert f"6 images: {out}/grid.png" in output
     last = json.loads(output.splitlines()[-1])
     assert last == {
-        "num": 6, "out": f"{out}/grid.png", "step": 3, "ema": "0.5", "sampler": "heun",
+        "num": 6, "out": f"{out}/grid.png", "step": 12, "ema": "0.5", "sampler": "heun",
         "steps": 2, "cfg": 2.0, "cfg_interval": [0.0, 1.0], "joint": False,
     }  # fmt: skip
 
@@ -138,7 +132,7 @@ def test_weights_and_sampler_can_be_chosen(trained, reference, tmp_path, capsys)
     for args in (
         ["--ema", "0.9"],
         ["--ema", "none"],
-        ["--step", "1", "--ema", "none"],
+        ["--step", "8", "--ema", "none"],
         ["--sampler", "euler", "--cfg", "1"],
         ["--config.model.router.top_k=1"],
     ):
@@ -163,7 +157,7 @@ def test_help_shows_how_to_draw(capsys):
 
 IMPOSSIBLE = [
     (["--ema", "0.7"], "the run keeps no average of decay 0.7; it keeps: 0.5, 0.9"),
-    (["--step", "9"], "/run/checkpoints has no checkpoint of step 9; it has: 1, 2, 3"),
+    (["--step", "9"], "/run/checkpoints has no checkpoint of step 9; it has: 4, 8, 12"),
     (["--sampler", "ddim"], "sampling.sampler = 'ddim' is unknown; choose heun | euler"),
     (["--steps", "0"], "sampling.steps = 0 must be positive"),
     (["--cfg", "-1"], "sampling.cfg = -1.0 must be zero or positive"),
@@ -222,13 +216,13 @@ def test_a_run_without_checkpoints(trained, tmp_path, capfd):
 def test_a_truncated_checkpoint(item, trained, tmp_path, capfd, silent_reads):
     """The largest file of the index or the array data is cut in half."""
     workdir = shutil.copytree(trained, tmp_path / "run")
-    found = workdir / "checkpoints" / "3" / item
+    found = workdir / "checkpoints" / "12" / item
     largest = max([found, *found.glob("*")], key=lambda path: path.is_file() * path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     before = cli.contents(tmp_path)
     error = cli.refused(capfd, sample.main, ["--workdir", workdir, "--out", tmp_path / "grid.png"])
-    assert f"checkpoint {workdir}/checkpoints/3 is damaged" in error
-    assert error.endswith("or delete that folder to fall back on step 2")
+    assert f"checkpoint {workdir}/checkpoints/12 is damaged" in error
+    assert error.endswith("or delete that folder to fall back on step 8")
     assert cli.contents(tmp_path) == before
 
 
