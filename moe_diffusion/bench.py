@@ -10,7 +10,6 @@ train: the real step (gradients, AdamW, averages) on generated images.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -24,9 +23,10 @@ import numpy as np
 from flax import linen as nn
 
 from moe_diffusion import config as configs
+from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion.objectives import make_flow_loss
-from moe_diffusion.errors import UserError, exits_on_user_error
+from moe_diffusion.errors import UserError
 from moe_diffusion.kernels import mlp
 from moe_diffusion.models import build
 from moe_diffusion.moe.dispatch import dispatch
@@ -131,14 +131,7 @@ def gemm_gflops(size: int = 2048) -> float:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_diffusion.bench",
-        description=description,
-        epilog="examples:\n" + rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("bench", __doc__)
     parser.add_argument("what", choices=("dispatch", "train"))
     add = parser.add_argument
     add("--shape", default="384,768,16,2", help="dispatch: D,H,E,K (%(default)s)")
@@ -148,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--config", default="configs/dsmoe_s.py", help="train: which config (%(default)s)")
     add("--repeats", type=int, default=11, help="runs of which the median counts (%(default)s)")
     add("--json", action="store_true", help="print one JSON object as last line")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_overrides(argv)
     if args.what == "dispatch":
         result = bench_dispatch(args.shape, args.tokens, args.dtype, args.backend, args.repeats)
     else:

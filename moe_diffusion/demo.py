@@ -9,7 +9,6 @@ where the picture lies and one JSON line. --config and --config.<key>=<value> as
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_diffusion import train
+from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.errors import exits_on_user_error
 from moe_diffusion.evaluation.digits import DigitsJudge
 from moe_diffusion.evaluation.figures import image_grid, save_png
 from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
@@ -32,19 +31,14 @@ SAMPLES, COLUMNS = 1000, 12
 def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     keep_freed_memory()
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_diffusion.demo",
-        description=description,
-        epilog="example:\n" + rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("demo", __doc__)
     parser.add_argument("--config", default="configs/digits.py", help="default: %(default)s")
     parser.add_argument("--workdir", default="runs/digits", help="default: %(default)s")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_overrides(argv)
 
-    train.run(args.config, args.workdir, overrides)
+    trained = train.run(args.config, args.workdir, overrides)
+    if trained["step"] < trained["num_steps"]:  # stopped by a signal
+        return
     train_seconds = time.perf_counter() - started
 
     config, model, variables, note = load_workdir(args.workdir)

@@ -1,11 +1,8 @@
-"""The one exception for mistakes that the user can mend, and how command lines show it."""
+"""The one exception for mistakes that the user can mend."""
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -23,17 +20,3 @@ def check_writable(folder: str | os.PathLike) -> None:
         existing = existing.parent
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise UserError(f"cannot write to {existing}: choose another folder")
-
-
-def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command line: a `UserError` becomes one line on stderr and exit status 2."""
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-
-    return wrapped

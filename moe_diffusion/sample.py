@@ -11,7 +11,6 @@ What is not given (guidance, sampler, steps) is the config's. Any key of the con
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.errors import UserError, check_writable, exits_on_user_error
+from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation.figures import image_grid, save_png, save_pngs
 from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
 
@@ -53,14 +53,7 @@ def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_diffusion.sample",
-        description=description,
-        epilog="examples:\n" + rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("sample", __doc__)
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
     add("--num", type=int, default=64, help="how many images (%(default)s)")
@@ -76,10 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--images", help="folder for one PNG per image")
     add("--npz", help="file for the images as an array in [-1, 1]")
     add("--json", action="store_true", help="print one JSON object as last line")
-    args, overrides = parser.parse_known_args(argv)
-    unknown = [text for text in overrides if not text.startswith("--config.")]
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}; a config key is set as --config.key=value")
+    args, overrides = parser.parse_with_overrides(argv)
     if args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1")
     for path in filter(None, (args.out, args.npz)):

@@ -11,7 +11,6 @@ lists them all.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Sequence
@@ -22,10 +21,11 @@ from typing import Any
 import jax
 
 from moe_diffusion import config as configs
+from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_flow_loss
-from moe_diffusion.errors import UserError, exits_on_user_error
+from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.figures import loss_curve
 from moe_diffusion.evaluation.generate import SampleHook
 from moe_diffusion.models import build
@@ -74,22 +74,12 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_diffusion.train",
-        description=description,
-        epilog="examples:\n" + rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("train", __doc__)
     add = partial(parser.add_argument, required=True, metavar="")
     add("--config", help="config file, with arguments: configs/digits.py:router=dense")
     add("--workdir", help="folder of the run; made if missing, resumed if not")
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
-    args, overrides = parser.parse_known_args(argv)
-    unknown = [text for text in overrides if not text.startswith("--config.")]
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}; a config key is set as --config.key=value")
+    args, overrides = parser.parse_with_overrides(argv)
     distributed.initialize()
     result = run(args.config, args.workdir, overrides)
     if args.json and distributed.is_main_process():

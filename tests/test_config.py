@@ -265,7 +265,9 @@ def test_save_json_replaces_and_reports(tmp_path):
 
 
 def test_load_json_gives_defaults_to_new_keys(tmp_path):
-    (tmp_path / "config.json").write_text('{"model": {"depth": 3}, "loss_weights": {"router_z": 1}}')
+    (tmp_path / "config.json").write_text(
+        '{"model": {"depth": 3}, "loss_weights": {"router_z": 1}}'
+    )
     config = configs.load_json(tmp_path / "config.json")
     assert config.model.depth == 3 and config.model.hidden_size == 384
     assert config.loss_weights.to_dict() == {"router_z": 1.0}
