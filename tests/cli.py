@@ -22,13 +22,14 @@ HANGS_AFTER = 300  # seconds; no process here takes a tenth of it
 
 
 def digits(router: str = "token_choice", **changes: Any) -> list[str]:
-    """Arguments for `train`: 2 blocks of width 16 on digits; data__batch_size=8 changes a key.
+    """Arguments for `train`: an MoE block of width 16 on digits; data__batch_size=8 changes a key.
 
     Tests that change only train and checkpoint share a compiled step. Few steps change the weights
     visibly; Adam's default eps would make full steps of the rounding of gradients near zero.
     """
     values = {
-        "model__depth": 2,
+        "model__depth": 1,
+        "model__moe__interleave": "false",
         "model__hidden_size": 16,
         "model__num_heads": 2,
         "model__patch_size": 4,
