@@ -92,6 +92,7 @@ DEFAULTS: dict[str, Any] = {
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,
+        "mu_dtype": "float32",  # of AdamW's first moment: float32 | bfloat16
         "weight_decay": 0.0,
         "decay_mask": "all",  # all | matrices
         "clip_norm": 0.0,  # of the global gradient; 0 = off

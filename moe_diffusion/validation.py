@@ -31,6 +31,7 @@ _CHOICES = {
     "sampling.sampler": ("heun", "euler"),
     "data.augment": ("none", "flip", "dequantize"),
     "optim.schedule": ("constant", "cosine"),
+    "optim.mu_dtype": ("float32", "bfloat16"),
     "optim.decay_mask": ("all", "matrices"),
     "optim.accumulate_reduce": ("mean", "sum"),
     "ema.router_state": ("average", "copy", "live"),

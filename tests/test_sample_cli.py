@@ -131,7 +131,6 @@ def test_weights_and_sampler_can_be_chosen(trained, reference, tmp_path, capsys)
     seen = [reference[0]]
     for args in (
         ["--ema", "0.9"],
-        ["--ema", "none"],
         ["--step", "8", "--ema", "none"],
         ["--sampler", "euler", "--cfg", "1"],
         ["--config.model.router.top_k=1"],

@@ -1,8 +1,10 @@
-"""`python -m moe_diffusion.train`: what it leaves, and what it refuses without leaving anything."""
+"""`python -m moe_diffusion.train`: what it leaves, on how many devices, and what it refuses."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
 import sys
 import time
@@ -22,6 +24,28 @@ def trained(tmp_path_factory):
     """A finished run; tests that change it change a copy. Returns its output, too."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     return workdir, cli.succeed("train", *ARGS, "--workdir", workdir, "--json")
+
+
+@pytest.fixture(scope="module")
+def on_one_device(trained, tmp_path_factory):
+    """router -> metrics of every step."""
+
+    @functools.cache
+    def metrics(router):
+        if router == "token_choice":
+            return cli.metrics(trained[0])
+        workdir = tmp_path_factory.mktemp(router) / "run"
+        cli.succeed("train", *cli.digits(router), "--workdir", workdir)
+        return cli.metrics(workdir)
+
+    return metrics
+
+
+@pytest.fixture
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -64,6 +88,30 @@ def test_help_shows_how_to_start_and_resume():
     assert "python -m moe_diffusion.train --config configs/digits.py --workdir" in output
     assert "run the same command again to resume" in output
     assert "--json" in output and "--config.optim.learning_rate=5e-4" in output
+
+
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize(
+    "router, preset",
+    [
+        ("token_choice", "fsdp"),
+        ("diffmoe", "zero1"),
+        pytest.param("token_choice", "dp", marks=pytest.mark.slow),
+        pytest.param("token_choice", "zero1", marks=pytest.mark.slow),
+        pytest.param("diffmoe", "dp", marks=pytest.mark.slow),
+        pytest.param("diffmoe", "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_have_the_numbers_of_one(router, preset, on_one_device, tmp_path, capsys):
+    """Losses, router losses, expert loads and gradient norms, before and after an update."""
+    train.main([*cli.digits(router, parallel__preset=preset), "--workdir", str(tmp_path)])
+    assert f", 8 x cpu, preset {preset}" in capsys.readouterr().out
+    found, expected = cli.metrics(tmp_path), on_one_device(router)
+    assert len({line["loss"] for line in found}) == len(found) == len(expected) == 3
+    for line, wanted in zip(found, expected, strict=True):
+        assert line.keys() == wanted.keys() >= {"loss", "mse", "grad_norm", "load_max"}
+        for name, value in wanted.items():
+            assert math.isclose(line[name], value, rel_tol=1e-5), (name, line, wanted)
 
 
 IMPOSSIBLE = [

@@ -27,9 +27,9 @@ ZEROS = nn.initializers.zeros
 class Linear(nn.Module):
     """A linear layer from the last `contract` axes to new ones, `features`.
 
-    kernel [*inputs, *features], initialised as a matrix; `axes` names its logical axes. The product
-    is that of two matrices: with tokens as [B, S, D], XLA:CPU takes three times as long for the
-    gradient of the kernel.
+    kernel [*inputs, *features], initialised as a matrix; `axes` names its logical axes. Tokens are
+    flattened to one axis: as [B, S, D], XLA:CPU takes three times as long for the gradient of the
+    kernel. The kernel keeps its axes: flattened, a scan over layers would save a copy of it.
     """
 
     features: tuple[int, ...]
@@ -49,8 +49,9 @@ class Linear(nn.Module):
 
         init = nn.with_logical_partitioning(init, self.axes)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        y = x.astype(self.dtype).reshape(-1, matrix[0]) @ kernel.astype(self.dtype).reshape(matrix)
-        y = y.reshape(*lead, *self.features)
+        y = jnp.tensordot(
+            x.astype(self.dtype).reshape(-1, *inputs), kernel.astype(self.dtype), self.contract
+        ).reshape(*lead, *self.features)
         if self.use_bias:
             init = nn.with_logical_partitioning(ZEROS, self.axes[self.contract :])
             y += self.param("bias", init, self.features, jnp.float32).astype(self.dtype)

@@ -24,6 +24,7 @@ from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.training.allocator import host_memory, return_freed_memory
 from moe_diffusion.training.checkpoint import Checkpointer
 from moe_diffusion.training.logging import MetricWriter, Progress
 from moe_diffusion.training.optim import make_optimizer, make_schedule
@@ -215,6 +216,22 @@ def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
         check_writable(workdir)
 
 
+def _check_memory(shapes: TrainState) -> None:
+    """On CPU, where the kernel would kill the process without a word: does the state fit?"""
+    memory = host_memory()
+    if memory is None:
+        return
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((shapes, shapes.params)))
+    if size > memory / 3:
+        return_freed_memory()
+    if size + 1e9 > memory:
+        raise UserError(
+            f"parameters, gradients, moments and averages take {size / 1e9:.1f} GB, and the "
+            f"machine has {memory / 1e9:.1f} GB: save with optim.mu_dtype=bfloat16, "
+            "ema.decays=() or a smaller model"
+        )
+
+
 def _use_compile_cache(folder: str) -> None:
     """Keeps compiled programs between runs: in `folder`, "" the default one, "off" nowhere."""
     if folder == "off":
@@ -236,6 +253,7 @@ def _restore_or_create(
     preset = config.parallel.preset
     optimizer = make_optimizer(config.optim)
     shapes, axes = abstract_state(model, optimizer, config)
+    _check_memory(shapes)
     shardings = rules.state_shardings(mesh, preset, shapes, axes)
     if checkpoints.newest() is None:
         state = create_state(model, optimizer, config, mesh, config.seed)

@@ -36,12 +36,41 @@ def make_optimizer(optim_config: Any) -> optax.GradientTransformation:
     The training step subtracts rate * u. `decay_mask` "matrices" spares biases, scales and vectors.
     """
     return optax.chain(
-        optax.scale_by_adam(optim_config.b1, optim_config.b2, optim_config.eps),
+        _scale_by_adam(optim_config),
         optax.add_decayed_weights(
             optim_config.weight_decay,
             mask=_matrices if optim_config.decay_mask == "matrices" else None,
         ),
     )
+
+
+def _scale_by_adam(optim_config: Any) -> optax.GradientTransformation:
+    """optax.scale_by_adam with its state, but m is rounded to `mu_dtype` before u is made of it.
+
+    In optax u comes from an f32 m: one more copy of all parameters if the state keeps bfloat16.
+    v stays f32, since bfloat16 would lose its small steps.
+    """
+    b1, b2, eps = optim_config.b1, optim_config.b2, optim_config.eps
+    dtype = jnp.dtype(optim_config.mu_dtype)
+
+    def init(params: Tree) -> optax.ScaleByAdamState:
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+        nu = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(grads: Tree, state: optax.ScaleByAdamState, params: Tree = None):
+        del params
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(dtype), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        scale_m, scale_v = 1 / (1 - b1**count), 1 / (1 - b2**count)
+
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            return scale_m * m.astype(v.dtype) / (jnp.sqrt(scale_v * v) + eps)
+
+        return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _matrices(params: Tree) -> Tree:

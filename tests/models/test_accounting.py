@@ -16,8 +16,8 @@ from moe_diffusion.models.accounting import Count, parameter_counts, table
         ("configs/dsmoe_s.py:experts=48", 69_238_304, 31_194_656),
         ("configs/dsmoe_b.py", 386_318_624, 138_592_544),
         ("configs/dsmoe_b.py:experts=48", 275_610_656, 123_436_064),
-        ("configs/dsmoe_l.py", 1_368_055_840, 487_252_000),
-        ("configs/dsmoe_l.py:experts=48", 1_166_944_288, 456_796_192),
+        ("configs/dsmoe_l.py:experts=16", 1_368_055_840, 487_252_000),
+        ("configs/dsmoe_l.py", 1_166_944_288, 456_796_192),
         ("configs/dsmoe_3b.py", 3_101_669_024, 1_011_480_224),
     ],
 )
