@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families import DIGITS_ROUTERS, digits
+from configs.families.digits import DIGITS_ROUTERS, digits
 from moe_diffusion.config import parse_arg
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families import dsmoe
+from configs.families.dsmoe import dsmoe
 from moe_diffusion.config import parse_arg
 
 

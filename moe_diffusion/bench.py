@@ -25,7 +25,7 @@ from flax import linen as nn
 from moe_diffusion import config as configs
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.sources import Synthetic
-from moe_diffusion.diffusion.objectives import make_flow_loss
+from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.errors import UserError
 from moe_diffusion.kernels import mlp
 from moe_diffusion.models import build
@@ -108,7 +108,7 @@ def bench_train(spec: str, overrides: Sequence[str], repeats: int) -> dict:
         state = create_state(model, optimizer, config, mesh, config.seed)
         schedule = make_schedule(config.optim, config.train.num_steps)
         step = make_train_step(
-            make_flow_loss(model, config), optimizer, schedule, config, model.update_router_state
+            make_loss(model, config), optimizer, schedule, config, model.update_router_state
         )
         holder = [state]
 

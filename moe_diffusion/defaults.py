@@ -64,14 +64,20 @@ DEFAULTS: dict[str, Any] = {
         },
     },
     "diffusion": {
+        "path": "flow",  # flow (t = 0 noise, 1 data) | ddpm (1,000 discrete steps, learned sigma)
+        "prediction": "velocity",  # of a flow: velocity | data (JiT: the network predicts x)
+        "t_eps": 0.05,  # prediction=data: 1 - t is at least this where a velocity is made of it
+        "noise_scale": 1.0,  # standard deviation of the noise at t = 0
+        "time_shift": 1.0,  # s: the share of noise u becomes s u / (1 + (s - 1) u)
         "time_sampling": "uniform",  # uniform | logit_normal
         "time_mean": 0.0,  # of the logit
         "time_std": 1.0,
         "label_dropout": 0.1,
     },
     "sampling": {
-        "sampler": "heun",  # heun | euler
+        "sampler": "heun",  # flow: heun | euler | dopri5 | sde; ddpm: ddpm | ddim
         "steps": 50,
+        "final_euler": False,  # heun: the last step is one of Euler, as JiT's sampler has it
         "cfg": 2.0,  # guidance scale; 1 = off
         "cfg_interval": (0.0, 1.0),  # times at which guidance acts; 0 is noise, 1 is data
         "joint": False,  # conditional and unconditional halves in one forward pass

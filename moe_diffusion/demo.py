@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, variables, note = load_workdir(args.workdir)
     shape = (config.model.image_size, config.model.image_size, config.model.channels)
     labels = spread_labels(SAMPLES, config.model.num_classes)
-    sampler = make_sampler(model, config.sampling)
+    sampler = make_sampler(model, config)
     images = generate(
         sampler, variables, labels, shape, seed=config.seed, batch_size=250, progress=True
     )

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = labels_for(args.labels, args.num, config)
     sampling = config.sampling
     images = generate(
-        make_sampler(model, sampling),
+        make_sampler(model, config),
         variables,
         labels,
         (config.model.image_size, config.model.image_size, config.model.channels),

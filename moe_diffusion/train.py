@@ -24,7 +24,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import open_source
-from moe_diffusion.diffusion.objectives import make_flow_loss
+from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.figures import loss_curve
 from moe_diffusion.evaluation.generate import SampleHook
@@ -63,7 +63,7 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
             return stack.enter_context(contextlib.closing(iterator))
 
         hooks = [SampleHook(config, model, workdir)]
-        loss_fn = make_flow_loss(model, config)
+        loss_fn = make_loss(model, config)
         state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks)
     metrics = Path(workdir) / "metrics.jsonl"
     if distributed.is_main_process() and metrics.exists() and metrics.stat().st_size:

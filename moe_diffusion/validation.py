@@ -27,6 +27,8 @@ _CHOICES = {
     "model.router.scores": ("softmax", "sigmoid"),
     "model.router.scope": ("sample", "shard", "batch"),
     "model.router.kernel_init": ("kaiming_normal", "kaiming_uniform", "normal_0.006"),
+    "diffusion.path": ("flow", "ddpm"),
+    "diffusion.prediction": ("velocity", "data"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
     "sampling.sampler": ("heun", "euler"),
     "data.augment": ("none", "flip", "dequantize"),
@@ -43,7 +45,8 @@ _POSITIVE = (
     *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale")),
     *(f"model.moe.{k}" for k in ("num_experts", "hidden_size", "capacity_factor")),
     *(f"model.router.{k}" for k in ("top_k", "scale", "n_group", "topk_group", "capacity")),
-    *("diffusion.time_std", "sampling.steps", "data.batch_size", "optim.learning_rate"),
+    *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale", "time_shift")),
+    *("sampling.steps", "data.batch_size", "optim.learning_rate"),
     *("optim.eps", "optim.accumulate", "train.num_steps", "train.log_every", "train.samples"),
     *("checkpoint.every", "checkpoint.keep_last"),
 )

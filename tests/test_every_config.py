@@ -12,7 +12,7 @@ import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion.data.sources import open_source
-from moe_diffusion.diffusion.objectives import make_flow_loss
+from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.models import build
 from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.training.optim import make_optimizer, make_schedule
@@ -63,7 +63,7 @@ def first_step(config_json: str) -> tuple[TrainState, dict[str, float]]:
     model = build(config.model, losses=sorted(config.loss_weights))
     optimizer = make_optimizer(config.optim)
     train_step = make_train_step(
-        make_flow_loss(model, config),
+        make_loss(model, config),
         optimizer,
         make_schedule(config.optim, config.train.num_steps),
         config,

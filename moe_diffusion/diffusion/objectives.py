@@ -101,6 +101,11 @@ def flow_loss(
     return loss, LossAux(metrics, sown.get("router_stats", {}))
 
 
+def make_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
+    """The loss that `config.diffusion` asks for, see `make_flow_loss`."""
+    return make_flow_loss(model, config)
+
+
 def make_flow_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
     """The loss of `config` as `loss_fn(params, router_state, batch, rng) -> (loss, LossAux)`."""
     diffusion = config.diffusion

@@ -58,15 +58,15 @@ def sample(
 
 
 def make_sampler(
-    model: nn.Module, sampling: ml_collections.ConfigDict, return_trajectory: bool = False
+    model: nn.Module, config: ml_collections.ConfigDict, return_trajectory: bool = False
 ) -> Callable[[Mapping[str, Any], jax.Array, jax.Array], jax.Array]:
-    """Compiles the sampler of `config.sampling` for a velocity model.
+    """Compiles the sampler of `config.sampling` for a model trained as `config.diffusion` says.
 
     Returns:
       fn(variables, z [B, H, W, C], labels i32[B]) -> samples [B, H, W, C] (see `sample` for the
       trajectory), float32.
     """
-    sampling = ml_collections.FrozenConfigDict(sampling)
+    sampling = ml_collections.FrozenConfigDict(config.sampling)
 
     def run(variables, z, labels):
         def velocity(x, t, label):

@@ -119,7 +119,7 @@ class SampleHook:
 
     def __init__(self, config: ConfigDict, model: nn.Module, workdir: str | os.PathLike):
         self._config, self._folder = config, Path(workdir) / "samples"
-        self._sampler = make_sampler(model, config.sampling)
+        self._sampler = make_sampler(model, config)
         self._labels = spread_labels(config.train.samples, config.model.num_classes)
         self._shape = (config.model.image_size, config.model.image_size, config.model.channels)
 

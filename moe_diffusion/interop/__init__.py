@@ -15,11 +15,12 @@ from flax import linen as nn
 
 from moe_diffusion import models
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import dit, files, keymap
-from moe_diffusion.interop.hparams import model_config_from_torch
+from moe_diffusion.interop import families, files, keymap
+from moe_diffusion.interop.families import config_from_torch, model_config_from_torch
 from moe_diffusion.moe import routers
 
 __all__ = [
+    "config_from_torch",
     "export_state_dict",
     "family_of",
     "import_state_dict",
@@ -37,7 +38,7 @@ def import_state_dict(
     Raises:
       UserError: unknown family, or keys that are missing, unexpected or misshaped (all in one).
     """
-    return keymap.import_tree(state, _family(family), model)
+    return keymap.import_tree(state, families.family(family), model)
 
 
 def export_state_dict(
@@ -52,7 +53,7 @@ def export_state_dict(
     Raises:
       UserError: a variable is missing, or has no name in that family.
     """
-    chosen = _family(family or family_of(model))
+    chosen = families.family(family or family_of(model))
     state = keymap.export_tree(
         {name: variables.get(name, {}) for name in ("params", "router_state")}, chosen, model
     )
@@ -99,9 +100,3 @@ def family_of(model: nn.Module) -> str:
     if isinstance(router, routers.TokenChoice):
         return "dsmoe" if router.selection_bias else "tcdit"
     return {routers.ExpertChoice: "ecdit", routers.DiffMoE: "diffmoe"}[type(router)]
-
-
-def _family(name: str) -> keymap.Family:
-    if name not in dit.FAMILIES:
-        raise UserError(f"unknown family '{name}'; choose one of {', '.join(dit.FAMILIES)}")
-    return dit.FAMILIES[name]

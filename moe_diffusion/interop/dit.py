@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from flax import linen as nn
 
+from moe_diffusion.interop.hparams import configure
 from moe_diffusion.interop.keymap import (
     CONV,
     FLAT,
@@ -121,13 +124,13 @@ _TABLE = (Constant("pos_embed", _pos_embed),)
 _DECAY = (Constant("blocks.{i}.mlp.ema_decay", _ema_decay),)
 
 FAMILIES = {
-    family.name: family
-    for family in (
-        Family("dit", _TRUNK, _TABLE),
-        Family("sit", _TRUNK, _TABLE),
-        Family("dsmoe", _TRUNK + _DSMOE, _TABLE),
-        Family("tcdit", _TRUNK + _TCDIT, _TABLE),
-        Family("ecdit", _TRUNK + _ECDIT, _TABLE),
-        Family("diffmoe", _TRUNK + _DIFFMOE, _TABLE + _DECAY),
+    name: Family(name, rows, constants, partial(configure, name))
+    for name, rows, constants in (
+        ("dit", _TRUNK, _TABLE),
+        ("sit", _TRUNK, _TABLE),
+        ("dsmoe", _TRUNK + _DSMOE, _TABLE),
+        ("tcdit", _TRUNK + _TCDIT, _TABLE),
+        ("ecdit", _TRUNK + _ECDIT, _TABLE),
+        ("diffmoe", _TRUNK + _DIFFMOE, _TABLE + _DECAY),
     )
 }

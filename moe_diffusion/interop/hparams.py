@@ -12,7 +12,6 @@ from typing import Any
 
 import ml_collections
 
-from moe_diffusion import config as config_lib
 from moe_diffusion.errors import UserError
 
 _COMMON = {
@@ -73,37 +72,27 @@ _MOE_CONFIG = {
     "ecdit": _TOKEN_OR_EXPERT_CHOICE,
     "diffmoe": _TOKEN_OR_EXPERT_CHOICE,
 }
-FAMILIES = ("dit", "sit", *_MOE_CONFIG)
 
 
-def model_config_from_torch(family: str, hparams: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """`config.model` of the network that `hparams` describe.
+def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
+    """Sets `config` to a network of the family dit | sit | dsmoe | tcdit | ecdit | diffmoe.
 
-    Args:
-      family: dit | sit | dsmoe | tcdit | ecdit | diffmoe.
-      hparams: arguments of the authors' constructor under their names; left-out ones take the
-        authors' default. What no checkpoint says keeps our default: `dtype`, `remat`, and for
-        DiffMoE `router.max_capacity`, which is 0 (no bound) in the authors' code.
+    hparams: arguments of the authors' constructor under their names; left-out ones take the
+    authors' default. What no checkpoint says keeps our default: `dtype`, `remat`, and for DiffMoE
+    `router.max_capacity`, which is 0 (no bound) in the authors' code.
 
     Raises:
-      UserError: unknown family or key, a key without default left out, a value of the wrong kind,
-        an impossible combination, or an option that has no counterpart here.
+      UserError: unknown key, a key without default left out, or an option without counterpart here.
+      TypeError: a value of the wrong kind.
     """
-    if family not in FAMILIES:
-        raise UserError(f"unknown family '{family}'; choose one of {', '.join(FAMILIES)}")
     known = dict(_COMMON)
     if family in _MOE_CONFIG:
         known |= _MOE_COMMON
     if family == "dsmoe":
         known |= _DSMOE
-    h = _fill("model", known, hparams)
-    config = config_lib.default()
-    try:
-        _set_model(config.model, h, family)
-    except TypeError as error:  # a value of the wrong kind, such as depth: "12"
-        raise UserError(f"hyperparameters of {family}: {error}") from error
-    config_lib.validate(config)
-    return config.model
+    h = fill("model", known, hparams)
+    _set_model(config.model, h, family)
+    config.diffusion.label_dropout = float(h["class_dropout_prob"])
 
 
 def _set_model(model: ml_collections.ConfigDict, h: Mapping[str, Any], family: str) -> None:
@@ -117,7 +106,7 @@ def _set_model(model: ml_collections.ConfigDict, h: Mapping[str, Any], family: s
         return
     if h["head_dim"] not in (None, h["hidden_size"] // h["num_heads"]):
         raise UserError(f"head_dim {h['head_dim']} is not hidden_size / num_heads: unsupported")
-    moe = _fill("MoE_config", _MOE_CONFIG[family], h["MoE_config"] or {})
+    moe = fill("MoE_config", _MOE_CONFIG[family], h["MoE_config"] or {})
     model.moe.num_experts = moe["num_experts"]
     model.moe.interleave = moe["interleave"]
     (_set_dsmoe if family == "dsmoe" else _set_choice)(model, h, moe, family)
@@ -196,7 +185,7 @@ def _set_choice(model, h, moe, family) -> None:
     )
 
 
-def _fill(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def fill(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` completed by the defaults of `known`; unknown and left-out keys are errors."""
     for key in given:
         if key not in known:

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from moe_diffusion import models
 from moe_diffusion.errors import UserError
-from moe_diffusion.models import dit
 
 LISTED = 10  # keys of each kind that an error names
 
@@ -81,11 +81,15 @@ class Constant(NamedTuple):
 
 
 class Family(NamedTuple):
-    """The names that one PyTorch code base gives to its tensors."""
+    """The names that one PyTorch code base gives to its tensors and its hyperparameters.
+
+    configure: (the authors' hyperparameters, a default config) -> None, sets the config.
+    """
 
     name: str
     rows: tuple[Row, ...]
     constants: tuple[Constant, ...]
+    configure: Callable[[Mapping[str, Any], ConfigDict], None]
 
 
 class Entry(NamedTuple):
@@ -105,7 +109,7 @@ def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
 def block_paths(model: nn.Module) -> list[tuple[str, int]]:
     """Where each block lives: ("layers_<segment>/block_<j>", index on the stacked layer axis)."""
     places = []
-    for segment, (period, repeats) in enumerate(dit.layer_segments(model.moe_pattern)):
+    for segment, (period, repeats) in enumerate(model.segments):
         for offset in range(len(period) * repeats):
             repeat, j = divmod(offset, len(period))
             places.append((f"layers_{segment}/block_{j}", repeat))

@@ -144,6 +144,11 @@ class DiT(nn.Module):
         """Patches along a side."""
         return self.image_size // self.patch_size
 
+    @property
+    def segments(self) -> tuple[tuple[tuple[bool, ...], int], ...]:
+        """What is scanned: (period, repeats) after (period, repeats), see `layer_segments`."""
+        return layer_segments(self.moe_pattern)
+
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array, train: bool) -> jax.Array:
         """x [B, H, W, C], t f32[B] (0 noise, 1 data), y i32[B] -> f32[B, H, W, C or 2C].
@@ -176,7 +181,7 @@ class DiT(nn.Module):
         body = Period
         if self.remat != "none":
             body = nn.remat(Period, policy=REMAT[self.remat], prevent_cse=False)
-        for index, (pattern, repeats) in enumerate(layer_segments(self.moe_pattern)):
+        for index, (pattern, repeats) in enumerate(self.segments):
             scanned = nn.scan(
                 body,
                 variable_axes={name: 0 for name in COLLECTIONS},

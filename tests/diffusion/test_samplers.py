@@ -74,9 +74,10 @@ class TwoHeaded(nn.Module):
 
 
 def test_model_sampler():
-    sampling = config.default().sampling
+    settings = config.default()
+    sampling = settings.sampling
     sampling.sampler, sampling.steps, sampling.cfg = "heun", 3, 2.0
     z = jnp.zeros((2, 2, 2, 1))
-    x = samplers.make_sampler(TwoHeaded(), sampling)({}, z, jnp.array([1, 4]))
+    x = samplers.make_sampler(TwoHeaded(), settings)({}, z, jnp.array([1, 4]))
     # The integral of label + t, guided: 10 + 2 (label - 10) + 1/2.
     np.testing.assert_allclose(x[:, 0, 0, 0], [-7.5, -1.5], rtol=1e-6)

@@ -53,13 +53,14 @@ def _check_sampler(case, name: str, model, variables) -> None:
     """The result, and every state at which the conditional network was evaluated."""
     method, _, unguided = name.partition("_")
     visited = cases.nhwc(case[f"sample/{name}/eval_z"])
-    sampling = config.default().sampling
+    settings = config.default()
+    sampling = settings.sampling
     sampling.sampler = method
     sampling.steps = len(visited) // (2 if method == "heun" else 1)
     sampling.cfg = 1.0 if unguided else float(case["sample/cfg"])
     z = case.image("sample/z")
     np.testing.assert_array_equal(visited[0], z)
-    run = samplers.make_sampler(model, sampling, return_trajectory=True)
+    run = samplers.make_sampler(model, settings, return_trajectory=True)
     inputs = (variables, z, case["sample/y"])
     states = probe.compiled(run, *inputs)(*inputs)
     case.compare(f"out/sample_{name}", states[-1])

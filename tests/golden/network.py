@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_diffusion import interop
 from moe_diffusion.diffusion import guidance, objectives
 from moe_diffusion.interop import keymap
+from moe_diffusion.interop.families import FAMILIES
 from moe_diffusion.moe import losses
 
 from . import probe
@@ -162,11 +162,11 @@ def _check_capacity_training(case, family, model, variables, forward) -> None:
 
 def thresholds(router_state, family: str, model) -> dict[int, np.ndarray]:
     """Block number -> DiffMoE's thresholds [E]."""
-    named = keymap.export_tree({"router_state": router_state}, interop.dit.FAMILIES[family], model)
+    named = keymap.export_tree({"router_state": router_state}, FAMILIES[family], model)
     return {int(key.split(".")[1]): value for key, value in named.items()}
 
 
 def compare_grads(case, family: str, model, grads) -> None:
     """Every gradient under PyTorch's name. Frozen entries have none in the file."""
-    family = interop.dit.FAMILIES[family]
+    family = FAMILIES[family]
     case.compare_tensors("grads", keymap.export_tree({"params": grads}, family, model))

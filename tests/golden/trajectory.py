@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import functools
 import re
@@ -15,152 +16,199 @@ from moe_diffusion import config as config_lib
 from moe_diffusion import interop
 from moe_diffusion.diffusion import objectives, paths
 from moe_diffusion.interop import keymap
-from moe_diffusion.interop.dit import FAMILIES
+from moe_diffusion.interop.families import FAMILIES
 from moe_diffusion.training import optim, state, step
 
 from . import cases, network, probe
 
-INPUTS = ("x1", "z0", "t", "y", "drop_uniform")
 BUFFERS = re.compile(r"pos_embed|.*\.(ema_decay|expert_threshold|e_score_correction_bias)")
 
 
 def check(case, family: str) -> None:
-    """Losses, gradients, weights, averages, thresholds and routing of every step."""
-    model, variables = probe.build(case, family)
-    weights = probe.loss_weights(case, family)
-    config = _config(case)
-    train_step, train_state = _make(case, model, variables, weights, config)
-    forward = probe.jit(functools.partial(probe.apply, model), static_argnums=4)
-    key = jax.random.key(0)  # of no use: all draws are recorded
-    log = collections.defaultdict(list)  # name of a stored array -> our values, step by step
-    for n in range(case.config["training"]["steps"]):
-        batch = {name: case[f"in/{name}"][n] for name in INPUTS}
-        batch |= {name: cases.nhwc(batch[name]) for name in ("x1", "z0")}
-        before = jax.device_get((train_state.params, train_state.router_state))
-        _look(log, case, model, before, batch, forward, weights)
-        if n == 0:
-            train_step = probe.compiled(train_step, train_state, batch, key)
-        train_state, metrics = train_step(train_state, batch, key)
-        _read(log, case, family, model, metrics, before[0], train_state, weights)
-        _read_thresholds(log, model, family, train_state)
-        if n == 0:
-            grads = _first_gradients(train_state, metrics, config.optim)
-            network.compare_grads(case, family, model, grads)
-    _compare(case, log)
-    ema = next(iter(train_state.emas.values()))
-    live = {"params": train_state.params, "router_state": train_state.router_state}
-    for name, ours in (("final", live), ("ema", ema)):
-        _compare_weights(case, name, interop.export_state_dict(ours, model, family))
-    case.assert_all_compared()
+    """Losses, gradients, weights, averages, thresholds and routing of every step of a flow."""
+    FlowReplay(case, family).check()
 
 
-def _config(case):
-    """The recorded hyperparameters as a config of ours."""
-    training = case.config["training"]
-    assert training["optimizer"] == "torch.optim.AdamW"
-    config = config_lib.default()
-    config.optim.update(
-        learning_rate=training["lr"],
-        b1=training["betas"][0],
-        b2=training["betas"][1],
-        eps=training["eps"],
-        weight_decay=training["weight_decay"],
-        clip_norm=training["clip_grad_norm"] or 0.0,
-        accumulate=training.get("micro_batches", 1),
-        accumulate_reduce="sum",
-    )
-    config.ema.update(decays=(training["ema_decay"],), router_state="average")
-    return config
+class Replay(abc.ABC):
+    """Runs the recorded steps of a case; a subclass knows the inputs and the loss of its kind."""
+
+    inputs: tuple[str, ...]  # arrays "in/<name>" of a step; those with 4 axes or more are images
+
+    def __init__(self, case, family: str):
+        self.case, self.family = case, family
+        self.model, self.variables = probe.build(case, family)
+        self.loss_weights = probe.loss_weights(case, family)
+        self.config = self.make_config()
+        self.forward = probe.jit(functools.partial(probe.apply, self.model), static_argnums=4)
+        self.log = collections.defaultdict(list)  # name of a stored array -> ours, step by step
+
+    def make_config(self):
+        """The recorded hyperparameters of the optimizer as a config of ours."""
+        training = self.case.config["training"]
+        assert training["optimizer"] == "torch.optim.AdamW"
+        config = config_lib.default()
+        config.optim.update(
+            learning_rate=training["lr"],
+            b1=training["betas"][0],
+            b2=training["betas"][1],
+            eps=training["eps"],
+            weight_decay=training["weight_decay"],
+            clip_norm=training["clip_grad_norm"] or 0.0,
+            accumulate=training.get("micro_batches", 1),
+            accumulate_reduce="sum",
+        )
+        config.ema.update(decays=(training["ema_decay"],), router_state="average")
+        return config
+
+    def schedule(self):
+        return optim.make_schedule(self.config.optim, self.case.config["training"]["steps"])
+
+    @abc.abstractmethod
+    def loss(self, params, router_state, batch):
+        """(loss, LossAux) of the recorded draws."""
+
+    @abc.abstractmethod
+    def look(self, variables, batch) -> None:
+        """Logs what the network does with the inputs of a step, before the step."""
+
+    @abc.abstractmethod
+    def read(self, metrics) -> None:
+        """Logs the metrics of a step under the names of the stored arrays."""
+
+    def compare_averages(self, train_state) -> None:
+        """The averages after the last step."""
+        _compare_weights(self, "ema", _exported(self, next(iter(train_state.emas.values()))))
+
+    def check(self) -> None:
+        train_step, train_state = self._start()
+        key = jax.random.key(0)  # of no use: all draws are recorded
+        for n in range(self.case.config["training"]["steps"]):
+            batch = {name: self.case[f"in/{name}"][n] for name in self.inputs}
+            batch = {k: cases.nhwc(v) if v.ndim >= 4 else v for k, v in batch.items()}
+            before = jax.device_get((train_state.params, train_state.router_state))
+            self.look(dict(zip(("params", "router_state"), before, strict=True)), batch)
+            if n == 0:
+                train_step = probe.compiled(train_step, train_state, batch, key)
+            train_state, metrics = train_step(train_state, batch, key)
+            self.log["out/grad_norm"].append(metrics["grad_norm"])
+            self.log["out/lr"].append(metrics["learning_rate"])
+            self.read(metrics)
+            _read_norms(self, before[0], train_state)
+            _read_thresholds(self, train_state)
+            if n == 0:
+                grads = _first_gradients(train_state, metrics, self.config.optim)
+                network.compare_grads(self.case, self.family, self.model, grads)
+        _compare_log(self.case, self.log)
+        live = {"params": train_state.params, "router_state": train_state.router_state}
+        _compare_weights(self, "final", _exported(self, live))
+        self.compare_averages(train_state)
+        self.case.assert_all_compared()
+
+    def _start(self):
+        """The training step, its loss reading the recorded draws, and the state before step 0."""
+
+        def loss_fn(params, router_state, batch, key):
+            del key
+            return self.loss(params, router_state, batch)
+
+        optimizer = optim.make_optimizer(self.config.optim)
+        train_step = step.make_train_step(
+            loss_fn, optimizer, self.schedule(), self.config, self.model.update_router_state
+        )
+
+        @probe.jit
+        def start(variables):
+            return state.TrainState(
+                step=jnp.zeros([], jnp.int32),
+                **variables,
+                emas=optim.init_emas(**variables, ema_config=self.config.ema),
+                opt_state=optimizer.init(variables["params"]),
+            )
+
+        return train_step, start(self.variables)
 
 
-def _make(case, model, variables, weights, config):
-    """The training step, its loss reading the recorded draws, and the state before step 0."""
+class FlowReplay(Replay):
+    """Rectified flow with the auxiliary losses of TC-DiT and DiffMoE."""
 
-    def loss_fn(params, router_state, batch, key):
-        del key
+    inputs = ("x1", "z0", "t", "y", "drop_uniform")
+
+    def loss(self, params, router_state, batch):
         return objectives.flow_loss(
-            model,
+            self.model,
             params,
             router_state,
             {"image": batch["x1"], "label": batch["y"]},
             objectives.Draws(batch["t"], batch["z0"], batch["drop_uniform"]),
-            label_dropout=case.hparams["class_dropout_prob"],
-            loss_weights=weights,
+            label_dropout=self.case.hparams["class_dropout_prob"],
+            loss_weights=self.loss_weights,
         )
 
-    optimizer = optim.make_optimizer(config.optim)
-    train_step = step.make_train_step(
-        loss_fn,
-        optimizer,
-        optim.make_schedule(config.optim, case.config["training"]["steps"]),
-        config,
-        model.update_router_state,
-    )
+    def look(self, variables, batch) -> None:
+        values = [batch[name] for name in self.inputs]
+        for x1, z0, t, y, drop in zip(*values, strict=True) if batch["y"].ndim == 2 else [values]:
+            y = np.where(drop < self.case.hparams["class_dropout_prob"], self.model.num_classes, y)
+            output, sown = self.forward(variables, paths.interpolate(x1, z0, t), t, y, True)
+            residual = output[..., : self.model.channels] - paths.velocity(x1, z0)
+            self.log["out/mse"].append(jnp.mean(residual**2, axis=(1, 2, 3)))
+            record = probe.Record(self.model, sown, len(y))
+            log_routing(self, record)
+            for i in np.flatnonzero(self.model.moe_pattern):
+                if "balance" in self.loss_weights:
+                    loss = self.loss_weights["balance"] * record.sown("losses", i, "balance")
+                    self.log[f"out/aux_loss_{i}"].append(loss)
+                if "capacity" in self.loss_weights:
+                    loss = record.sown("losses", i, "capacity")
+                    self.log[f"out/Capacity_Pred_loss_{i}"].append(loss)
 
-    @probe.jit
-    def start(variables):
-        return state.TrainState(
-            step=jnp.zeros([], jnp.int32),
-            **variables,
-            emas=optim.init_emas(**variables, ema_config=config.ema),
-            opt_state=optimizer.init(variables["params"]),
-        )
-
-    return train_step, start(variables)
-
-
-def _look(log, case, model, before, batch, forward, weights) -> None:
-    """Runs the network on the inputs of a step, to see its errors and its routers' decisions."""
-    variables = dict(zip(("params", "router_state"), before, strict=True))
-    micro_batches = zip(*batch.values(), strict=True) if batch["y"].ndim == 2 else [batch.values()]
-    for x1, z0, t, y, drop_uniform in micro_batches:
-        y = np.where(drop_uniform < case.hparams["class_dropout_prob"], model.num_classes, y)
-        output, sown = forward(variables, paths.interpolate(x1, z0, t), t, y, True)
-        residual = output[..., : model.channels] - paths.velocity(x1, z0)
-        log["out/mse"].append(jnp.mean(residual**2, axis=(1, 2, 3)))
-        record = probe.Record(model, sown, len(y))
-        for i in np.flatnonzero(model.moe_pattern):
-            chosen, _ = record.gates(i)
-            by_token = chosen.reshape(-1, chosen.shape[-1])
-            if f"router/blocks.{i}/idx_sorted" in case:
-                log[f"router/blocks.{i}/idx_sorted"].append(probe.positions(by_token))
-            else:
-                log[f"router/blocks.{i}/token_idx_sorted"].append(probe.positions(by_token.T))
-            if "balance" in weights:
-                loss = weights["balance"] * record.sown("losses", i, "balance")
-                log[f"out/aux_loss_{i}"].append(loss)
-            if "capacity" in weights:
-                log[f"out/Capacity_Pred_loss_{i}"].append(record.sown("losses", i, "capacity"))
+    def read(self, metrics) -> None:
+        # TC-DiT's recorded loss leaves out the balance loss.
+        name = "mse" if "balance" in self.loss_weights else "loss"
+        self.log["out/loss"].append(metrics[name])
+        if "capacity" in self.loss_weights:
+            self.log["out/cp_loss"].append(self.loss_weights["capacity"] * metrics["capacity"])
 
 
-def _read(log, case, family, model, metrics, params_before, train_state, weights) -> None:
-    """The metrics of a step, and norms over the trainable parameters after it."""
-    # TC-DiT's recorded loss leaves out the balance loss.
-    log["out/loss"].append(metrics["mse"] if "balance" in weights else metrics["loss"])
-    if "capacity" in weights:
-        log["out/cp_loss"].append(weights["capacity"] * metrics["capacity"])
-    log["out/grad_norm"].append(metrics["grad_norm"])
-    log["out/lr"].append(metrics["learning_rate"])
+def log_routing(replay, record) -> None:
+    """Every decision of every MoE layer, by token or by expert as the case has it."""
+    for i in np.flatnonzero(replay.model.moe_pattern):
+        chosen, _ = record.gates(i)
+        by_token = chosen.reshape(-1, chosen.shape[-1])
+        if f"router/blocks.{i}/idx_sorted" in replay.case:
+            replay.log[f"router/blocks.{i}/idx_sorted"].append(probe.positions(by_token))
+        else:
+            replay.log[f"router/blocks.{i}/token_idx_sorted"].append(probe.positions(by_token.T))
+
+
+def _exported(replay, variables) -> dict[str, np.ndarray]:
+    return interop.export_state_dict(variables, replay.model, replay.family)
+
+
+def _read_norms(replay, params_before, train_state) -> None:
+    """Norms over the trainable parameters after a step."""
+    log, case, clip_norm = replay.log, replay.case, replay.config.optim.clip_norm
     if "out/clip_coefficient" in case:
-        clip_norm = case.config["training"]["clip_grad_norm"]
-        log["out/clip_coefficient"].append(optim.clip_factor(metrics["grad_norm"], clip_norm))
-    ema = next(iter(train_state.emas.values()))
-    before, after, averaged = (
-        _flat(case, keymap.export_tree({"params": params}, FAMILIES[family], model))
-        for params in (params_before, train_state.params, ema["params"])
+        log["out/clip_coefficient"].append(optim.clip_factor(log["out/grad_norm"][-1], clip_norm))
+    family = FAMILIES[replay.family]
+    trees = [params_before, train_state.params]
+    trees += [ema["params"] for ema in train_state.emas.values()]
+    before, after, *averaged = (
+        _flat(case, keymap.export_tree({"params": params}, family, replay.model))
+        for params in trees
     )
     log["out/param_norm"].append(np.linalg.norm(after))
     log["out/update_norm"].append(np.linalg.norm(after - before))
-    log["out/ema_norm"].append(np.linalg.norm(averaged))
+    for number, average in enumerate(averaged, start=1):
+        log["out/ema_norm" + (str(number) if number > 1 else "")].append(np.linalg.norm(average))
 
 
-def _read_thresholds(log, model, family, train_state) -> None:
+def _read_thresholds(replay, train_state) -> None:
     """DiffMoE's thresholds after a step, live and averaged."""
-    if family == "diffmoe":
+    if replay.family == "diffmoe":
         averaged = next(iter(train_state.emas.values()))["router_state"]
         for name, kept in (("", train_state.router_state), ("_ema", averaged)):
-            for i, threshold in network.thresholds(kept, family, model).items():
-                log[f"thresholds{name}/blocks.{i}"].append(threshold)
+            for i, threshold in network.thresholds(kept, replay.family, replay.model).items():
+                replay.log[f"thresholds{name}/blocks.{i}"].append(threshold)
 
 
 def _first_gradients(train_state, metrics, optim_config):
@@ -170,7 +218,7 @@ def _first_gradients(train_state, metrics, optim_config):
     return jax.tree.map(lambda m: m / (1 - optim_config.b1) / factor, moment)
 
 
-def _compare(case, log) -> None:
+def _compare_log(case, log) -> None:
     """What was collected, each array within the case's own tolerance for it."""
     tolerance = case.config["suggested_tolerance"]
     for key in sorted(log.keys() & case.arrays.keys()):
@@ -191,8 +239,9 @@ def _compare(case, log) -> None:
         case.seen(key)
 
 
-def _compare_weights(case, name: str, ours: dict[str, np.ndarray]) -> None:
+def _compare_weights(replay, name: str, ours: dict[str, np.ndarray]) -> None:
     """The weights after the last step: 99 % of the elements closely, all of them loosely."""
+    case = replay.case
     tolerance = case.config["suggested_tolerance"]
     stored = case.tensors(name)
     assert set(stored) == set(ours)

@@ -7,6 +7,7 @@ import pytest
 from moe_diffusion import interop, models
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import keymap
+from moe_diffusion.interop.families import FAMILIES
 
 HPARAMS = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 3, "num_classes": 3}
 MOE = {
@@ -35,7 +36,7 @@ def random_variables(model, seed=0):
     )
 
 
-@pytest.mark.parametrize("family", interop.dit.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_export_then_import_keeps_every_bit(family):
     model = build(family)
     variables = random_variables(model)

@@ -1,0 +1,43 @@
+"""All families of PyTorch checkpoints that can be read and written, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from moe_diffusion import config as config_lib
+from moe_diffusion.errors import UserError
+from moe_diffusion.interop import dit
+from moe_diffusion.interop.keymap import Family
+
+FAMILIES: dict[str, Family] = {**dit.FAMILIES}
+
+
+def family(name: str) -> Family:
+    """The family of that name. Raises UserError with the known ones."""
+    if name not in FAMILIES:
+        raise UserError(f"unknown family '{name}'; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config (model, diffusion, sampling) of what `hparams`, in the authors' names, describe.
+
+    Raises:
+      UserError: unknown family or key, a key without default left out, a value of the wrong kind,
+        an impossible combination, or an option that has no counterpart here.
+    """
+    config = config_lib.default()
+    try:
+        family(name).configure(hparams, config)
+    except TypeError as error:  # a value of the wrong kind, such as depth: "12"
+        raise UserError(f"hyperparameters of {name}: {error}") from error
+    config_lib.validate(config)
+    return config
+
+
+def model_config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The `model` section of `config_from_torch`."""
+    return config_from_torch(name, hparams).model
