@@ -5,8 +5,11 @@
 | backend     | what it does                                          | default for                |
 |-------------|-------------------------------------------------------|----------------------------|
 | `reference` | every expert on every token                           | the oracle of the tests    |
-| `blocked`   | sort by expert, walk over chunks, never drops         | token choice, everywhere   |
-| `capacity`  | [E, C, D] products; C fixed by the router, or drops   | expert choice, everywhere  |
+| `blocked`   | sort by expert, walk over chunks, never drops         | token choice on CPU        |
+| `capacity`  | [E, C, D] products; C fixed by the router, or drops   | expert choice, CPU and GPU |
+| `tpu`       | Pallas: up, activation and down projection in one     | everything on TPU          |
+| `gpu`       | Pallas-Triton: tokens gathered while they are loaded  | token choice on GPU        |
+| `ragged_dot`| XLA's grouped product, which JAX differentiates badly | comparison                 |
 
 On a mesh the groups are split over the devices that split the batch, and every device dispatches
 its own; the experts' weights are whole on each of them (no expert parallelism). Groups that span
@@ -23,12 +26,24 @@ from jax.sharding import PartitionSpec
 
 from moe_diffusion.kernels.blocked import blocked, make_plan
 from moe_diffusion.kernels.capacity import capacity
+from moe_diffusion.kernels.gpu import gpu
 from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.ragged import ragged_dot
 from moe_diffusion.kernels.reference import reference
+from moe_diffusion.kernels.tpu import tpu, tpu_capacity
 from moe_diffusion.moe.routing import Routing
-from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards
+from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards, platform
 
-BACKENDS = ("reference", "blocked", "capacity")
+BACKENDS = ("reference", "blocked", "capacity", "tpu", "gpu", "ragged_dot")
+
+
+def default_backend(platform: str, routing: Routing) -> str:
+    """The table above, for the platform of the mesh: "cpu", "tpu" or "cuda" / "gpu"."""
+    if platform == "tpu":
+        return "tpu"
+    if routing.slots_per_expert:
+        return "capacity"
+    return "blocked" if platform == "cpu" else "gpu"
 
 
 def dispatch(
@@ -56,7 +71,7 @@ def dispatch(
     local = partial(
         _dispatch,
         kind=kind,
-        backend=backend or ("capacity" if routing.slots_per_expert else "blocked"),
+        backend=backend or default_backend(platform(), routing),
         capacity_factor=capacity_factor,
     )
     shards = num_batch_shards()
@@ -78,7 +93,8 @@ def _dispatch(x, routing, params, *, kind, backend, capacity_factor):
     token, expert, weight = routing.token + offset, routing.expert, routing.weight
     num_experts = params["up"].shape[0]
     flat = x.reshape(groups * tokens, width)
-    if backend == "capacity":
+    on_cpu = platform() == "cpu"  # there Pallas kernels are interpreted: slow, for tests
+    if backend == "capacity" or (backend == "tpu" and routing.slots_per_expert):
         token = jnp.where(expert < num_experts, token, groups * tokens)
         if routing.slots_per_expert:
             slots = (groups, num_experts, routing.slots_per_expert)
@@ -87,21 +103,33 @@ def _dispatch(x, routing, params, *, kind, backend, capacity_factor):
             )
         else:
             token, weight = first_come(token, expert, weight, num_experts, capacity_factor)
-        y = capacity(flat, token, weight, params, kind)
-    elif backend == "blocked":
-        token, expert, weight = token.reshape(-1), expert.reshape(-1), weight.reshape(-1)
-        plan = make_plan(
-            token,
-            expert,
-            num_tokens=groups * tokens,
-            num_experts=num_experts,
-            slots_per_token=routing.slots_per_token,
-        )
-        y = blocked(kind, flat, weight, params, plan)
+        if backend == "tpu":
+            y = tpu_capacity(flat, token, weight, params, kind, interpret=on_cpu)
+        else:
+            y = capacity(flat, token, weight, params, kind)
+        return y.reshape(x.shape)
+    assignments = [a.reshape(-1) for a in (token, expert, weight)]
+    if backend == "blocked":
+        y = blocked_dispatch(flat, *assignments, params, kind, routing.slots_per_token)
+    elif backend in ("tpu", "gpu"):
+        kernel = tpu if backend == "tpu" else gpu
+        slots = routing.slots_per_token
+        y = kernel(flat, *assignments, params, kind, slots_per_token=slots, interpret=on_cpu)
     else:
-        token, expert, weight = token.reshape(-1), expert.reshape(-1), weight.reshape(-1)
-        y = reference(flat, token, expert, weight, params, kind)
+        oracle = reference if backend == "reference" else ragged_dot
+        y = oracle(flat, *assignments, params, kind)
     return y.reshape(x.shape)
+
+
+def blocked_dispatch(flat, token, expert, weight, params, kind, slots_per_token):
+    plan = make_plan(
+        token,
+        expert,
+        num_tokens=flat.shape[0],
+        num_experts=params["up"].shape[0],
+        slots_per_token=slots_per_token,
+    )
+    return blocked(kind, flat, weight, params, plan)
 
 
 def slots_of(num: int, num_experts: int, factor: float) -> int:

@@ -45,3 +45,12 @@ def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of parts into which a batch is split; 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def platform() -> str:
+    """ "cpu", "tpu" or "cuda": of the mesh that is set, which may be of absent devices; else JAX's.
+
+    Works inside jit.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -1,12 +1,14 @@
 """Every backend against `reference`: values and gradients, on routings kind and unkind."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_diffusion.kernels.blocked import ladder
-from moe_diffusion.moe.dispatch import dispatch, dropped_share
+from moe_diffusion.moe.dispatch import BACKENDS, dispatch, dropped_share
 from moe_diffusion.moe.routing import Routing, by_expert, by_token
 from moe_diffusion.parallel.mesh import make_mesh
 
@@ -69,7 +71,8 @@ def values_and_gradients(routing, tree, kind, **options):
         y, pull = jax.vjp(f, x, weight, tree)
         return y, pull(out)
 
-    return jax.jit(both)(x, routing.weight, tree)
+    quick = {"xla_backend_optimization_level": 0}  # these programs run once
+    return jax.jit(both, compiler_options=quick)(x, routing.weight, tree)
 
 
 def masked(result, routing):
@@ -78,26 +81,40 @@ def masked(result, routing):
     return y, d_x, jnp.where(routing.expert < E, d_weight, 0), d_params
 
 
-@pytest.mark.parametrize(
-    ("routing", "kind", "bias"),
-    [
-        *((name, "swiglu", False) for name in ROUTINGS),
-        *((name, "gelu", True) for name in ("skewed", "unused slots")),
-        ("skewed", "silu", False),
-        ("uniform", "swiglu", True),
-    ],
-)
-def test_backends_equal_reference(routing, kind, bias):
-    routing, tree = ROUTINGS[routing], params(kind, bias)
-    expected = masked(values_and_gradients(routing, tree, kind, backend="reference"), routing)
-    backends = {"blocked": {}, "capacity": {"capacity_factor": E}}
-    for backend, options in backends.items():
-        got = values_and_gradients(routing, tree, kind, backend=backend, **options)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5),
-            masked(got, routing),
-            expected,
-        )
+def cases():
+    """(backend, routing, kind, bias); some of the interpreted kernels' are slow to compile."""
+    every = [(name, "swiglu", False) for name in ROUTINGS]
+    every += [("skewed", "gelu", True), ("unused slots", "gelu", True)]
+    every += [("skewed", "silu", False), ("uniform", "swiglu", True)]
+    quick = {
+        "tpu": [("skewed", "gelu", True), ("empty expert", "swiglu", False)]
+        + [("unused slots", "swiglu", False)],
+        "gpu": [("skewed", "gelu", True), ("empty expert", "swiglu", False)],
+        "ragged_dot": [("skewed", "gelu", True)],
+    }
+    for backend in BACKENDS[1:]:
+        for case in every:
+            marks = () if case in quick.get(backend, every) else pytest.mark.slow
+            yield pytest.param(backend, *case, marks=marks)
+
+
+@functools.cache
+def expected(routing, kind, bias):
+    result = values_and_gradients(ROUTINGS[routing], params(kind, bias), kind, backend="reference")
+    return masked(result, ROUTINGS[routing])
+
+
+@pytest.mark.parametrize(("backend", "routing", "kind", "bias"), cases())
+def test_backends_equal_reference(backend, routing, kind, bias):
+    """The Pallas kernels are interpreted here; tests/kernels compiles them."""
+    options = {"capacity_factor": E} if backend == "capacity" else {}
+    tree = params(kind, bias)
+    got = values_and_gradients(ROUTINGS[routing], tree, kind, backend=backend, **options)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5),
+        masked(got, ROUTINGS[routing]),
+        expected(routing, kind, bias),
+    )
 
 
 def test_dispatch_by_hand():
@@ -111,7 +128,7 @@ def test_dispatch_by_hand():
         expert=jnp.array([[0, 1, 1, 2]]),  # the last is unused
         weight=jnp.array([[0.5, 0.25, 1.0, 9.0]]),
     )
-    for backend in ("reference", "blocked"):
+    for backend in sorted(set(BACKENDS) - {"capacity"}):
         y = dispatch(jnp.ones((1, 3, 1)), routing, tree, kind="silu", backend=backend)
         np.testing.assert_allclose(y[0, :, 0], [0.5 * 1 + 1.0 * 2, 0.25 * 2, 0.0], rtol=1e-5)
 

@@ -1,0 +1,107 @@
+"""The dispatch around grouped kernels: what is differentiated, whatever the hardware.
+
+    hidden = up(x[token])  [, gate(x[token])]        out = down(act(hidden))
+    y[t]   = sum over the rows r of token t of weight[r] * out[r]
+
+A platform supplies three kernels (`Kernels`); here is the one custom_vjp that strings them
+together. Saved for the backward pass are the hidden pre-activations alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.rows import _combine, no_gradient
+from moe_diffusion.kernels.tiles import TilePlan
+
+Hidden = tuple[jax.Array, ...]
+
+
+class Kernels(Protocol):
+    """Three grouped kernels; rows beyond the used tiles and padding rows come out as zeros.
+
+    R rows in tiles of one expert each (`TilePlan`), D width, H expert width. token i32[R] says
+    which row of an array [T, D] is meant, T or more meaning a row of zeros.
+    """
+
+    def forward(
+        self, kind: str, x: jax.Array, weight: jax.Array, params: Params, plan: TilePlan, save: bool
+    ) -> tuple[jax.Array, Hidden]:
+        """x[T, D], weight f32[R] -> weight * down(act(hidden)) [R, D]; with `save` also the hidden
+        pre-activations [R, H] of every projection in, else ()."""
+
+    def backward(
+        self,
+        kind: str,
+        d_y: jax.Array,
+        weight: jax.Array,
+        hidden: Hidden,
+        params: Params,
+        plan: TilePlan,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Hidden]:
+        """d_y[T, D] -> gradients of the rows [R, D] and of weight f32[R]; weight * act(hidden) and
+        the gradients of hidden, each [R, H]."""
+
+    def outer(
+        self, left: jax.Array, right: jax.Array, plan: TilePlan, *, gather: str | None
+    ) -> jax.Array:
+        """sum over an expert's rows of left[r]^T right[r]: [R, I], [R, O] -> f32[E, I, O].
+
+        gather "left" or "right": that one is an array [T, ...] whose rows the plan's tokens name.
+        """
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def grouped(
+    kernels: Kernels,
+    kind: str,
+    x: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    plan: TilePlan,
+) -> jax.Array:
+    """x[T, D], weight f32[N], experts `params` -> y[T, D] = sum of weight * expert(x)."""
+    out, _ = kernels.forward(kind, x, _row_weight(weight, plan), params, plan, save=False)
+    return _combine(out, plan.rows)
+
+
+def _row_weight(weight: jax.Array, plan: TilePlan) -> jax.Array:
+    return jnp.take(weight, plan.assignment, mode="fill", fill_value=0)
+
+
+def _forward(kernels, kind, x, weight, params, plan):
+    out, hidden = kernels.forward(kind, x, _row_weight(weight, plan), params, plan, save=True)
+    return _combine(out, plan.rows), (x, weight, params, plan, hidden)
+
+
+def _backward(kernels, kind, residuals, d_y):
+    x, weight, params, plan, hidden = residuals
+    row_weight = _row_weight(weight, plan)
+    d_rows, d_gate, inner, d_hidden = kernels.backward(kind, d_y, row_weight, hidden, params, plan)
+    grads = {"down": kernels.outer(inner, d_y, plan, gather="right")}
+    for name, gradient in zip(mlp.inputs(kind), d_hidden, strict=True):
+        grads[name] = kernels.outer(x, gradient, plan, gather="left")
+        if name + "_bias" in params:
+            grads[name + "_bias"] = _sum_rows(gradient, plan, params[name].shape[0])
+    if "down_bias" in params:
+        d_out = jnp.take(d_y, plan.rows.token, axis=0, mode="fill", fill_value=0)
+        grads["down_bias"] = _sum_rows(row_weight[:, None] * d_out, plan, params["down"].shape[0])
+    grads = {name: value.astype(params[name].dtype) for name, value in grads.items()}
+    d_weight = jnp.take(d_gate, plan.row, mode="fill", fill_value=0).astype(weight.dtype)
+    return _combine(d_rows, plan.rows), d_weight, grads, no_gradient(plan)
+
+
+def _sum_rows(values: jax.Array, plan: TilePlan, num_experts: int) -> jax.Array:
+    """Sum of every expert's rows: [R, H] -> f32[E, H], tile by tile, without a scatter."""
+    tiles = values.astype(jnp.float32).reshape(plan.expert.shape[0], plan.tile, -1).sum(1)
+    member = jax.nn.one_hot(plan.expert, num_experts, axis=0, dtype=jnp.float32)
+    return jnp.matmul(member, tiles, precision=jax.lax.Precision.HIGHEST)
+
+
+grouped.defvjp(_forward, _backward)

@@ -1,0 +1,113 @@
+"""Rows for grouped kernels: sorted by expert, every expert's rows padded to whole tiles.
+
+A tile belongs to one expert, so a kernel needs one number per tile to find its weights. Every
+expert has at least one tile, also without rows: then a kernel that walks over the tiles writes
+every expert's gradient. Padding rows hold no token; they are read as zeros and weigh nothing.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from moe_diffusion.kernels.rows import RowPlan, plan_rows
+
+
+@flax.struct.dataclass
+class TilePlan:
+    """Assignments in the experts' order, R = num_tiles * tile rows.
+
+    rows:       RowPlan of the R rows
+    assignment: i32[R]  which assignment a row is; N marks padding
+    row:        i32[N]  its inverse; R for an unused assignment
+    expert:     i32[num_tiles]  whose rows a tile holds; not decreasing
+    used:       i32[1]  how many tiles hold an expert's share; the rest is slack
+    start, end: i32[E]  expert e has the tiles start[e]:end[e]
+    tile:       rows of a tile
+    """
+
+    rows: RowPlan
+    assignment: jax.Array
+    row: jax.Array
+    expert: jax.Array
+    used: jax.Array
+    start: jax.Array
+    end: jax.Array
+    tile: int = flax.struct.field(pytree_node=False)
+
+
+def num_tiles(num_assignments: int, num_experts: int, tile: int) -> int:
+    """Tiles that are enough for every distribution of the assignments over the experts."""
+    return -(-num_assignments // tile) + num_experts
+
+
+def plan_tiles(
+    token: jax.Array,
+    expert: jax.Array,
+    *,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+    tile: int,
+) -> TilePlan:
+    """Sorts assignments (token, expert i32[N]; expert == num_experts is unused) into tiles.
+
+    With slots_per_token = K the list is token-major, K assignments each; all are taken to be used.
+    Nothing here is a scatter.
+    """
+    num = expert.shape[0]
+    total = num_tiles(num, num_experts, tile)
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    ids = jnp.arange(num_experts, dtype=jnp.int32)
+    bounds = jnp.searchsorted(expert[order], jnp.append(ids, num_experts)).astype(jnp.int32)
+    first, count = bounds[:-1], jnp.diff(bounds)
+    end = jnp.cumsum(jnp.maximum(1, -(-count // tile)), dtype=jnp.int32)
+    start = jnp.append(0, end[:-1]).astype(jnp.int32)
+    tile_ids = jnp.arange(total, dtype=jnp.int32)
+    owner = jnp.searchsorted(end, tile_ids, side="right").astype(jnp.int32)
+    owner = jnp.minimum(owner, num_experts - 1)
+
+    row_expert = jnp.broadcast_to(owner[:, None], (total, tile)).reshape(-1)
+    offset = jnp.arange(total * tile, dtype=jnp.int32) - start[row_expert] * tile
+    place = jnp.minimum(first[row_expert] + offset, num - 1)
+    filled = offset < count[row_expert]
+    assignment = jnp.where(filled, order[place], num)
+    row_token = jnp.where(filled, token[order[place]], num_tokens).astype(jnp.int32)
+
+    rank = jnp.argsort(order).astype(jnp.int32)  # the place of an assignment among the sorted
+    owner_of = jnp.minimum(expert, num_experts - 1)
+    row = start[owner_of] * tile + rank - first[owner_of]
+    row = jnp.where(expert < num_experts, row, total * tile).astype(jnp.int32)
+    if slots_per_token:
+        begin = jnp.arange(num_tokens, dtype=jnp.int32) * slots_per_token
+        each = jnp.full(num_tokens, slots_per_token, jnp.int32)
+        rows = RowPlan(row_token, row, begin, each, per_token=slots_per_token)
+    else:
+        rows = plan_rows(row_token, num_tokens)
+    return TilePlan(rows, assignment, row, owner, end[-1:], start, end, tile)
+
+
+def fixed_tiles(token: jax.Array, *, num_tokens: int, tile: int) -> TilePlan:
+    """The plan of experts with C slots each: token i32[E, C], num_tokens or more in empty slots.
+
+    C is rounded up to whole tiles; assignment n is slot n of the list read expert by expert.
+    """
+    num_experts, slots = token.shape
+    padded = -(-slots // tile) * tile
+    widen = ((0, 0), (0, padded - slots))
+    row_token = jnp.pad(token, widen, constant_values=num_tokens).reshape(-1).astype(jnp.int32)
+    ids = jnp.arange(num_experts * slots, dtype=jnp.int32).reshape(num_experts, slots)
+    each = padded // tile
+    owner = jnp.arange(num_experts, dtype=jnp.int32)
+    ends = (owner + 1) * each
+    return TilePlan(
+        rows=plan_rows(row_token, num_tokens),
+        assignment=jnp.pad(ids, widen, constant_values=num_experts * slots).reshape(-1),
+        row=(ids + owner[:, None] * (padded - slots)).reshape(-1),
+        expert=jnp.repeat(owner, each),
+        used=ends[-1:],
+        start=ends - each,
+        end=ends,
+        tile=tile,
+    )

@@ -1,0 +1,456 @@
+"""Pallas TPU kernels of the experts: one pass over sorted rows for each direction.
+
+Every kernel walks over tiles of rows that belong to one expert (`TilePlan`); the tile's expert id
+is prefetched and picks the block of weights, which stays in VMEM while the expert does. Up
+projection, activation and down projection are one kernel: what lies between never leaves VMEM,
+but for the pre-activations that the backward pass wants. With a hidden width too large for VMEM
+the kernels walk over blocks of it inside a tile.
+
+Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, V = visits of an expert's
+weights (1 per expert if H is one block, else 1 per tile):
+
+    forward    2 R D + n R H       + V (n + 1) D H     (inference: without n R H)
+    backward   2 R D + (3 n + 1) R H / n + V (n + 1) D H
+    outer      R (I + O) for each block of the other's width, E I O out
+
+The rows are gathered by XLA, which fuses nothing into a kernel: R D more to write and read.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.grouped import grouped
+from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles, plan_tiles
+from moe_diffusion.kernels.tuning import tpu_tiles
+
+LANES = 128
+
+
+def tpu(
+    x: jax.Array,
+    token: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    *,
+    slots_per_token: int | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped."""
+    sizes = tpu_tiles(params, token.shape[0])
+    plan = plan_tiles(
+        token,
+        expert,
+        num_tokens=x.shape[0],
+        num_experts=params["up"].shape[0],
+        slots_per_token=slots_per_token,
+        tile=sizes.rows,
+    )
+    return grouped(TPUKernels(sizes.hidden, interpret=interpret), kind, x, weight, params, plan)
+
+
+def tpu_capacity(
+    x: jax.Array,
+    token: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Fixed slots: x[T, D], token i32[E, C] (T: an empty slot), weight f32[E, C] -> [T, D]."""
+    sizes = tpu_tiles(params, token.size, slots=token.shape[1])
+    plan = fixed_tiles(token, num_tokens=x.shape[0], tile=sizes.rows)
+    kernels = TPUKernels(sizes.hidden, interpret=interpret)
+    return grouped(kernels, kind, x, weight.reshape(-1), params, plan)
+
+
+class TPUKernels:
+    """See `grouped.Kernels`.
+
+    block_h: hidden columns at a time. gather: the forward kernel itself fetches the rows from HBM,
+    one transfer a row, two tiles ahead of the products. interpret: run on CPU, for tests.
+    """
+
+    def __init__(self, block_h: int, gather: bool = False, interpret: bool = False):
+        self.block_h, self.gather, self.interpret = block_h, gather, interpret
+
+    def forward(self, kind, x, weight, params, plan, save):
+        names = mlp.inputs(kind)
+        saved = names if save else ()
+        width, hidden = params["up"].shape[1:]
+        grid = _Grid(plan, width, hidden, self.block_h)
+        weights, specs = grid.weights(params, names)
+        num_rows = plan.assignment.shape[0]
+        kernel = partial(_forward_kernel, kind=kind, grid=grid, biased="down_bias" in params)
+        scratch = [pltpu.VMEM((plan.tile, width), jnp.float32)]
+        if self.gather:
+            rows, row_specs, more = _fetched(x, plan)
+            kernel, scratch = partial(_fetching_kernel, kernel=kernel), scratch + more
+        else:
+            rows, row_specs = [_gather(x, plan)], [grid.rows(width)]
+        out = pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(grid.tiles, grid.blocks),
+                in_specs=[*row_specs, grid.per_row(), *specs],
+                out_specs=[grid.rows(width), *(grid.hidden() for _ in saved)],
+                scratch_shapes=scratch,
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct((num_rows, width), x.dtype),
+                *(jax.ShapeDtypeStruct((num_rows, hidden), x.dtype) for _ in saved),
+            ],
+            compiler_params=grid.compiler_params(),
+            cost_estimate=grid.cost(x.dtype, len(names) + 1, num_hidden=len(saved)),
+            interpret=self.interpret,
+        )(plan.expert, plan.used, *rows, grid.row_values(weight), *weights)
+        return out[0], tuple(out[1:])
+
+    def backward(self, kind, d_y, weight, hidden, params, plan):
+        names = mlp.inputs(kind)
+        d_out = _gather(d_y, plan)
+        width, size = params["up"].shape[1:]
+        grid = _Grid(plan, width, size, self.block_h)
+        weights, specs = grid.weights({k: v for k, v in params.items() if "_bias" not in k}, names)
+        if "down_bias" in params:
+            weights, specs = [*weights, params["down_bias"][:, None]], [*specs, grid.down_bias()]
+        hidden_shape = jax.ShapeDtypeStruct(hidden[0].shape, hidden[0].dtype)
+        d_rows, d_weight, inner, *d_hidden = pl.pallas_call(
+            partial(_backward_kernel, kind=kind, grid=grid, biased="down_bias" in params),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(grid.tiles, grid.blocks),
+                in_specs=[
+                    grid.rows(width),
+                    grid.per_row(),
+                    *(grid.hidden() for _ in names),
+                    *specs,
+                ],
+                out_specs=[
+                    grid.rows(width),
+                    grid.per_row(),
+                    *(grid.hidden() for _ in range(len(names) + 1)),
+                ],
+                scratch_shapes=[
+                    pltpu.VMEM((plan.tile, width), jnp.float32),
+                    pltpu.VMEM((plan.tile, LANES), jnp.float32),
+                ],
+            ),
+            out_shape=[
+                jax.ShapeDtypeStruct(d_out.shape, d_y.dtype),
+                jax.ShapeDtypeStruct((grid.tiles, 1, plan.tile), jnp.float32),
+                *(hidden_shape for _ in range(len(names) + 1)),
+            ],
+            compiler_params=grid.compiler_params(),
+            cost_estimate=grid.cost(d_out.dtype, len(names) + 1, num_hidden=2 * len(names) + 1),
+            interpret=self.interpret,
+        )(plan.expert, plan.used, d_out, grid.row_values(weight), *hidden, *weights)
+        return d_rows, d_weight.reshape(-1), inner, tuple(d_hidden)
+
+    def outer(self, left, right, plan, *, gather):
+        left = _gather(left, plan) if gather == "left" else left
+        right = _gather(right, plan) if gather == "right" else right
+        num_experts = plan.start.shape[0]
+        (rows, width), columns = left.shape, right.shape[1]
+        block_i, block_o = _outer_block(width), _outer_block(columns)
+        return pl.pallas_call(
+            _outer_kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(pl.cdiv(width, block_i), pl.cdiv(columns, block_o), rows // plan.tile),
+                in_specs=[
+                    pl.BlockSpec((plan.tile, block_i), lambda i, o, t, *_: (t, i)),
+                    pl.BlockSpec((plan.tile, block_o), lambda i, o, t, *_: (t, o)),
+                ],
+                out_specs=pl.BlockSpec(
+                    (1, block_i, block_o), lambda i, o, t, expert, used: (expert[t], i, o)
+                ),
+            ),
+            out_shape=jax.ShapeDtypeStruct((num_experts, width, columns), jnp.float32),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=VMEM_LIMIT,
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * rows * width * columns,
+                bytes_accessed=left.size * left.dtype.itemsize * pl.cdiv(columns, block_o)
+                + right.size * right.dtype.itemsize * pl.cdiv(width, block_i)
+                + 4 * num_experts * width * columns,
+                transcendentals=0,
+            ),
+            interpret=self.interpret,
+        )(plan.expert, plan.used, left, right)
+
+
+VMEM_LIMIT = 64 << 20
+
+
+def _gather(x, plan):
+    return jnp.take(x, plan.rows.token, axis=0, mode="fill", fill_value=0)
+
+
+def _outer_block(width: int) -> int:
+    """Columns of a gradient's block: all up to 1,024, else 512."""
+    return width if width <= 1024 else 512
+
+
+class _Grid:
+    """Block shapes and index maps shared by the forward and the backward kernel.
+
+    The grid is (tiles, blocks of H). A slack tile repeats the last block that was fetched.
+    """
+
+    def __init__(self, plan: TilePlan, width: int, hidden: int, block_h: int):
+        self.plan, self.width, self.size = plan, width, hidden
+        self.block = min(block_h, hidden)
+        self.tiles, self.blocks = plan.expert.shape[0], pl.cdiv(hidden, self.block)
+
+    def rows(self, width):
+        return pl.BlockSpec((self.plan.tile, width), lambda t, h, *_: (t, 0))
+
+    def per_row(self):
+        return pl.BlockSpec((1, 1, self.plan.tile), lambda t, h, *_: (t, 0, 0))
+
+    def row_values(self, values):
+        return values.astype(jnp.float32).reshape(self.tiles, 1, self.plan.tile)
+
+    def hidden(self):
+        return pl.BlockSpec((self.plan.tile, self.block), lambda t, h, *_: (t, h))
+
+    def down_bias(self):
+        return pl.BlockSpec((1, 1, self.width), lambda t, h, expert, used: (expert[t], 0, 0))
+
+    def weights(self, params, names):
+        """Operands and block specs: up, gate, down, then their biases [E, 1, .]."""
+
+        def columns(t, h, expert, used):  # blocks of H in the last axis
+            return expert[t], 0, jnp.where(t < used[0], h, self.blocks - 1)
+
+        def lines(t, h, expert, used):  # in the middle axis
+            return expert[t], jnp.where(t < used[0], h, self.blocks - 1), 0
+
+        operands = [params[name] for name in (*names, "down")]
+        specs = [pl.BlockSpec((1, self.width, self.block), columns) for _ in names]
+        specs.append(pl.BlockSpec((1, self.block, self.width), lines))
+        if "up_bias" in params:
+            operands += [params[name + "_bias"][:, None] for name in (*names, "down")]
+            specs += [pl.BlockSpec((1, 1, self.block), columns) for _ in names]
+            specs.append(self.down_bias())
+        return operands, specs
+
+    def mask(self, values, axis, block):
+        """Zeros where the last block of H reaches beyond H, whose contents are undefined."""
+        if self.size % self.block == 0:
+            return values
+        column = lax.broadcasted_iota(jnp.int32, values.shape, axis)
+        inside = block * self.block + column < self.size
+        return jnp.where(inside, values, jnp.zeros_like(values))
+
+    def compiler_params(self):
+        return pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        )
+
+    def cost(self, dtype, num_products, num_hidden):
+        rows = self.tiles * self.plan.tile
+        visits = self.tiles if self.blocks > 1 else self.plan.start.shape[0]
+        return pl.CostEstimate(
+            flops=2 * rows * self.width * self.size * num_products,
+            bytes_accessed=jnp.dtype(dtype).itemsize
+            * (
+                2 * rows * self.width
+                + num_hidden * rows * self.size
+                + num_products * visits * self.width * self.size
+            ),
+            transcendentals=rows * self.size,
+        )
+
+
+def _dot(a, b, contract):
+    """a . b over one axis of each, accumulated in f32; f32 operands keep their precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _column(line):
+    """[1, M] -> [M, 1]: through a whole tile, since lanes move to sublanes only so."""
+    return jnp.broadcast_to(line, (LANES, line.shape[1])).T[:, :1]
+
+
+def _fetched(x, plan):
+    """Operands, their specs and scratch of a kernel that fetches its own rows of x[T, D].
+
+    A row of bfloat16 shares its 32-bit words with its neighbour: both are fetched, as one row of
+    words, and `odd` says which half is meant.
+    """
+    tiles, tile = plan.expert.shape[0], plan.tile
+    packed = x.dtype == jnp.bfloat16
+    if packed and x.shape[0] % 2:
+        x = jnp.pad(x, ((0, 1), (0, 0)))
+    token = jnp.minimum(plan.rows.token, x.shape[0] - 1).reshape(tiles, 1, tile)
+    odd = (token % 2).astype(jnp.float32)
+
+    def tokens(ahead):
+        return pl.BlockSpec(
+            (1, 1, tile),
+            lambda t, h, *_: (jnp.minimum(t + ahead, tiles - 1), 0, 0),
+            memory_space=pltpu.SMEM,
+        )
+
+    rows = (tile, x.shape[1])
+    specs = [
+        tokens(0),
+        tokens(1),
+        pl.BlockSpec((1, 1, tile), lambda t, h, *_: (t, 0, 0)),
+        pl.BlockSpec(memory_space=pl.ANY),
+    ]
+    scratch = [
+        pltpu.VMEM((2, *rows), jnp.uint32 if packed else x.dtype),
+        pltpu.VMEM(rows, x.dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+    return [token, token, odd, x], specs, scratch
+
+
+def _fetching_kernel(expert, used, here, ahead, odd, x, weight, *refs, kernel):
+    """Fetches the rows of the next tile, waits for those of this one, and hands them on."""
+    *refs, buffers, rows, arrived = refs
+    tile, block = pl.program_id(0), pl.program_id(1)
+    packed = x.dtype == jnp.bfloat16
+    source = x.bitcast(jnp.uint32) if packed else x
+    size = rows.shape[0]
+
+    def copy(tokens, row, slot):
+        line = tokens[0, 0, row] >> 1 if packed else tokens[0, 0, row]
+        target = buffers.at[slot, pl.ds(row, 1)]
+        return pltpu.make_async_copy(source.at[pl.ds(line, 1)], target, arrived.at[slot])
+
+    def fetch(tokens, slot):
+        @pl.loop(0, size)
+        def _(row):
+            copy(tokens, row, slot).start()
+
+    slot = lax.rem(tile, 2)
+
+    @pl.when(jnp.logical_and(tile == 0, block == 0))
+    def _():
+        fetch(here, 0)
+
+    @pl.when(jnp.logical_and(tile + 1 < used[0], block == 0))
+    def _():
+        fetch(ahead, 1 - slot)
+
+    @pl.when(jnp.logical_and(tile < used[0], block == 0))
+    def _():
+        @pl.loop(0, size)
+        def _(row):
+            copy(here, row, slot).wait()
+
+        words = buffers[slot]
+        if packed:
+            high = lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32)
+            low = lax.bitcast_convert_type(words << 16, jnp.float32)
+            words = jnp.where(_column(odd[0]) > 0.5, high, low)
+        rows[...] = words.astype(rows.dtype)
+
+    kernel(expert, used, rows, weight, *refs)
+
+
+def _forward_kernel(expert, used, x, weight, *refs, kind, grid, biased):
+    names = mlp.inputs(kind)
+    n = len(names)
+    (*inputs, down), refs = refs[: n + 1], refs[n + 1 :]
+    biases, refs = (refs[: n + 1], refs[n + 1 :]) if biased else ((), refs)
+    out, *hidden, total = refs
+    tile, block = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(tile < used[0])
+    def _():
+        values = [_dot(x[...], w[0], ((1,), (0,))) for w in inputs]
+        if biased:
+            values = [v + b[0] for v, b in zip(values, biases[:n], strict=True)]
+        for ref, value in zip(hidden, values, strict=False):  # none if nothing is saved
+            ref[...] = value.astype(ref.dtype)
+        inner = mlp.activation(kind)(*(grid.mask(v, 1, block) for v in values)).astype(x.dtype)
+        product = _dot(inner, grid.mask(down[0], 0, block), ((1,), (0,)))
+        total[...] = jnp.where(block == 0, product, total[...] + product)
+
+        @pl.when(block == grid.blocks - 1)
+        def _():
+            result = total[...] + biases[n][0] if biased else total[...]
+            out[...] = (_column(weight[0]) * result).astype(out.dtype)
+
+    @pl.when(tile >= used[0])
+    def _():
+        for ref in (out, *hidden):
+            ref[...] = jnp.zeros_like(ref)
+
+
+def _backward_kernel(expert, used, d_out, weight, *refs, kind, grid, biased):
+    names = mlp.inputs(kind)
+    n = len(names)
+    hidden, refs = refs[:n], refs[n:]
+    (*inputs, down), refs = refs[: n + 1], refs[n + 1 :]
+    bias, refs = (refs[0], refs[1:]) if biased else (None, refs)
+    d_rows, d_weight, inner_out, *d_hidden, total, dots = refs
+    tile, block = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(tile < used[0])
+    def _():
+        gate = _column(weight[0])
+        d_inner = _dot(d_out[...], down[0], ((1,), (1,)))
+        values = [grid.mask(ref[...].astype(jnp.float32), 1, block) for ref in hidden]
+        d_inner = grid.mask(d_inner, 1, block)
+        inner, pull = jax.vjp(mlp.activation(kind), *values)
+        dot = jnp.sum(d_inner * inner, axis=1, keepdims=True)
+        inner_out[...] = (gate * inner).astype(inner_out.dtype)
+        product = 0.0
+        gradients = pull(gate * d_inner)
+        for ref, w, gradient in zip(d_hidden, inputs, gradients, strict=True):
+            gradient = gradient.astype(ref.dtype)
+            ref[...] = gradient
+            product += _dot(gradient, grid.mask(w[0], 1, block), ((1,), (1,)))
+        total[...] = jnp.where(block == 0, product, total[...] + product)
+        dots[...] = jnp.where(block == 0, dot, dots[...] + dot)
+
+        @pl.when(block == grid.blocks - 1)
+        def _():
+            d_rows[...] = total[...].astype(d_rows.dtype)
+            sums = dots[...]
+            if biased:
+                pulled = d_out[...].astype(jnp.float32) * bias[0].astype(jnp.float32)
+                sums += jnp.sum(pulled, axis=1, keepdims=True)
+            d_weight[0] = sums.T[:1]
+
+    @pl.when(tile >= used[0])
+    def _():
+        for ref in (d_rows, d_weight, inner_out, *d_hidden):
+            ref[...] = jnp.zeros_like(ref)
+
+
+def _outer_kernel(expert, used, left, right, out):
+    tile = pl.program_id(2)
+    first = jnp.logical_or(tile == 0, expert[tile] != expert[jnp.maximum(tile - 1, 0)])
+    product = _dot(left[...], right[...], ((0,), (0,)))
+
+    @pl.when(first)
+    def _():
+        out[0] = product
+
+    @pl.when(jnp.logical_and(jnp.logical_not(first), tile < used[0]))
+    def _():
+        out[0] += product
