@@ -9,7 +9,11 @@ PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile --prefer
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install test test-all lint demo clean
+# Where the GPU is, jax is installed already; OUT gets the results.
+GPU_PYTHON ?= python3
+OUT ?= runs/gpu-check
+
+.PHONY: install test test-all lint demo bench gpu-check clean
 
 install: $(STAMP)
 
@@ -34,6 +38,15 @@ test-all: lint
 
 demo: $(STAMP)
 	$(BIN)/python -m moe_diffusion.demo --workdir runs/digits
+
+bench: $(STAMP)
+	$(BIN)/python -m moe_diffusion.bench suite --out docs/benchmarks/cpu.json
+
+# Everything that needs an NVIDIA GPU: tests, then benchmarks with a table last; under ten minutes.
+gpu-check:
+	mkdir -p $(OUT)
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider --junitxml=$(OUT)/tests.xml
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m moe_diffusion.bench suite --repeats 9 --out $(OUT)/bench.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -6,6 +6,9 @@ and on CPU an array [E, R, D] appears. No configuration should use it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +21,21 @@ def ragged_dot(
     x: jax.Array, token: jax.Array, expert: jax.Array, weight: jax.Array, params: Params, kind: str
 ) -> jax.Array:
     """x[T, D], token, expert i32[N] (expert == E is unused), weight f32[N] -> [T, D]."""
+    product = partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
+    return grouped_products(x, token, expert, weight, params, kind, product=product)
+
+
+def grouped_products(
+    x: jax.Array,
+    token: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    *,
+    product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """The same with any product of rows [R, I], weights [E, I, O] and an expert's rows i32[E]."""
     num_experts = params["up"].shape[0]
     order = jnp.argsort(expert, stable=True)
     sorted_expert = expert[order]
@@ -27,7 +45,7 @@ def ragged_dot(
     owner = jnp.minimum(sorted_expert, num_experts - 1)
 
     def project(rows, name):
-        y = jax.lax.ragged_dot(rows, params[name], sizes, preferred_element_type=jnp.float32)
+        y = product(rows, params[name], sizes)
         bias = params.get(name + "_bias")
         return (y if bias is None else y + bias[owner]).astype(x.dtype)
 

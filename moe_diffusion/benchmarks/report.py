@@ -1,0 +1,87 @@
+"""Measuring one thing after another, and tables and files of the results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from moe_diffusion.benchmarks.dispatch import ROUTINGS, SHAPES, bench_dispatch
+from moe_diffusion.benchmarks.steps import bench_sample, bench_train
+from moe_diffusion.benchmarks.torch_layer import torch_seconds
+
+Result = dict[str, Any]
+
+
+def measured(what: str, cases: Iterable, measure: Callable[[Any], Result]) -> list[Result]:
+    """measure(case) for every case under a progress bar."""
+    results = []
+    for case in tqdm(list(cases), desc=what, unit="case", disable=None):
+        results.append({"what": what} | measure(case))
+    return results
+
+
+def suite(repeats: int) -> list[Result]:
+    """What docs/benchmarks reports: on CPU in f32 up to H = 2,048, on accelerators all in bf16."""
+    on_cpu = jax.default_backend() == "cpu"
+    dtype, tokens = ("float32", 4096) if on_cpu else ("bfloat16", 16384)
+    shapes = [shape for shape in SHAPES if not on_cpu or shape[1] <= 2048]
+    results = []
+    for routing in ROUTINGS:
+        measure = partial(
+            bench_dispatch, tokens=tokens, dtype=dtype, routing=routing, repeats=repeats,
+            compare=not on_cpu,
+        )  # fmt: skip
+        results += measured("dispatch", shapes, measure)
+    for shape, result in zip(shapes, results, strict=False):
+        for name, seconds in (torch_seconds(shape, tokens, dtype, repeats) or {}).items():
+            result[f"times_{name}"] = seconds / result["seconds_fwd_bwd"]
+    if on_cpu:
+        steps = {"configs/dsmoe_s.py": 8}
+    else:
+        steps = {"configs/dsmoe_l.py": 64, "configs/diffmoe_l.py": 64, "configs/dit_xl.py": 64}
+    few = max(3, repeats // 3)
+    for spec, batch in steps.items():
+        overrides = [f"data.batch_size={batch}"]
+        if not on_cpu:
+            overrides.append("model.dtype=bfloat16")
+        run = partial(bench_train, overrides=overrides, repeats=few)
+        results += measured("train", [spec], run)
+        run = partial(bench_sample, overrides=[*overrides, "sampling.steps=4"], repeats=few)
+        results += measured("sample", [spec], run)
+    return results
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One table for each kind of measurement, a line for each result."""
+    blocks = []
+    for what in dict.fromkeys(result["what"] for result in results):
+        chosen = [result for result in results if result["what"] == what]
+        names = list(dict.fromkeys(name for r in chosen for name in r if name != "what"))
+        lines = [[what, *names]]
+        for result in chosen:
+            lines.append(["", *(_text(result.get(name, "")) for name in names)])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        blocks += [
+            "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+        ]
+    return "\n".join(blocks)
+
+
+def write(path: str | os.PathLike, found: Mapping[str, Any], results: Sequence[Result]) -> None:
+    """{"environment", "results"} as JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps({"environment": dict(found), "results": results}, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

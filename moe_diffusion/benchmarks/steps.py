@@ -1,0 +1,89 @@
+"""A whole training step and a whole sampler, on generated images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_diffusion import config as configs
+from moe_diffusion.benchmarks.timing import medians, peak_flops
+from moe_diffusion.data.sources import Synthetic
+from moe_diffusion.diffusion.objectives import make_loss
+from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.models import abstract_variables, build
+from moe_diffusion.models.accounting import BACKWARD, forward_flops
+from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.training.optim import make_optimizer, make_schedule
+from moe_diffusion.training.state import create_state
+from moe_diffusion.training.step import make_train_step
+
+
+def bench_train(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, Any]:
+    """The real step of a config on one device: gradients, AdamW, averages.
+
+    mfu: analytic FLOPs of the activated parameters and of attention, three times a forward pass,
+    per second, as a share of `timing.peak_flops`.
+    """
+    config = configs.load(spec, ["data.source=synthetic", *overrides])
+    model = build(config.model, losses=sorted(config.loss_weights))
+    batch = _batch(config)
+    optimizer = make_optimizer(config.optim)
+    mesh = make_mesh(config.parallel, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = create_state(model, optimizer, config, mesh, config.seed)
+        schedule = make_schedule(config.optim, config.train.num_steps)
+        step = make_train_step(
+            make_loss(model, config), optimizer, schedule, config, model.update_router_state
+        )
+        holder = [state]
+
+        def call():
+            holder[0], metrics = step(holder[0], batch, jax.random.key(0))
+            return metrics
+
+        seconds = medians({"step": call}, repeats)["step"]
+    flops = (1 + BACKWARD) * forward_flops(model, config.data.batch_size)["total"]
+    return _report(config, model, seconds, flops)
+
+
+def bench_sample(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, Any]:
+    """One batch of the config's sampler with untrained weights; the time counts all its steps."""
+    config = configs.load(spec, ["data.source=synthetic", *overrides])
+    model = build(config.model)
+    mesh = make_mesh(config.parallel, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        variables = jax.tree.map(
+            lambda x: jax.numpy.full(x.shape, 0.02, x.dtype), abstract_variables(model)
+        )
+        images = _batch(config)
+        keys = jax.random.split(jax.random.key(0), config.data.batch_size)
+        sampler = make_sampler(model, config)
+        labels = images["label"]
+        call = {"sample": lambda: sampler(variables, images["image"], labels, keys)}
+        seconds = medians(call, repeats)["sample"]
+    sampling = config.sampling
+    return _report(config, model, seconds, flops=None) | {
+        "sampler": sampling.sampler, "steps": sampling.steps, "cfg": sampling.cfg,
+    }  # fmt: skip
+
+
+def _batch(config) -> dict[str, np.ndarray]:
+    size = (config.model.image_size, config.model.image_size, config.model.channels)
+    return Synthetic(size, config.model.num_classes).take(np.arange(config.data.batch_size))
+
+
+def _report(config, model, seconds: float, flops: float | None) -> dict[str, Any]:
+    report = {
+        "config": config.name,
+        "batch": config.data.batch_size,
+        "dtype": str(jax.numpy.dtype(model.dtype)),
+        "seconds": seconds,
+        "images_per_sec": config.data.batch_size / seconds,
+    }
+    if flops is not None:
+        report["gflops"] = flops / 1e9
+        report["mfu"] = flops / seconds / peak_flops(report["dtype"])
+    return report

@@ -1,0 +1,98 @@
+"""Measuring candidates for the tiles of the Pallas kernels."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from moe_diffusion.benchmarks.timing import medians
+from moe_diffusion.kernels import tuning
+from moe_diffusion.kernels.gpu import GPUKernels
+from moe_diffusion.kernels.grouped import grouped
+from moe_diffusion.kernels.tiles import plan_tiles
+from moe_diffusion.kernels.tpu import TPUKernels
+from moe_diffusion.parallel.mesh import platform
+
+Shape = tuple[int, int, int, int]
+
+
+def candidates(hidden: int) -> list[tuple[int, ...]]:
+    """Tiles worth a try for experts of this width on the platform at hand."""
+    if platform() == "tpu":
+        blocks = {hidden, *(size for size in (256, 512, 1024) if size < hidden)}
+        return list(itertools.product((128, 256, 512), sorted(blocks)))
+    blocks = [(64, 64, 32, 4), (64, 128, 32, 4), (128, 64, 32, 4), (128, 128, 32, 4)]
+    return [*blocks, (128, 128, 32, 8), (128, 128, 64, 8), (128, 256, 32, 8)]
+
+
+def best_tiles(
+    shapes: Sequence[Shape], *, tokens: int, dtype: str, repeats: int
+) -> dict[str, list[int]]:
+    """Key of `tuning.key` -> the fastest candidate, forward + backward with uniform routing."""
+    found = {}
+    for shape in tqdm(shapes, desc="tune", unit="shape", disable=None):
+        width, hidden, num_experts, top_k = shape
+        params = _params(width, hidden, num_experts, dtype)
+        calls = {}
+        for sizes in candidates(hidden):
+            call = _call(sizes, params, tokens, top_k)
+            try:
+                jax.block_until_ready(call())
+            except jax.errors.JaxRuntimeError:  # does not fit the device's fast memory
+                continue
+            calls[sizes] = call
+        seconds = medians(calls, repeats)
+        best = min(seconds, key=seconds.get)
+        found[tuning.key(params, tokens * top_k)] = list(best)
+    return found
+
+
+def merge(path: Path, device_kind: str, found: dict[str, list[int]]) -> None:
+    """Adds to a table, replacing what it has for the same device and shapes."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table[device_kind] = dict(sorted({**table.get(device_kind, {}), **found}.items()))
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    os.replace(part, path)
+
+
+def _params(width: int, hidden: int, num_experts: int, dtype: str) -> dict[str, jax.Array]:
+    sizes = {"up": (width, hidden), "gate": (width, hidden), "down": (hidden, width)}
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    return {
+        name: jax.random.normal(key, (num_experts, *size), dtype) * size[0] ** -0.5
+        for key, (name, size) in zip(keys, sizes.items(), strict=True)
+    }
+
+
+def _call(sizes: Iterable[int], params: dict[str, jax.Array], tokens: int, top_k: int) -> Any:
+    """Forward and backward with these tiles, ready to be timed."""
+    num_experts, width, _ = params["up"].shape
+    if platform() == "tpu":
+        kernels, tile = TPUKernels(tuning.TPUTiles(*sizes).hidden), next(iter(sizes))
+    else:
+        kernels, tile = GPUKernels(tuning.GPUBlocks(*sizes)), next(iter(sizes))
+    x = jax.random.normal(jax.random.key(1), (tokens, width), params["up"].dtype)
+    token = jnp.repeat(jnp.arange(tokens), top_k)
+    expert = jax.random.randint(jax.random.key(2), token.shape, 0, num_experts)
+    weight = jnp.ones(token.shape)
+
+    @jax.jit
+    def run(x, weight, params):
+        plan = plan_tiles(
+            token, expert, num_tokens=tokens, num_experts=num_experts, slots_per_token=top_k,
+            tile=tile,
+        )  # fmt: skip
+        y, pull = jax.vjp(lambda *args: grouped(kernels, "swiglu", *args, plan), x, weight, params)
+        return y, pull(y)
+
+    return partial(run, x, weight, params)

@@ -1,0 +1,75 @@
+"""The benchmark commands measure what they say, on shapes too small to be of interest."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+
+from moe_diffusion import bench, tune
+from moe_diffusion.benchmarks import report, tiles
+from moe_diffusion.benchmarks.dispatch import bench_dispatch, parse_shape
+from moe_diffusion.errors import UserError
+from tests import cli
+
+
+def test_dispatch_ends_with_one_line_of_json(capsys, tmp_path):
+    args = ["dispatch", "--shape", "16,16,4,2", "--tokens", "64", "--repeats", "1", "--compare"]
+    bench.main([*args, "--json", "--out", str(tmp_path / "out.json")])
+    output = capsys.readouterr().out
+    result = json.loads(output.splitlines()[-1])
+    assert result["backend"] == "blocked" and result["shape"] == "16,16,4,2"
+    for name in ("rho_fwd", "rho_fwd_bwd", "rho_fwd_bwd_ragged_dot", "peak_bytes", "gemm_gflops"):
+        assert result[name] > 0 and name in output
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert kept["environment"]["jax"] == jax.__version__
+    assert kept["results"][0]["rho_fwd"] == result["rho_fwd"]
+
+
+def test_zipf_prefers_the_first_experts():
+    options = {"tokens": 256, "repeats": 1}
+    even, uneven = (
+        bench_dispatch((16, 16, 8, 2), routing=routing, **options)
+        for routing in ("uniform", "zipf")
+    )
+    assert even["load_max"] < 2 < uneven["load_max"]
+
+
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_steps_of_a_config(what, capsys):
+    args = [what, "--config", "configs/digits.py", "--repeats", "1", "--json"]
+    changes = ["data.batch_size=2", "model.depth=2", "model.hidden_size=16", "sampling.steps=1"]
+    bench.main([*args, *(f"--config.{change}" for change in changes)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["batch"] == 2 and result["images_per_sec"] > 0
+    assert (0 < result["mfu"] < 1) if what == "train" else (result["steps"] == 1)
+
+
+def test_tables_keep_their_columns_apart():
+    lines = report.table([{"what": "a", "x": 1.5}, {"what": "a", "y": "b"}, {"what": "c"}])
+    assert [line.split() for line in lines.splitlines()] == [
+        ["a", "x", "y"],
+        ["1.5"],
+        ["b"],
+        ["c"],
+        [],
+    ]
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "16,16,4,5", "16,0,4,1", "a,b,c,d"])
+def test_a_wrong_shape_is_named(text):
+    with pytest.raises(UserError, match=f"--shape '{text}'"):
+        parse_shape(text)
+
+
+def test_tune_needs_an_accelerator(capfd):
+    assert "run it on such a device" in cli.refused(capfd, tune.main, [])
+
+
+def test_tiles_of_other_devices_are_kept(tmp_path):
+    path = tmp_path / "tiles.json"
+    tiles.merge(path, "A", {"x": [1], "y": [2]})
+    tiles.merge(path, "B", {"x": [3]})
+    tiles.merge(path, "A", {"y": [4]})
+    assert json.loads(path.read_text()) == {"A": {"x": [1], "y": [4]}, "B": {"x": [3]}}
