@@ -7,7 +7,7 @@ The random draws are a value of their own, so that a recorded trajectory can be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,30 +15,25 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from moe_diffusion.diffusion import paths
-from moe_diffusion.moe import losses as aux_losses
-
-LossFn = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, "LossAux"]]
+from moe_diffusion.diffusion import ddpm, paths
+from moe_diffusion.diffusion.loss_parts import Draws, LossAux, LossFn, forward, with_router_losses
 
 
-class Draws(NamedTuple):
-    """All randomness of one loss evaluation: t [B], noise [B, H, W, C], drop_uniform [B]."""
-
-    t: jax.Array
-    noise: jax.Array
-    drop_uniform: jax.Array
-
-
-class LossAux(NamedTuple):
-    """What a loss reports beside its value.
+class Flow(NamedTuple):
+    """What a loss must know of the flow: fields of the section `diffusion` of a config.
 
     Attributes:
-      metrics: name -> scalar, for logging only.
-      router_stats: statistics for `model.update_router_state`; {} if the router keeps no state.
+      prediction: what the network returns, "velocity" or "data".
+      t_eps: floor of 1 - t where data become a velocity.
+      noise_scale: standard deviation of the noise.
     """
 
-    metrics: dict[str, jax.Array]
-    router_stats: Any
+    prediction: str = "velocity"
+    t_eps: float = 0.05
+    noise_scale: float = 1.0
+
+
+RECTIFIED = Flow()
 
 
 def draw(
@@ -48,15 +43,33 @@ def draw(
     time_sampling: str = "uniform",
     time_mean: float = 0.0,
     time_std: float = 1.0,
+    time_shift: float = 1.0,
 ) -> Draws:
-    """Draws times, noise and label-dropout uniforms for a batch of images [B, H, W, C]."""
-    rng_t, rng_noise, rng_drop = jax.random.split(rng, 3)
+    """Draws times, noise and dropouts for a batch of images [B, H, W, C]."""
+    rng_t, rng_noise, rng_drop, rng_dropout = jax.random.split(rng, 4)
     batch = image.shape[:1]
     return Draws(
-        t=paths.sample_time(rng_t, batch, time_sampling, time_mean, time_std),
+        t=paths.sample_time(rng_t, batch, time_sampling, time_mean, time_std, time_shift),
         noise=jax.random.normal(rng_noise, image.shape),
         drop_uniform=jax.random.uniform(rng_drop, batch),
+        dropout=rng_dropout,
     )
+
+
+def velocity_of(
+    output: jax.Array, x_t: jax.Array, t: jax.Array, diffusion: Flow | ml_collections.ConfigDict
+) -> jax.Array:
+    """The velocity f32[B, H, W, C] that a network's output stands for.
+
+    Args:
+      output: [B, H, W, C or 2C] (with learn_sigma; the flow uses the first half).
+      x_t: [B, H, W, C] at the times t, [B] or a scalar.
+      diffusion: `Flow`, or the section of a config.
+    """
+    prediction = output[..., : x_t.shape[-1]].astype(jnp.float32)
+    if diffusion.prediction == "data":
+        return paths.velocity_from_data(prediction, x_t, t, diffusion.t_eps)
+    return prediction
 
 
 def flow_loss(
@@ -68,41 +81,41 @@ def flow_loss(
     *,
     label_dropout: float,
     loss_weights: Mapping[str, float],
+    diffusion: Flow | ml_collections.ConfigDict = RECTIFIED,
 ) -> tuple[jax.Array, LossAux]:
-    """Velocity matching plus the weighted losses of the routers.
+    """Velocity matching plus the weighted losses of the routers, see `with_router_losses`.
+
+    A network that predicts the data is compared as a velocity too (the v-loss of 2511.13720, eq.
+    6), with the same floor of 1 - t on both sides.
 
     Args:
       batch: "image" [B, H, W, C] in [-1, 1], "label" i32[B].
       label_dropout: a label becomes the null class where drop_uniform < label_dropout.
       loss_weights: name -> weight; the names must be those that the routers return.
+      diffusion: `Flow`, or the section of a config.
 
     Returns:
-      The scalar loss, and metrics "loss" (that scalar), "mse", every auxiliary loss (unweighted,
-      summed over layers) and the routers' metrics (mean over layers).
+      The scalar loss, and metrics: "loss" (that scalar), "mse", and what the routers report.
     """
-    image = batch["image"]
-    label = jnp.where(draws.drop_uniform < label_dropout, model.num_classes, batch["label"])
-    x_t = paths.interpolate(image, draws.noise, draws.t)
-    output, sown = model.apply(
-        {"params": params, "router_state": router_state},
-        x_t,
-        draws.t,
-        label,
-        True,
-        mutable=["losses", "metrics", "router_stats"],
+    image, t = batch["image"], draws.t
+    noise = diffusion.noise_scale * draws.noise
+    x_t = paths.interpolate(image, noise, t)
+    dropped = draws.drop_uniform < label_dropout
+    output, sown = forward(
+        model, params, router_state, x_t, t, batch["label"], dropped, draws.dropout
     )
-    # With learn_sigma the network has 2C outputs; the flow uses the first half.
-    prediction = output[..., : image.shape[-1]].astype(jnp.float32)
-    mse = jnp.mean(jnp.square(prediction - paths.velocity(image, draws.noise)))
-    named = aux_losses.sum_by_name(sown.get("losses", {}))
-    loss = mse + aux_losses.weigh(named, loss_weights)
-    router_metrics = aux_losses.mean_by_name(sown.get("metrics", {}))
-    metrics = {"loss": loss, "mse": mse, **named, **router_metrics}
-    return loss, LossAux(metrics, sown.get("router_stats", {}))
+    if diffusion.prediction == "data":
+        target = paths.velocity_from_data(image, x_t, t, diffusion.t_eps)
+    else:
+        target = paths.velocity(image, noise)
+    mse = jnp.mean(jnp.square(velocity_of(output, x_t, t, diffusion) - target))
+    return with_router_losses(mse, sown, loss_weights, mse=mse)
 
 
 def make_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
-    """The loss that `config.diffusion` asks for, see `make_flow_loss`."""
+    """The loss that `config.diffusion` asks for, `make_flow_loss` or `ddpm.make_ddpm_loss`."""
+    if config.diffusion.path == "ddpm":
+        return ddpm.make_ddpm_loss(model, config)
     return make_flow_loss(model, config)
 
 
@@ -118,6 +131,7 @@ def make_flow_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossF
             time_sampling=diffusion.time_sampling,
             time_mean=diffusion.time_mean,
             time_std=diffusion.time_std,
+            time_shift=diffusion.time_shift,
         )
         return flow_loss(
             model,
@@ -127,6 +141,7 @@ def make_flow_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossF
             draws,
             label_dropout=diffusion.label_dropout,
             loss_weights=loss_weights,
+            diffusion=diffusion,
         )
 
     return loss_fn

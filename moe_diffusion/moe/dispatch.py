@@ -12,8 +12,10 @@
 | `ragged_dot`| XLA's grouped product, which JAX differentiates badly | comparison                 |
 
 On a mesh the groups are split over the devices that split the batch, and every device dispatches
-its own; the experts' weights are whole on each of them (no expert parallelism). Groups that span
-devices (scope `batch`) are left to XLA's partitioner: correct, not fast.
+its own. Experts may be split over the axis `expert`, and then tokens or weights travel
+(moe/transport.py). Of a group that spans devices (scope `batch`) with fixed slots, every device
+serves its experts, and of each its share of the slots, for all tokens; without fixed slots such a
+group is left to XLA's partitioner: correct, not fast.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from moe_diffusion.kernels.blocked import blocked, make_plan
@@ -31,8 +34,14 @@ from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.ragged import ragged_dot
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tpu import tpu, tpu_capacity
-from moe_diffusion.moe.routing import Routing
-from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards, platform
+from moe_diffusion.moe.routing import Routing, first_come, slots_of
+from moe_diffusion.moe.transport import AXIS, Local, choose, restrict, send
+from moe_diffusion.parallel.mesh import (
+    batch_axes,
+    num_batch_shards,
+    num_expert_shards,
+    platform,
+)
 
 BACKENDS = ("reference", "blocked", "capacity", "tpu", "gpu", "ragged_dot")
 
@@ -54,13 +63,15 @@ def dispatch(
     kind: str,
     backend: str | None = None,
     capacity_factor: float = 1.25,
+    transport: str | None = None,
 ) -> jax.Array:
     """Sends tokens to experts and adds up what comes back.
 
     x [G, T, D], any float dtype (the experts compute in it); params: see kernels/mlp.py; kind
     "gelu", "silu" or "swiglu". backend None chooses by the table above. capacity_factor counts
     where `capacity` serves a routing without fixed slots: an expert then has
-    C = factor * N / E slots and what comes later in the list is dropped.
+    C = factor * N / E slots and what comes later in the list is dropped. transport None chooses by
+    `transport.choose`.
 
     Returns [G, T, D]; gradients flow to x, routing.weight and params. Raises ValueError for an
     unknown backend.
@@ -75,13 +86,70 @@ def dispatch(
         capacity_factor=capacity_factor,
     )
     shards = num_batch_shards()
-    if shards == 1 or x.shape[0] % shards:
+    if shards == 1:
         return local(x, routing, params)
-    by_group = PartitionSpec(batch_axes())
+    if x.shape[0] % shards:
+        return _over_slots(local, x, routing, params)
+    how = transport or _choose_transport(x, routing, params)
+    by_group, by_expert = PartitionSpec(batch_axes()), PartitionSpec(AXIS)
+    if how != "none":
+        local = partial(send, how, local, kind=kind, capacity_factor=capacity_factor)
     return jax.shard_map(
         local,
-        in_specs=(by_group, by_group, PartitionSpec()),
+        in_specs=(by_group, by_group, PartitionSpec() if how == "none" else by_expert),
         out_specs=by_group,
+        check_vma=False,
+    )(x, routing, params)
+
+
+def _choose_transport(x: jax.Array, routing: Routing, params: Params) -> str:
+    """See `transport.choose`; x [G, T, D] of all devices."""
+    num_experts, _, hidden = params["up"].shape
+    return choose(
+        devices=num_expert_shards(),
+        tokens=x.shape[0] * x.shape[1] // num_batch_shards(),
+        assignments=routing.expert.size // num_batch_shards(),
+        num_experts=num_experts,
+        hidden=hidden,
+        fixed_slots=routing.slots_per_expert is not None,
+    )
+
+
+def _over_slots(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:
+    """One group over all devices: each takes some experts, and of their slots some."""
+    slots, shards, tokens = routing.slots_per_expert, num_batch_shards(), x.shape[1]
+    if slots is None or x.shape[0] > 1 or tokens % shards:
+        return local(x, routing, params)
+    axes, num_experts = batch_axes(), params["up"].shape[0]
+    others = tuple(axis for axis in axes if axis != AXIS)
+    share = -(-slots // (shards // num_expert_shards()))
+
+    def serve(x, routing, params):
+        count = params["up"].shape[0]
+        mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
+        spare = share * (shards // num_expert_shards()) - slots
+        first = lax.axis_index(others) * share
+
+        def part(array, unused):
+            array = jnp.pad(array.reshape(count, slots), ((0, 0), (0, spare)),
+                            constant_values=unused)  # fmt: skip
+            return lax.dynamic_slice_in_dim(array, first, share, axis=1).reshape(1, -1)
+
+        mine = Routing(
+            token=part(mine.token, 0),
+            expert=part(mine.expert, count),
+            weight=part(mine.weight, 0.0),
+            slots_per_expert=share,
+        )
+        everything = lax.all_gather(x, axes, axis=1, tiled=True)
+        partial_sums = local(everything, mine, params)
+        return lax.psum_scatter(partial_sums, axes, scatter_dimension=1, tiled=True)
+
+    by_token = PartitionSpec(None, axes)
+    return jax.shard_map(
+        serve,
+        in_specs=(by_token, PartitionSpec(), PartitionSpec(AXIS)),
+        out_specs=by_token,
         check_vma=False,
     )(x, routing, params)
 
@@ -132,11 +200,6 @@ def blocked_dispatch(flat, token, expert, weight, params, kind, slots_per_token)
     return blocked(kind, flat, weight, params, plan)
 
 
-def slots_of(num: int, num_experts: int, factor: float) -> int:
-    """C = ceil(factor * N / E), the slots of an expert when `capacity` serves N assignments."""
-    return min(num, -(-int(factor * num) // num_experts))
-
-
 def dropped_share(routing: Routing, num_experts: int, factor: float) -> jax.Array:
     """The share of assignments that `capacity` drops from a routing without fixed slots, f32[]."""
     one_hot = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.float32)
@@ -147,24 +210,3 @@ def dropped_share(routing: Routing, num_experts: int, factor: float) -> jax.Arra
     load = load.sum(-2)
     slots = slots_of(routing.expert.size // max(1, load.size // num_experts), num_experts, factor)
     return jnp.maximum(load - slots, 0).sum() / jnp.maximum(load.sum(), 1)
-
-
-def first_come(
-    token: jax.Array, expert: jax.Array, weight: jax.Array, num_experts: int, factor: float
-) -> tuple[jax.Array, jax.Array]:
-    """Fixed slots for any routing: an expert keeps the first C of its assignments in list order.
-
-    token, expert, weight [G, N] with token ids unique over the groups -> token i32[E, C], weight
-    f32[E, C]; C = slots_of(G N, E, factor). An empty slot has a token id past the last, weight 0.
-    """
-    num = expert.size
-    slots = slots_of(num, num_experts, factor)
-    order = jnp.argsort(expert.reshape(-1), stable=True)
-    bounds = jnp.searchsorted(expert.reshape(-1)[order], jnp.arange(num_experts + 1))
-    place = bounds[:-1, None] + jnp.arange(slots)
-    assignment = jnp.where(place < bounds[1:, None], order[jnp.minimum(place, num - 1)], num)
-    past = jnp.iinfo(jnp.int32).max
-    return (
-        jnp.take(token.reshape(-1), assignment, mode="fill", fill_value=past),
-        jnp.take(weight.reshape(-1), assignment, mode="fill", fill_value=0.0),
-    )

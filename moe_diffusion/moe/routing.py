@@ -13,6 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from moe_diffusion.parallel.mesh import batch_axes, by_group, num_batch_shards
 
 
 @flax.struct.dataclass
@@ -70,12 +73,48 @@ def by_expert(
 
 def top_experts(scores: jax.Array, top_k: int) -> jax.Array:
     """The K best experts of every token: f32[G, T, E] -> i32[G, T, K]."""
-    return lax.top_k(scores, top_k)[1]
+    return by_group(lambda scores: lax.top_k(scores, top_k)[1], scores)
 
 
 def top_tokens(scores: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
     """The C best tokens of every expert: f32[G, T, E] -> weight, token of [G, E, C]."""
-    return lax.top_k(scores.swapaxes(1, 2), slots)
+
+    def best(scores):
+        return lax.top_k(scores.swapaxes(1, 2), slots)
+
+    groups, tokens, _ = scores.shape
+    shards = num_batch_shards()
+    if groups > 1 or shards == 1 or tokens % shards:
+        return by_group(best, scores)
+    return _top_tokens_of_all(scores, slots, tokens // shards)
+
+
+def _top_tokens_of_all(scores: jax.Array, slots: int, part: int) -> tuple[jax.Array, jax.Array]:
+    """One group over all devices: the best of each device's best, of `part` tokens each.
+
+    Equal scores are in the order of the tokens, as in one top-k over all.
+    """
+    axes = batch_axes()
+
+    def best(scores):
+        weight, token = lax.top_k(scores.swapaxes(1, 2), min(slots, part))
+        token += lax.axis_index(axes) * part
+        weight, token = (lax.all_gather(a, axes, axis=2, tiled=True) for a in (weight, token))
+        weight, place = lax.top_k(weight, slots)
+        return weight, jnp.take_along_axis(token, place, axis=2)
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        best,
+        in_specs=PartitionSpec(None, axes),
+        out_specs=(everywhere, everywhere),
+        check_vma=False,
+    )(scores)
+
+
+def slots_per_expert(tokens: int, num_experts: int, capacity: float) -> int:
+    """C = int(T / E * capacity): an expert's share of a group, `capacity` experts a token."""
+    return int(tokens / num_experts * capacity)
 
 
 def expert_load(routing: Routing, num_experts: int) -> jax.Array:
@@ -89,3 +128,29 @@ def dense_gates(routing: Routing, num_tokens: int, num_experts: int) -> jax.Arra
     groups = jnp.arange(routing.token.shape[0])[:, None]
     gates = jnp.zeros((routing.token.shape[0], num_tokens, num_experts + 1), jnp.float32)
     return gates.at[groups, routing.token, routing.expert].add(routing.weight)[..., :-1]
+
+
+def slots_of(num: int, num_experts: int, factor: float) -> int:
+    """C = ceil(factor * N / E), the slots of an expert when `capacity` serves N assignments."""
+    return min(num, -(-int(factor * num) // num_experts))
+
+
+def first_come(
+    token: jax.Array, expert: jax.Array, weight: jax.Array, num_experts: int, factor: float
+) -> tuple[jax.Array, jax.Array]:
+    """Fixed slots for any routing: an expert keeps the first C of its assignments in list order.
+
+    token, expert, weight [G, N] with token ids unique over the groups -> token i32[E, C], weight
+    f32[E, C]; C = slots_of(G N, E, factor). An empty slot has a token id past the last, weight 0.
+    """
+    num = expert.size
+    slots = slots_of(num, num_experts, factor)
+    order = jnp.argsort(expert.reshape(-1), stable=True)
+    bounds = jnp.searchsorted(expert.reshape(-1)[order], jnp.arange(num_experts + 1))
+    place = bounds[:-1, None] + jnp.arange(slots)
+    assignment = jnp.where(place < bounds[1:, None], order[jnp.minimum(place, num - 1)], num)
+    past = jnp.iinfo(jnp.int32).max
+    return (
+        jnp.take(token.reshape(-1), assignment, mode="fill", fill_value=past),
+        jnp.take(weight.reshape(-1), assignment, mode="fill", fill_value=0.0),
+    )

@@ -1,34 +1,40 @@
-"""The device mesh: four axes, of which a preset gives all devices to one.
+"""The device mesh: four axes, of which a preset gives all devices to one or two.
 
 | axis     | splits                                                       |
 |----------|--------------------------------------------------------------|
 | `data`   | the batch                                                    |
 | `fsdp`   | the batch, and parameters and optimizer state with it        |
-| `expert` | experts (size 1 in all of today's presets)                   |
+| `expert` | the batch, and experts with it (moe/transport.py)            |
 | `seq`    | tokens of a sample (size 1 in all of today's presets)        |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "seq")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(parallel_config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all of all processes) for `parallel_config.preset`.
 
-    `dp` and `zero1` lay the devices along `data`, `fsdp` along `fsdp`; other axes have size 1.
+    `dp` and `zero1` lay the devices along `data`, `fsdp` along `fsdp`, and `fsdp_ep` along `fsdp`
+    and, `parallel.expert` of them (0: all), along `expert`; other axes have size 1.
     """
     devices = jax.devices() if devices is None else devices
-    wide = "fsdp" if parallel_config.preset == "fsdp" else "data"
-    sizes = [len(devices) if axis == wide else 1 for axis in AXES]
+    shape = dict.fromkeys(AXES, 1)
+    if parallel_config.preset == "fsdp_ep":
+        shape["expert"] = parallel_config.expert or len(devices)
+        shape["fsdp"] = len(devices) // shape["expert"]
+    else:
+        shape["fsdp" if parallel_config.preset == "fsdp" else "data"] = len(devices)
+    sizes = list(shape.values())
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -45,6 +51,23 @@ def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of parts into which a batch is split; 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def by_group(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """function(*arrays), each device for its own part of dimension 0, where the batch is split.
+
+    For what XLA would gather all of: it does not split a sort or a top-k over a batch dimension.
+    """
+    shards = num_batch_shards()
+    if shards == 1 or arrays[0].shape[0] % shards:
+        return function(*arrays)
+    spec = PartitionSpec(batch_axes())
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+
+def num_expert_shards() -> int:
+    """Number of devices that share the experts; 1 where no mesh is set."""
+    return jax.sharding.get_abstract_mesh().shape.get("expert", 1)
 
 
 def platform() -> str:

@@ -4,17 +4,21 @@ Modules name the dimensions of their parameters by logical axes (`layers`, `expe
 `mlp`, `heads`). A preset maps logical axes to mesh axes, once for the parameters and once for what
 is only touched by the update (optimizer state and EMAs):
 
-| preset  | parameters          | optimizer state, EMAs | parameters, gradients, Adam, one EMA |
-|---------|---------------------|-----------------------|--------------------------------------|
-| `dp`    | whole               | whole                 | 5 P on each device                   |
-| `zero1` | whole               | `embed` over `data`   | 2 P + 3 P / devices                  |
-| `fsdp`  | `embed` over `fsdp` | `embed` over `fsdp`   | 5 P / devices + a layer              |
+| preset    | parameters            | optimizer state, EMAs | parameters, gradients, Adam, one EMA |
+|-----------|-----------------------|-----------------------|--------------------------------------|
+| `dp`      | whole                 | whole                 | 5 P on each device                   |
+| `zero1`   | whole                 | `embed` over `data`   | 2 P + 3 P / devices                  |
+| `fsdp`    | `embed` over `fsdp`   | `embed` over `fsdp`   | 5 P / devices + a layer              |
+| `fsdp_ep` | `expert` over         | as the parameters     | 5 P / devices + a layer's dense part |
+|           | `expert`, `embed`     |                       | and a device's own experts           |
+|           | over what is left     |                       |                                      |
 
 The batch is split over all devices in each of them.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,16 +30,20 @@ LogicalAxes = tuple[str | None, ...]
 
 
 class Rules(NamedTuple):
-    """Logical axis -> mesh axis; an axis that is not named is not split."""
+    """Logical axis -> mesh axes; an axis that is not named is not split."""
 
-    params: dict[str, str]
-    update: dict[str, str]  # gradients, optimizer state and EMAs
+    params: dict[str, tuple[str, ...]]
+    update: dict[str, tuple[str, ...]]  # gradients, optimizer state and EMAs
+
+
+_EP = {"expert": ("expert",), "embed": ("fsdp", "expert")}
 
 
 PRESETS = {
     "dp": Rules(params={}, update={}),
-    "zero1": Rules(params={}, update={"embed": "data"}),
-    "fsdp": Rules(params={"embed": "fsdp"}, update={"embed": "fsdp"}),
+    "zero1": Rules(params={}, update={"embed": ("data",)}),
+    "fsdp": Rules(params={"embed": ("fsdp",)}, update={"embed": ("fsdp",)}),
+    "fsdp_ep": Rules(params=_EP, update=_EP),
 }
 
 
@@ -81,14 +89,17 @@ def update_shardings(mesh: Mesh, preset: str, abstract_params: Any, logical_axes
 
 
 def _spec(
-    shape: tuple[int, ...], axes: LogicalAxes, table: dict[str, str], mesh: Mesh
+    shape: tuple[int, ...], axes: LogicalAxes, table: dict[str, tuple[str, ...]], mesh: Mesh
 ) -> PartitionSpec:
     """Splits each dimension as the table says, unless it does not divide or the axis is taken."""
-    spec: list[str | None] = []
+    spec: list[str | tuple[str, ...] | None] = []
+    taken: set[str] = set()
     for size, name in zip(shape, axes, strict=False):
-        axis = table.get(name)
-        fits = axis is not None and axis not in spec and size % mesh.shape[axis] == 0
-        spec.append(axis if fits else None)
+        free = tuple(axis for axis in table.get(name, ()) if axis not in taken)
+        fits = size % math.prod(mesh.shape[axis] for axis in free) == 0
+        used = free if fits else ()
+        taken.update(used)
+        spec.append(used[0] if len(used) == 1 else used or None)
     return PartitionSpec(*spec)
 
 

@@ -69,7 +69,8 @@ def test_draws():
     draws = objectives.draw(jax.random.key(0), IMAGE)
     assert (draws.t.shape, draws.noise.shape) == ((B,), IMAGE.shape)
     again, other = (objectives.draw(jax.random.key(seed), IMAGE) for seed in (0, 1))
-    jax.tree.map(np.testing.assert_array_equal, draws, again)
+    jax.tree.map(np.testing.assert_array_equal, draws[:3], again[:3])
+    assert draws.dropout == again.dropout and draws.dropout != other.dropout
     assert (draws.t != other.t).all() and (draws.t != draws.drop_uniform).all()
 
 
@@ -86,3 +87,43 @@ def test_loss_of_a_config():
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert set(aux.metrics) == {"loss", "mse", "balance", "load_max"}
+
+
+class Oracle(nn.Module):
+    """Puts out the true images plus an offset."""
+
+    num_classes: int = NULL
+
+    @nn.compact
+    def __call__(self, x, t, y, train):
+        return IMAGE + self.param("offset", nn.initializers.zeros, ())
+
+
+def test_a_network_that_predicts_the_data():
+    """The same floor of 1 - t on both sides: the error is divided by max(1 - t, t_eps)."""
+    flow = objectives.Flow("data", t_eps=0.3, noise_scale=2.0)
+
+    def loss(offset):
+        params, options = {"offset": jnp.float32(offset)}, {"label_dropout": 0, "loss_weights": {}}
+        return objectives.flow_loss(Oracle(), params, {}, BATCH, DRAWS, diffusion=flow, **options)[
+            0
+        ]
+
+    assert loss(0.0) == 0
+    by_hand = np.mean([(0.5 / max(1 - t, 0.3)) ** 2 for t in DRAWS.t])
+    np.testing.assert_allclose(loss(0.5), by_hand, rtol=1e-5)
+
+
+def test_velocity_of_the_data():
+    """Away from t = 1 it is data - noise, whatever the scale of the noise."""
+    config = config_lib.default().diffusion
+    t = np.linspace(0, 0.9, B, dtype=np.float32)
+    x_t = objectives.paths.interpolate(IMAGE, 3 * DRAWS.noise, t)
+    twice = np.concatenate([IMAGE, np.full_like(IMAGE, np.nan)], -1)  # the second half is not read
+    config.prediction = "data"
+    v = objectives.velocity_of(twice, x_t, t, config)
+    np.testing.assert_allclose(v, IMAGE - 3 * DRAWS.noise, atol=1e-4)
+    scalar = objectives.velocity_of(twice[2:3], x_t[2:3], t[2], config)
+    np.testing.assert_allclose(scalar, v[2:3], rtol=1e-6)
+    config.prediction = "velocity"
+    np.testing.assert_array_equal(objectives.velocity_of(twice, x_t, t, config), IMAGE)

@@ -35,6 +35,22 @@ def test_logit_normal_times():
     np.testing.assert_allclose([logit.mean(), logit.std()], [-0.8, 0.8], atol=0.05)
 
 
+def test_a_shift_moves_times_towards_noise():
+    # Shift 3 moves half noise to 3/4 noise; the ends stay. ProMoE's and SD3's sigma is 1 - t.
+    t = np.array([0.0, 0.5, 0.8, 1.0])
+    sigma = 1 - t
+    np.testing.assert_allclose(paths.shift_time(t, 3.0), [0, 0.25, 4 / 7, 1], rtol=1e-6)
+    np.testing.assert_allclose(1 - paths.shift_time(t, 3.0), 3 * sigma / (1 + 2 * sigma))
+    draws = [
+        paths.sample_time(jax.random.key(0), (8,), sampling, shift=shift)
+        for sampling in ("uniform", "logit_normal")
+        for shift in (1.0, 3.0)
+    ]
+    for plain, shifted in (draws[:2], draws[2:]):
+        np.testing.assert_allclose(shifted, paths.shift_time(plain, 3.0), rtol=1e-6)
+        assert (shifted < plain).all()
+
+
 def test_unknown_time_sampling():
     with pytest.raises(UserError, match="time_sampling is 'cosine'"):
         paths.sample_time(jax.random.key(0), (1,), "cosine")

@@ -1,0 +1,210 @@
+"""Expert parallelism: tokens travel to the devices that hold their experts, and back.
+
+Runs inside the shard_map of `dispatch`, on a mesh whose axis `expert` has n > 1 devices, each with
+E / n experts and with tokens of its own. Bytes that a device sends or receives in a forward pass,
+for T tokens of its own, in elements:
+
+| transport      | moves                                              | drops                     |
+|----------------|----------------------------------------------------|---------------------------|
+| `none`         | 3 E D H: everybody gets all experts' weights       | no                        |
+| `gather`       | 2 n T D: everybody gets all tokens, sums go back   | no                        |
+| `a2a_capacity` | 2 C E D, C slots per expert and source device      | beyond C, unless the      |
+|                |                                                    | router has fixed slots    |
+| `ragged_a2a`   | 2 K T D: exactly the rows wanted (TPU only)        | beyond twice a device's   |
+|                |                                                    | average load              |
+
+`choose` takes the cheapest of those that drop nothing, `none` in case of doubt: weights are
+gathered anyway where parameters are sharded, and that hides behind computation better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.rows import combine, gather, plan_rows
+from moe_diffusion.moe.routing import Routing, first_come
+
+TRANSPORTS = ("none", "gather", "a2a_capacity", "ragged_a2a")
+AXIS = "expert"
+RAGGED_BOUND = 2.0  # rows that `ragged_a2a` has room for / a device's average load
+
+# (x [G, T, D], routing of the local experts, their params) -> [G, T, D]
+Local = Callable[[jax.Array, Routing, Params], jax.Array]
+
+
+def choose(
+    *,
+    devices: int,
+    tokens: int,
+    assignments: int,
+    num_experts: int,
+    hidden: int,
+    fixed_slots: bool,
+) -> str:
+    """The transport for `tokens` tokens and `assignments` assignments of a device (see above).
+
+    `none` stays below K T ~ 3/2 E H: with DSMoE-L-E48's 48 x 448 that is 6,450 tokens of a device,
+    so that models up to 3B do not want another on a pod with a usual batch.
+    """
+    if devices == 1:
+        return "none"
+    elements = {"none": 3 * num_experts * hidden, "gather": 2 * devices * tokens}
+    if fixed_slots:  # C slots for each expert: as many rows as assignments
+        elements["a2a_capacity"] = 2 * assignments
+    return min(elements, key=elements.get)
+
+
+def send(
+    transport: str,
+    local: Local,
+    x: jax.Array,
+    routing: Routing,
+    params: Params,
+    *,
+    kind: str,
+    capacity_factor: float,
+) -> jax.Array:
+    """x[G, T, D] of this device, routed to any of the E experts -> [G, T, D].
+
+    params: of this device's E / n experts. `local` dispatches to those.
+    """
+    if transport == "gather":
+        return _gather(local, x, routing, params)
+    flat, assignments = _flatten(x, routing)
+    if transport == "ragged_a2a":
+        y = _ragged(local, flat, *assignments, params)
+    else:
+        num_experts = params["up"].shape[0] * lax.axis_size(AXIS)
+        if routing.slots_per_expert:
+            shape = (x.shape[0], num_experts, routing.slots_per_expert)
+            token, expert, weight = assignments
+            token = jnp.where(expert < num_experts, token, flat.shape[0])
+            slots = [a.reshape(shape).swapaxes(0, 1).reshape(num_experts, -1)
+                     for a in (token, weight)]  # fmt: skip
+        else:
+            slots = first_come(*assignments, num_experts, capacity_factor)
+        y = _all_to_all(flat, *slots, params, kind)
+    return y.reshape(x.shape)
+
+
+def restrict(routing: Routing, first: jax.Array, count: int, num_experts: int) -> Routing:
+    """The routing as `count` experts from `first` on see it, numbered from 0."""
+    slots = routing.slots_per_expert
+    groups = routing.token.shape[0]
+    if slots:
+
+        def own(array):
+            array = array.reshape(groups, num_experts, slots)
+            return lax.dynamic_slice_in_dim(array, first, count, axis=1).reshape(groups, -1)
+
+        routing = jax.tree.map(own, routing)
+    expert = routing.expert - first
+    mine = (expert >= 0) & (expert < count)
+    return Routing(
+        token=routing.token,
+        expert=jnp.where(mine, expert, count),
+        weight=jnp.where(mine, routing.weight, 0.0),
+        slots_per_expert=slots,
+    )
+
+
+def _flatten(x: jax.Array, routing: Routing) -> tuple[jax.Array, list[jax.Array]]:
+    """All groups as one: x[G T, D]; token ids unique over the groups, expert, weight [G N]."""
+    groups, tokens, width = x.shape
+    token = routing.token + jnp.arange(groups, dtype=jnp.int32)[:, None] * tokens
+    flat = [a.reshape(-1) for a in (token, routing.expert, routing.weight)]
+    return x.reshape(-1, width), flat
+
+
+def _gather(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:
+    count = params["up"].shape[0]
+    everybody = lax.all_gather(x, AXIS, axis=0, tiled=True)
+    routing = jax.tree.map(lambda a: lax.all_gather(a, AXIS, axis=0, tiled=True), routing)
+    num_experts = count * lax.axis_size(AXIS)
+    mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
+    partial_sums = local(everybody, mine, params)
+    return lax.psum_scatter(partial_sums, AXIS, scatter_dimension=0, tiled=True)
+
+
+def _all_to_all(flat, token, weight, params, kind):
+    """flat[T, D]; slots of every expert in the world: token, weight [E, C] -> [T, D]."""
+    devices, count = lax.axis_size(AXIS), params["up"].shape[0]
+    slots, width = token.shape[1], flat.shape[1]
+    plan = plan_rows(token.reshape(-1), flat.shape[0])
+    rows = gather(flat, plan).reshape(devices, count, slots, width)
+    rows = lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0)  # source device first
+    rows = rows.swapaxes(0, 1).reshape(count, devices * slots, width)
+    out = mlp.apply(rows, params, kind).reshape(count, devices, slots, width).swapaxes(0, 1)
+    out = lax.all_to_all(out, AXIS, split_axis=0, concat_axis=0)
+    out = out.reshape(-1, width) * weight.reshape(-1, 1).astype(flat.dtype)
+    return combine(out, plan)
+
+
+def _ragged(local: Local, flat, token, expert, weight, params):
+    """flat[T, D]; assignments [N] to any expert of the world -> [T, D]."""
+    devices, count = lax.axis_size(AXIS), params["up"].shape[0]
+    num, me = expert.shape[0], lax.axis_index(AXIS)
+    order = jnp.argsort(expert, stable=True)
+    bounds = jnp.searchsorted(expert[order], jnp.arange(devices * count + 1))
+    room = int(RAGGED_BOUND * num)
+    sent, begin = ragged_sizes(
+        lax.all_gather(jnp.diff(bounds).astype(jnp.int32), AXIS), devices, room
+    )
+    ours = sent[:, :, 0]  # rows from device i to device j, i32[n, n]
+    within = jnp.cumsum(ours, axis=0) - ours  # where i's rows start in j's buffer
+    starts = bounds[:-1].reshape(devices, count)[:, 0].astype(jnp.int32)
+    plan = plan_rows(jnp.where(expert[order] < devices * count, token[order], flat.shape[0]),
+                     flat.shape[0])  # fmt: skip
+    rows = gather(flat, plan)
+
+    received = lax.ragged_all_to_all(
+        rows,
+        jnp.zeros((room, flat.shape[1]), flat.dtype),
+        starts,
+        ours[me],
+        within[me],
+        ours[:, me],
+        axis_name=AXIS,
+    )
+    # Which expert a received row is for: the senders' rows follow each other, each by expert.
+    edges = jnp.cumsum(begin[:, me].reshape(-1))
+    owner = jnp.searchsorted(edges, jnp.arange(room), side="right")
+    owner = jnp.where(jnp.arange(room) < edges[-1], owner % count, count)
+    routing = Routing(
+        token=jnp.arange(room, dtype=jnp.int32)[None],
+        expert=owner.astype(jnp.int32)[None],
+        weight=jnp.ones((1, room), jnp.float32),
+    )
+    out = local(received[None], routing, params)[0]
+    # Where my rows for device j begin, told to everybody: that is where they come back to.
+    home = lax.all_gather(starts, AXIS)
+    back = lax.ragged_all_to_all(
+        out,
+        jnp.zeros_like(rows),
+        within[:, me],
+        ours[:, me],
+        home[:, me],
+        ours[me],
+        axis_name=AXIS,
+    )
+    return combine(back * weight[order][:, None].astype(flat.dtype), plan)
+
+
+def ragged_sizes(counts: jax.Array, devices: int, room: int) -> tuple[jax.Array, jax.Array]:
+    """Rows that travel, when a device has room for so many.
+
+    counts i32[n, E]: assignments of device i to expert e. Returns i32[n, n, 1], rows from i to j,
+    and i32[n, n, E / n], of which expert of j; what is beyond a receiver's room stays at home, of
+    the last devices and experts first.
+    """
+    wanted = counts.reshape(devices, devices, -1).swapaxes(0, 1)  # [receiver, sender, expert]
+    flat = wanted.reshape(devices, -1)
+    before = jnp.cumsum(flat, axis=1) - flat
+    kept = jnp.clip(room - before, 0, flat).reshape(wanted.shape).swapaxes(0, 1)
+    return kept.sum(-1, keepdims=True), kept

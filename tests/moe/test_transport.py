@@ -1,0 +1,162 @@
+"""Experts on other devices: values and gradients of every transport are those of one device."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from moe_diffusion.moe import transport
+from moe_diffusion.moe.dispatch import dispatch, dropped_share
+from moe_diffusion.moe.routers import ROUTERS
+from moe_diffusion.moe.routing import by_expert, by_token, top_experts, top_tokens
+from moe_diffusion.parallel.mesh import make_mesh
+
+D, H, E, T, G = 8, 12, 8, 16, 8
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def mesh(expert=4, preset="fsdp_ep"):
+    """Two devices along fsdp, four along expert."""
+    return make_mesh(ConfigDict({"preset": preset, "expert": expert}), jax.devices()[:8])
+
+
+def weights():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"up": (E, D, H), "gate": (E, D, H), "down": (E, H, D)}
+    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def routing(name):
+    scores = jax.nn.softmax(jax.random.normal(jax.random.key(1), (G, T, E)))
+    if name == "token choice":
+        expert = top_experts(scores, 2)
+        return by_token(expert, jnp.take_along_axis(scores, expert, axis=-1))
+    if name == "expert choice":
+        weight, token = top_tokens(scores, 4)
+        return by_expert(token, weight)
+    if name == "unused slots":
+        weight, token = top_tokens(scores, 4)
+        return by_expert(token, weight, used=weight > 0.15, fixed_slots=False)
+    weight, token = top_tokens(scores.reshape(1, G * T, E), 21)  # 21 slots over two devices
+    return by_expert(token, weight)
+
+
+def run(routing, **options):
+    groups = routing.token.shape[0]
+    x = jax.random.normal(jax.random.key(2), (groups, G * T // groups, D))
+
+    def both(x, weight, params):
+        def layer(x, weight, params):
+            chosen = routing.replace(weight=weight)
+            return dispatch(x, chosen, params, kind="swiglu", capacity_factor=E, **options)
+
+        y, pull = jax.vjp(layer, x, weight, params)
+        return y, pull(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    return jax.jit(both, compiler_options=QUICK)(x, routing.weight, weights())
+
+
+def assert_close(got, expected):
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
+    jax.tree.map(compare, got, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("token choice", "none"),
+        ("token choice", "gather"),
+        ("token choice", "a2a_capacity"),
+        ("expert choice", "gather"),
+        ("expert choice", "a2a_capacity"),
+        ("unused slots", "gather"),
+        ("unused slots", "a2a_capacity"),
+        ("batch pool", None),
+    ],
+)
+def test_eight_devices_have_the_numbers_of_one(name, how):
+    routed = routing(name)
+    expected = run(routed)
+    with jax.set_mesh(mesh()):
+        assert_close(run(routed, transport=how), expected)
+
+
+def test_the_batch_pool_is_shared_out_under_data_parallelism_too():
+    routed = routing("batch pool")
+    expected = run(routed)
+    with jax.set_mesh(mesh(preset="dp")):
+        assert_close(run(routed), expected)
+
+
+def test_what_is_beyond_the_capacity_is_dropped_and_counted():
+    # All tokens of all devices want expert 0, of which a device may send 2 T / 8 tokens' worth.
+    routed = by_token(jnp.zeros((G, T, 1), jnp.int32), jnp.ones((G, T, 1)))
+    x, params = jnp.ones((G, T, D)), weights()
+    with jax.set_mesh(mesh()):
+        y = jax.jit(
+            lambda x: dispatch(x, routed, params, kind="swiglu", transport="a2a_capacity",
+                               capacity_factor=2.0)
+        )(x)  # fmt: skip
+        share = dropped_share(routed, E, 2.0)
+    served = (np.abs(y) > 0).any(-1).sum(-1)
+    assert served.tolist() == [4] * G  # ceil(2 * 16 / 8) of 16 in each group, one to a device
+    np.testing.assert_allclose(share, 12 / 16)
+
+
+def test_ragged_sizes_by_hand():
+    # Two devices, two experts each, room for 5 rows.
+    counts = jnp.array([[1, 2, 0, 3], [2, 1, 4, 0]])
+    sizes, kept = transport.ragged_sizes(counts, 2, 5)
+    # Device 0 gets 1 + 2 from itself and has room for 2 of 2 + 1; device 1 gets 3, and 2 of 4.
+    assert sizes[..., 0].tolist() == [[3, 3], [2, 2]]
+    assert kept.tolist() == [[[1, 2], [0, 3]], [[2, 0], [2, 0]]]
+
+
+def test_restricted_to_some_experts():
+    routed = by_token(jnp.array([[[0, 3], [2, 1]]]), jnp.array([[[0.1, 0.2], [0.3, 0.4]]]))
+    mine = transport.restrict(routed, 2, 2, 4)
+    assert mine.expert.tolist() == [[2, 1, 0, 2]]
+    np.testing.assert_allclose(mine.weight, [[0, 0.2, 0.3, 0]])
+
+
+def test_the_cheapest_transport_that_drops_nothing():
+    def choose(tokens, devices=16, fixed=False):
+        return transport.choose(
+            devices=devices, tokens=tokens, assignments=5 * tokens, num_experts=48, hidden=448,
+            fixed_slots=fixed,
+        )  # fmt: skip
+
+    assert choose(512, devices=1) == "none"
+    assert choose(512) == "gather"  # 16 k rows against 64 k of weights
+    assert choose(8192) == "none"
+    assert choose(4096, fixed=True) == "a2a_capacity"
+
+
+@pytest.mark.parametrize("name", ["token_choice", "expert_choice"])
+@pytest.mark.parametrize("preset", ["dp", "fsdp"])
+def test_routing_gathers_no_scores(name, preset):
+    """XLA would gather the scores of all groups for a top-k, if it were left to it."""
+    router = ROUTERS[name](E)
+    x = jnp.ones((G, T, D))
+    variables = router.init(jax.random.key(0), x)
+    devices = mesh(preset=preset)
+    with jax.set_mesh(devices):
+        x = jax.device_put(
+            x, jax.NamedSharding(devices, jax.P("data" if preset == "dp" else "fsdp"))
+        )
+        text = jax.jit(lambda x: router.apply(variables, x)[0]).lower(x).compile().as_text()
+    assert not re.search(rf"all-gather[^\n]*\[{G},", text)
+
+
+def test_the_pool_of_all_devices_orders_equal_scores_by_token():
+    scores = jnp.round(jax.random.uniform(jax.random.key(3), (1, G * T, E)) * 4)
+    weight, token = top_tokens(scores, 40)
+    with jax.set_mesh(mesh()):
+        found = jax.jit(lambda s: top_tokens(s, 40))(scores)
+    np.testing.assert_array_equal(found[0], weight)
+    np.testing.assert_array_equal(found[1], token)
