@@ -72,6 +72,7 @@ class MoE(nn.Module):
     residual_input: bool = False
     compete_in: str = "sample"
     backend: str | None = None
+    transport: str | None = None
     capacity_factor: float = 1.25
 
     @nn.compact
@@ -90,6 +91,7 @@ class MoE(nn.Module):
             experts(width),
             kind=experts.kind,
             backend=self.backend,
+            transport=self.transport,
             capacity_factor=self.capacity_factor,
         ).reshape(x.shape)
         if self.make_shared:
@@ -99,7 +101,8 @@ class MoE(nn.Module):
 
         load = expert_load(routing, experts.num_experts)
         metrics = {"load_max": load.max() / load.mean(), "load_min": load.min() / load.mean()}
-        if self.backend == "capacity" and routing.slots_per_expert is None:
+        drops = self.backend == "capacity" or self.transport == "a2a_capacity"
+        if drops and routing.slots_per_expert is None:
             metrics["dropped"] = dropped_share(routing, experts.num_experts, self.capacity_factor)
         self._sow("losses", aux.losses)
         self._sow("metrics", metrics | aux.metrics)

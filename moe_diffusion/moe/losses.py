@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from moe_diffusion.errors import UserError
 
@@ -34,6 +35,43 @@ def capacity(logits: jax.Array, taken: jax.Array) -> jax.Array:
     taken[g, t, e] is 1 where expert e took token t. DiffMoE (2503.14487), capacity predictor loss.
     """
     return optax.sigmoid_binary_cross_entropy(logits, taken).mean()
+
+
+def contrast(
+    prototypes: jax.Array, x: jax.Array, taken: jax.Array, temperature: float, pooled: bool
+) -> jax.Array:
+    """Routing contrastive loss: a prototype is nearer to its own tokens than to those of others.
+
+        logit[i, j] = cosine(prototype_i, mean of the tokens that expert j took) / temperature
+
+    Cross-entropy of the rows against the diagonal, a mean over the experts that took tokens; the
+    others have neither row nor column. 0 if there are none.
+
+    Args:
+      prototypes: f32[D, E].
+      x, taken: tokens f32[G, T, D]; taken f32[G, T, E] is 1 where the expert took the token.
+      pooled: means over the tokens of all groups, else one loss for every group.
+
+    Source: ProMoE (2510.24711) section 3, routing contrastive learning.
+    """
+    sums = jnp.einsum("gtd,gte->gde", x, taken, precision=lax.Precision.HIGHEST)
+    count = taken.sum(1)  # [G, E]
+    if pooled:
+        sums, count = sums.sum(0, keepdims=True), count.sum(0, keepdims=True)
+    valid = count > 0
+    means = unit(sums / jnp.maximum(count, 1)[:, None], axis=1)
+    cosine = jnp.einsum(
+        "di,gdj->gij", unit(prototypes, axis=0), means, precision=lax.Precision.HIGHEST
+    )
+    # Finite, so that a group whose experts took nothing has no NaN in its gradient.
+    logits = jnp.where(valid[:, None], cosine / temperature, -1e9)
+    own = jnp.diagonal(jax.nn.log_softmax(logits), axis1=1, axis2=2)
+    return -jnp.where(valid, own, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def unit(x: jax.Array, axis: int) -> jax.Array:
+    """Vectors of length 1 along an axis; a zero vector stays zero."""
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-24))
 
 
 def sum_by_name(tree: Any) -> dict[str, jax.Array]:

@@ -1,17 +1,8 @@
-"""The routers, one small class each. A router reads tokens and returns a Routing.
-
-    router(x[G, T, D], is_null bool[G, T], train) -> Routing, Aux
-
-`is_null` marks tokens of unconditional samples, for routers that give them an expert of their own.
-Logits and scores are always f32. A router with a memory keeps it in the collection `router_state`
-and never writes it: it returns in Aux.stats what it saw, under the same names, and the training
-step, once per optimizer step, asks `next_state` for the new value.
-"""
+"""The routers of the papers, one small class each; see `router.py` for what they have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,63 +10,30 @@ from flax import linen as nn
 from jax import lax
 
 from moe_diffusion.moe import losses
+from moe_diffusion.moe.prototypes import ProMoEExpertChoice, ProMoETokenChoice
+from moe_diffusion.moe.router import INITIALIZERS, Aux, Router
 from moe_diffusion.moe.routing import (
     Routing,
     by_expert,
     by_token,
     expert_load,
+    slots_per_expert,
     top_experts,
     top_tokens,
 )
+from moe_diffusion.parallel.mesh import by_group
 
-Scalars = dict[str, jax.Array]
-
-INITIALIZERS = {
-    "kaiming_normal": nn.initializers.variance_scaling(2.0, "fan_in", "normal"),  # DSMoE
-    "kaiming_uniform": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # TC-DiT
-    "normal_0.006": nn.initializers.normal(0.006),  # EC-DiT, DiffMoE
-}
-
-
-class Aux(NamedTuple):
-    """What a router tells besides the routing; scalars by name, unweighted.
-
-    losses: only those asked for. metrics: for logs. stats: evidence for `next_state`, f32[E].
-    """
-
-    losses: Scalars
-    metrics: Scalars
-    stats: Scalars
-
-
-class Router(nn.Module):
-    """What all routers share: a gate without bias, x -> logits f32[G, T, E]."""
-
-    num_experts: int
-    kernel_init: str = "kaiming_normal"
-    losses: tuple[str, ...] = ()
-
-    provides: ClassVar[tuple[str, ...]] = ("router_z",)
-
-    @property
-    def experts_per_token(self) -> float:
-        """How many experts a token meets, on average."""
-        return self.capacity
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(INITIALIZERS[self.kernel_init], ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], self.num_experts), jnp.float32)
-        # The choice of an expert is discrete: bf16 passes would flip it.
-        return jnp.matmul(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
-
-    def asked(self, **makers) -> Scalars:
-        """The losses asked for, of those given as functions without arguments."""
-        return {name: make() for name, make in makers.items() if name in self.losses}
-
-    def next_state(self, state: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
-        """router_state after a step that saw `stats`; elementwise, so layers may be stacked."""
-        del stats
-        return dict(state)
+__all__ = [
+    "INITIALIZERS",
+    "ROUTERS",
+    "Aux",
+    "DiffMoE",
+    "ExpertChoice",
+    "ProMoEExpertChoice",
+    "ProMoETokenChoice",
+    "Router",
+    "TokenChoice",
+]
 
 
 class TokenChoice(Router):
@@ -102,6 +60,7 @@ class TokenChoice(Router):
     topk_group: int = 1
 
     provides: ClassVar[tuple[str, ...]] = ("balance", "router_z")
+    competes: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, x, is_null=None, train=False) -> tuple[Routing, Aux]:
@@ -133,8 +92,8 @@ class TokenChoice(Router):
         if self.topk_group == self.n_group:
             return scores
         grouped = scores.reshape(*scores.shape[:-1], self.n_group, -1)
-        group_scores = lax.top_k(grouped, 2)[0].sum(-1)
-        best = lax.top_k(group_scores, self.topk_group)[1]
+        group_scores = by_group(lambda scores: lax.top_k(scores, 2)[0], grouped).sum(-1)
+        best = top_experts(group_scores, self.topk_group)
         kept = jax.nn.one_hot(best, self.n_group, dtype=bool).any(-2)
         return jnp.where(kept[..., None], grouped, 0.0).reshape(scores.shape)
 
@@ -145,11 +104,6 @@ class TokenChoice(Router):
         load = stats["bias"]
         under = jnp.sign(load.mean(-1, keepdims=True) - load)
         return {"bias": state["bias"] + self.bias_update_rate * under}
-
-
-def slots_per_expert(tokens: int, num_experts: int, capacity: float) -> int:
-    """C = int(T / E * capacity): an expert's share of a group, `capacity` experts a token."""
-    return int(tokens / num_experts * capacity)
 
 
 class ExpertChoice(Router):
@@ -181,10 +135,13 @@ class DiffMoE(Router):
     expert e; the expert takes its k_e best tokens by gate score, as in the authors' code (the
     thresholds say how many, the gate says which). max_capacity bounds k_e to that multiple of C,
     so that shapes are static; what the bound drops is the metric `dropped`. 0 means no bound.
+    threshold: `dynamic`, those EMAs, or one constant for all experts, as text like "0.4" (what the
+    paper's interval search looks for).
     Source: DiffMoE (2503.14487) section 3, Algorithms 1 and 2.
     """
 
     capacity: float = 1.0
+    threshold: str = "dynamic"
     threshold_decay: float = 0.95
     max_capacity: float = 4.0
 
@@ -209,6 +166,8 @@ class DiffMoE(Router):
             stats = {"threshold": lax.stop_gradient(quantile.mean(0))}
             return by_expert(token, weight), Aux(asked, {}, stats)
 
+        if self.threshold != "dynamic":
+            threshold = float(self.threshold)
         wanted = (jax.nn.sigmoid(predicted) > threshold).sum(1)  # i32[G, E]
         bound = max(1, int(slots * self.max_capacity)) if self.max_capacity else tokens
         bound = min(tokens, bound)
@@ -249,4 +208,10 @@ def _taken(token: jax.Array, scores: jax.Array) -> jax.Array:
     return jnp.zeros_like(scores).at[group, token, expert].set(1.0)
 
 
-ROUTERS = {"token_choice": TokenChoice, "expert_choice": ExpertChoice, "diffmoe": DiffMoE}
+ROUTERS = {
+    "token_choice": TokenChoice,
+    "expert_choice": ExpertChoice,
+    "diffmoe": DiffMoE,
+    "promoe_tc": ProMoETokenChoice,
+    "promoe_ec": ProMoEExpertChoice,
+}

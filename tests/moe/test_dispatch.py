@@ -104,7 +104,7 @@ def expected(routing, kind, bias):
     return masked(result, ROUTINGS[routing])
 
 
-@pytest.mark.parametrize(("backend", "routing", "kind", "bias"), cases())
+@pytest.mark.parametrize(("backend", "routing", "kind", "bias"), list(cases()))
 def test_backends_equal_reference(backend, routing, kind, bias):
     """The Pallas kernels are interpreted here; tests/kernels compiles them."""
     options = {"capacity_factor": E} if backend == "capacity" else {}
