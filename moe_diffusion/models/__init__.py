@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from moe_diffusion.errors import UserError
 from moe_diffusion.models.blocks import MLP
 from moe_diffusion.models.dit import DiT, moe_pattern
+from moe_diffusion.models.jit import JiT
 from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import ROUTERS
 
@@ -29,15 +30,26 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
     pattern = (False,) * config.depth
     if not dense:
         pattern = moe_pattern(config.depth, config.moe.interleave, config.moe.skip_first)
+    width = int(config.hidden_size * config.mlp_ratio)
+    make = DiT
+    if config.family == "jit":
+        width = width * 2 // 3
+        make = partial(
+            JiT,
+            bottleneck=config.bottleneck,
+            in_context_tokens=config.in_context_tokens,
+            in_context_start=config.in_context_start,
+            dropout=config.dropout,
+        )
     mlp = partial(
         MLP,
-        hidden_size=int(config.hidden_size * config.mlp_ratio),
+        hidden_size=width,
         kind=config.mlp,
         use_bias=config.mlp_bias,
         dtype=dtype,
         name="mlp",
     )
-    return DiT(
+    return make(
         image_size=config.image_size,
         channels=config.channels,
         patch_size=config.patch_size,
@@ -46,10 +58,12 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads or config.num_heads,
         qk_norm=config.qk_norm,
+        qk_norm_kind=config.qk_norm_kind,
         norm=config.norm,
         positions=config.positions,
         learn_sigma=config.learn_sigma,
         time_scale=config.time_scale,
+        reverse_time=config.reverse_time,
         moe_pattern=pattern,
         make_mlp=mlp,
         make_moe=None if dense else _moe(config, tuple(losses), dtype),
@@ -92,8 +106,9 @@ def _moe(config: ConfigDict, losses: tuple[str, ...], dtype) -> partial:
         make_shared=shared,
         residual_input=moe.residual_input,
         # Tokens that choose do not compete, so their groups may as well be the devices' shards.
-        compete_in="shard" if router.name == "token_choice" else router.scope,
+        compete_in=router.scope if kind.competes else "shard",
         backend=None if moe.backend == "auto" else moe.backend,
+        transport=None if moe.transport == "auto" else moe.transport,
         capacity_factor=moe.capacity_factor,
         name="moe",
     )

@@ -19,7 +19,7 @@ from flax import linen as nn
 from moe_diffusion.kernels import mlp
 
 Dtype = Any
-ROPES = ("rope1d", "rope2d")
+ROPES = ("rope1d", "rope2d", "rope2d_pairs")
 XAVIER = nn.initializers.xavier_uniform()
 ZEROS = nn.initializers.zeros
 
@@ -82,29 +82,32 @@ def sincos_table(grid: int, width: int) -> np.ndarray:
 
 
 def rope_angles(kind: str, grid: int, head_dim: int) -> np.ndarray:
-    """Rotation angles f32[grid * grid, n, head_dim / n / 2] of the n axes of `rope1d`, `rope2d`.
+    """Rotation angles f32[grid * grid, n, head_dim / n / 2] of the n axes of a rope.
 
-    rope1d: one axis, the token's number in row-major order. rope2d: the first half of a head turns
-    with the row, the second with the column. Frequencies 10000^(-i / number of pairs).
+    rope1d: one axis, the token's number in row-major order. rope2d and rope2d_pairs: the first half
+    of a head turns with the row, the second with the column. Frequencies
+    10000^(-i / number of pairs).
     """
     row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
-    positions = [row, column] if kind == "rope2d" else [np.arange(grid * grid)]
+    positions = [np.arange(grid * grid)] if kind == "rope1d" else [row, column]
     pairs = head_dim // len(positions) // 2
     frequency = 1.0 / 10000.0 ** (np.arange(pairs) / pairs)
     angles = [np.outer(position.reshape(-1), frequency) for position in positions]
     return np.stack(angles, axis=1).astype(np.float32)
 
 
-def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
+def rotate(x: jax.Array, angles: np.ndarray, interleaved: bool = False) -> jax.Array:
     """Applies rope to x [..., S, head_dim] with angles [S, n, pairs].
 
-    Half-split layout inside each of the n parts of a head: pair i is (x[i], x[pairs + i]).
+    Pair i of each of the n parts of a head is (x[i], x[pairs + i]) or, interleaved,
+    (x[2 i], x[2 i + 1]).
     """
     tokens, axes, pairs = angles.shape
-    halves = x.reshape(*x.shape[:-1], axes, 2, pairs)
-    cos = np.stack([np.cos(angles)] * 2, axis=-2).reshape(tokens, -1)
-    sin = np.stack([-np.sin(angles), np.sin(angles)], axis=-2).reshape(tokens, -1)
-    swapped = jnp.flip(halves, axis=-2).reshape(x.shape)
+    halves = (pairs, 2) if interleaved else (2, pairs)
+    axis = -1 if interleaved else -2  # that of the two halves of a pair
+    cos = np.stack([np.cos(angles)] * 2, axis=axis).reshape(tokens, -1)
+    sin = np.stack([-np.sin(angles), np.sin(angles)], axis=axis).reshape(tokens, -1)
+    swapped = jnp.flip(x.reshape(*x.shape[:-1], axes, *halves), axis=axis).reshape(x.shape)
     return x * cos.astype(x.dtype) + swapped * sin.astype(x.dtype)
 
 
@@ -166,19 +169,23 @@ def unpatchify(x: jax.Array, patch: int) -> jax.Array:
 
 
 class Norm(nn.Module):
-    """`layernorm` without parameters, or `rmsnorm` with a scale; eps 1e-6, computed in f32."""
+    """`layernorm` without parameters, `layernorm_affine` with scale and bias, or `rmsnorm` with a
+    scale; eps 1e-6, computed in f32."""
 
     kind: str = "layernorm"
 
     @nn.compact
     def __call__(self, x):
         y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
+        if self.kind != "rmsnorm":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
-        if self.kind == "rmsnorm":
+        if self.kind != "layernorm":
             init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
             y *= self.param("scale", init, x.shape[-1:], jnp.float32)
+        if self.kind == "layernorm_affine":
+            init = nn.with_logical_partitioning(ZEROS, (None,))
+            y += self.param("bias", init, x.shape[-1:], jnp.float32)
         return y.astype(x.dtype)
 
 
@@ -187,13 +194,19 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def drop(x: jax.Array, rate: float) -> jax.Array:
+    """Dropout (1207.0580) with the random stream "dropout"; rate 0 does nothing and needs none."""
+    return nn.Dropout(rate, deterministic=False)(x) if rate else x
+
+
 class MLP(nn.Module):
-    """A dense MLP of a kind of kernels/mlp.py: [.., D] -> [.., D]."""
+    """A dense MLP of a kind of kernels/mlp.py: [.., D] -> [.., D]. dropout: of its hidden units."""
 
     hidden_size: int
     kind: str = "gelu"
     use_bias: bool = True
     dtype: Dtype = jnp.float32
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x):
@@ -201,7 +214,7 @@ class MLP(nn.Module):
         names = mlp.inputs(self.kind)
         hidden = (make(self.hidden_size, ("embed", "mlp"), name=name)(x) for name in names)
         inner = jax.checkpoint(mlp.activation(self.kind))(*hidden)
-        return make(x.shape[-1], ("mlp", "embed"), name="down")(inner)
+        return make(x.shape[-1], ("mlp", "embed"), name="down")(drop(inner, self.dropout))
 
 
 @jax.checkpoint
@@ -221,8 +234,9 @@ class Attention(nn.Module):
     """Multi-head self-attention, [B, S, D] -> [B, S, D].
 
     num_kv_heads < num_heads groups the queries: key head j serves query heads j * r .. j * r + r-1.
-    With qk_norm, queries and keys pass an RMSNorm before rope. positions: `rope1d` or `rope2d`
-    turns them on a square grid of tokens, anything else does not.
+    With qk_norm, queries and keys pass a `Norm` before rope. positions: one of ROPES turns them
+    on a square grid of tokens, anything else does not. The first `context` tokens stand before the
+    grid and are not turned. dropout: of the result.
     """
 
     num_heads: int
@@ -230,6 +244,9 @@ class Attention(nn.Module):
     qk_norm: bool
     positions: str
     dtype: Dtype
+    qk_norm_kind: str = "rmsnorm"
+    context: int = 0
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x):
@@ -247,11 +264,14 @@ class Attention(nn.Module):
             k = heads("k", self.num_kv_heads).swapaxes(1, 2)
             v = heads("v", self.num_kv_heads).swapaxes(1, 2)
         if self.qk_norm:
-            q, k = Norm("rmsnorm", name="q_norm")(q), Norm("rmsnorm", name="k_norm")(k)
+            norm = partial(Norm, self.qk_norm_kind)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if self.positions in ROPES:
-            angles = rope_angles(self.positions, int(x.shape[1] ** 0.5), head_dim)
-            q, k = rotate(q, angles), rotate(k, angles)
+            grid = int((x.shape[1] - self.context) ** 0.5)
+            angles = rope_angles(self.positions, grid, head_dim)
+            angles = np.pad(angles, ((self.context, 0), (0, 0), (0, 0)))
+            turn = partial(rotate, angles=angles, interleaved=self.positions == "rope2d_pairs")
+            q, k = turn(q), turn(k)
         out = attend(q, k, v).swapaxes(1, 2)
-        return linear(width, ("heads", None, "embed"), name="proj", dtype=self.dtype, contract=2)(
-            out
-        )
+        proj = linear(width, ("heads", None, "embed"), name="proj", dtype=self.dtype, contract=2)
+        return drop(proj(out), self.dropout)

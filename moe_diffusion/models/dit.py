@@ -1,4 +1,6 @@
-"""DiT: one class for DiT, SiT, TC-DiT, EC-DiT, DiffMoE and DSMoE, told apart by configuration.
+"""DiT: one class for DiT, SiT, TC-DiT, EC-DiT, DiffMoE, DSMoE, DiT-MoE and ProMoE.
+
+They are told apart by configuration.
 
 A class-conditional transformer on patches of an image or a latent (2212.09748), whose MLPs, in a
 pattern of layers, are mixtures of experts. Layers are scanned: a period of blocks (say one dense,
@@ -102,12 +104,13 @@ class FinalLayer(nn.Module):
 
     features: int
     dtype: Dtype
+    norm: str = "layernorm"
 
     @nn.compact
     def __call__(self, x, c):
         make = partial(linear, dtype=self.dtype, kernel_init=ZEROS)
         adaln = make(2 * x.shape[-1], ("embed", "mlp"), name="adaLN")(nn.silu(c))
-        x = modulate(Norm(name="norm")(x), *jnp.split(adaln, 2, axis=-1))
+        x = modulate(Norm(self.norm, name="norm")(x), *jnp.split(adaln, 2, axis=-1))
         return make(self.features, ("embed", None), name="linear")(x)
 
 
@@ -116,8 +119,11 @@ class DiT(nn.Module):
 
     image_size: side of the square input (pixels or latents); channels: of the input.
     learn_sigma: twice the channels come out; a flow uses the first half.
-    positions: `sincos` (fixed table), `rope1d` or `rope2d`.
-    time_scale multiplies t before its embedding. moe_pattern: True where a block has experts.
+    positions: `sincos` (fixed table), or one of `blocks.ROPES`.
+    time_scale multiplies t before its embedding. reverse_time: the network's own time runs from
+      data (0) to noise (1) and its velocity is noise - data: it sees time_scale * (1 - t), and its
+      velocity changes sign (not the second half of learn_sigma).
+    moe_pattern: True where a block has experts.
     remat: `none`, `dots` (keeps the results of weight products) or `full` (keeps nothing).
     """
 
@@ -129,10 +135,12 @@ class DiT(nn.Module):
     num_heads: int
     num_kv_heads: int
     qk_norm: bool
+    qk_norm_kind: str
     norm: str
     positions: str
     learn_sigma: bool
     time_scale: float
+    reverse_time: bool
     moe_pattern: tuple[bool, ...]
     make_mlp: Callable[..., nn.Module]
     make_moe: Callable[..., nn.Module] | None
@@ -160,41 +168,53 @@ class DiT(nn.Module):
         x = linear(width, (None, "embed"), name="patch_embed", dtype=dtype)(x)
         if self.positions == "sincos":
             x += jnp.asarray(sincos_table(self.grid, width), dtype)
-        c = TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale)
+        c = TimeEmbed(width, dtype, name="time_embed")(
+            (1 - t if self.reverse_time else t) * self.time_scale
+        )
         c += LabelEmbed(self.num_classes, width, dtype, name="label_embed")(y)
-        x = self._blocks(x, c, y == self.num_classes, train)
+        for index in range(len(self.segments)):
+            x = self._segment(index, x, c, y == self.num_classes, train)
         features = self.patch_size**2 * self.channels * (2 if self.learn_sigma else 1)
         x = FinalLayer(features, dtype, name="final")(x, c)
-        return unpatchify(x.astype(jnp.float32), self.patch_size)
+        x = unpatchify(x.astype(jnp.float32), self.patch_size)
+        if self.reverse_time:
+            x = jnp.concatenate([-x[..., : self.channels], x[..., self.channels :]], axis=-1)
+        return x
 
-    def _blocks(self, x, c, is_null, train):
-        """All layers, segment by segment, each a scan over its stacked parameters."""
+    def _segment(self, index, x, c, is_null, train, *, context=0, dropout=0.0):
+        """The layers of a segment, a scan over their stacked parameters.
+
+        context: tokens before those of the image. dropout: of attention and dense MLPs.
+        """
         attention = partial(
             Attention,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             qk_norm=self.qk_norm,
+            qk_norm_kind=self.qk_norm_kind,
             positions=self.positions,
             dtype=self.dtype,
+            context=context,
+            dropout=dropout,
         )
         make_block = partial(Block, norm=self.norm, make_attention=attention, dtype=self.dtype)
         body = Period
         if self.remat != "none":
             body = nn.remat(Period, policy=REMAT[self.remat], prevent_cse=False)
-        for index, (pattern, repeats) in enumerate(self.segments):
-            scanned = nn.scan(
-                body,
-                variable_axes={name: 0 for name in COLLECTIONS},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
-                length=repeats,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            blocks = scanned(
-                pattern, make_block, self.make_mlp, self.make_moe, train, name=f"layers_{index}"
-            )
-            x, _ = blocks(x, c, is_null)
-        return x
+        pattern, repeats = self.segments[index]
+        scanned = nn.scan(
+            body,
+            variable_axes={name: 0 for name in COLLECTIONS},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        make_mlp = partial(self.make_mlp, dropout=dropout)
+        name = f"layers_{index}"
+        return scanned(pattern, make_block, make_mlp, self.make_moe, train, name=name)(
+            x, c, is_null
+        )[0]
 
     @nn.nowrap  # plain function: it makes an unbound router for its rule
     def update_router_state(self, router_state: dict, router_stats: dict) -> dict:

@@ -133,6 +133,19 @@ def test_router_state_moves_only_by_its_rule(router):
     assert changed == ([True] if router in ("diffmoe", "deepseek") else [])
 
 
+def test_reversed_time_is_the_same_network_seen_from_the_data():
+    """At t it sees 1000 (1 - t) and its velocity is turned round, but not the variance."""
+    keys = {"learn_sigma": "true", "time_scale": 1000.0}
+    plain, reverse = (build(tiny(reverse_time=r, **keys).model) for r in ("false", "true"))
+    variables = variables_of(plain)
+    x, t, y = inputs()
+    expected = plain.apply(variables, x, 1 - t, y, False)
+    got = reverse.apply(variables, x, t, y, False)
+    assert jnp.abs(expected).min() > 0
+    np.testing.assert_array_equal(got[..., :1], -expected[..., :1])
+    np.testing.assert_array_equal(got[..., 1:], expected[..., 1:])
+
+
 def test_the_null_label_has_its_own_row():
     model = build(tiny().model)
     variables = variables_of(model)
