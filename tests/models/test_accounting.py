@@ -1,59 +1,207 @@
-"""Counts of the built models; the published configurations against the authors' classes."""
+"""Counts of the built models against the authors' classes; FLOPs against XLA's own count."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_diffusion import config as configs
-from moe_diffusion.models import build
-from moe_diffusion.models.accounting import Count, parameter_counts, table
+from moe_diffusion import interop
+from moe_diffusion.models import abstract_variables, build
+from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts, table
+
+FAMILIES = json.loads((Path(__file__).parents[1] / "goldens/param_counts.json").read_text())[
+    "families"
+]
+# Kinds of the file -> ours; a frozen position table is no parameter here.
+KINDS = {
+    "embedders": "embedders",
+    "attention": "attention",
+    "dense_ffn": "dense ffn",
+    "adaLN": "adaLN",
+    "routed_experts": "routed experts",
+    "shared_experts": "shared experts",
+    "router": "router",
+    "capacity_predictor": "capacity predictor",
+    "norms": "norms",
+    "final": "final layer",
+}
+# Keys of two older yaml files that the authors' classes do not look at.
+NEVER_READ = ("use_type", "group_bins", "local_top_p")
+
+
+def check(entry, counts):
+    """Every kind, the total and the activated parameters of an entry of param_counts.json."""
+    by_kind = dict(entry["by_kind"])
+    frozen = by_kind.pop("pos_embed_frozen", 0)
+    totals = {kind: count.total for kind, count in counts.items()}
+    assert {KINDS[kind]: number for kind, number in by_kind.items()} == {
+        kind: number for kind, number in totals.items() if kind != "total"
+    }
+    assert counts["total"].total == entry["trainable"] == entry["total"] - frozen
+    assert counts["total"].activated == entry["active_per_token"] - frozen
+
+
+def digits(router="dense", **model):
+    keys = [f"model.{key.replace('__', '.')}={value}" for key, value in model.items()]
+    return build(configs.load(f"configs/digits.py:router={router}", keys).model)
 
 
 @pytest.mark.parametrize(
-    ("spec", "total", "activated"),
+    ("family", "name"),
     [
-        # goldens/param_counts.json, dsmoe_yaml_configs: the authors' classes at full size.
-        ("configs/dsmoe_s.py", 96_870_560, 34_939_040),
-        ("configs/dsmoe_s.py:experts=48", 69_238_304, 31_194_656),
-        ("configs/dsmoe_b.py", 386_318_624, 138_592_544),
-        ("configs/dsmoe_b.py:experts=48", 275_610_656, 123_436_064),
-        ("configs/dsmoe_l.py:experts=16", 1_368_055_840, 487_252_000),
-        ("configs/dsmoe_l.py", 1_166_944_288, 456_796_192),
-        ("configs/dsmoe_3b.py", 3_101_669_024, 1_011_480_224),
+        (family, name)
+        for family in ("dsmoe", "diffmoe")
+        for name, entry in FAMILIES[f"{family}_yaml_configs"].items()
+        if "skipped" not in entry
     ],
 )
-def test_published_configurations(spec, total, activated):
-    counts = parameter_counts(build(configs.load(spec).model))
-    assert counts["total"] == Count(total, activated)
+def test_networks_of_the_authors_hyperparameters(family, name):
+    entry = FAMILIES[f"{family}_yaml_configs"][name]
+    hparams = copy.deepcopy(entry["params"])
+    for key in NEVER_READ:
+        hparams["MoE_config"].pop(key, None)
+    check(entry, parameter_counts(build(interop.model_config_from_torch(family, hparams))))
 
 
-def test_kinds_of_dsmoe_l_e48():
-    counts = parameter_counts(build(configs.load("configs/dsmoe_l.py:experts=48").model))
-    assert {kind: count.total for kind, count in counts.items()} == {
-        "embedders": 2_355_200,
-        "attention": 100_761_600,
-        "dense ffn": 100_724_736,
-        "adaLN": 151_142_400,
-        "routed experts": 792_723_456,
-        "router": 589_824,
-        "shared experts": 16_515_072,
-        "final layer": 2_132_000,
-        "total": 1_166_944_288,
-    }
+@pytest.mark.parametrize(
+    ("family", "name", "spec"),
+    [
+        ("promoe", "ProMoE_TC_S", "promoe_s.py"),
+        ("promoe", "ProMoE_TC_B", "promoe_b.py"),
+        ("promoe", "ProMoE_TC_L", "promoe_l.py"),
+        ("promoe", "ProMoE_EC_L", "promoe_l.py:routing=expert_choice"),
+        ("promoe", "ProMoE_TC_XL", "promoe_xl.py"),
+        ("dit_moe", "DiT-MoE-S/2-8E2A", "dit_moe_s.py"),
+        ("dit_moe", "DiT-MoE-B/2-8E2A", "dit_moe_b.py"),
+        # The file counts the attention without normalised queries and keys.
+        ("dit_moe", "DiT-MoE-XL/2-8E2A", "dit_moe_xl.py:qk_norm=false"),
+        ("dit_moe", "DiT-MoE-G/2-16E2A", "dit_moe_g.py:qk_norm=false"),
+    ],
+)
+def test_networks_of_our_configs(family, name, spec):
+    check(FAMILIES[family][name], parameter_counts(build(configs.load(f"configs/{spec}").model)))
+
+
+@pytest.mark.parametrize("experts, millions", [(2, 571.2), (4, 772.7), (8, 1175.7), (16, 1981.7)])
+def test_experts_of_diffmoe_l(experts, millions):
+    """arXiv 2503.14487, table 9."""
+    counts = parameter_counts(build(configs.load(f"configs/diffmoe_l.py:experts={experts}").model))
+    assert counts["total"].total / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_activated_parameters_of_a_measured_capacity():
+    model = digits("diffmoe")
+    counts = parameter_counts(model, experts_per_token=1.5)
+    experts = counts["routed experts"]
+    assert experts.activated == experts.total * 1.5 / 8
+    default = parameter_counts(model)
+    assert counts["total"].activated == default["total"].activated - experts.total * 0.5 / 8
+    assert counts["total"].total == default["total"].total
 
 
 @pytest.mark.parametrize(
     "router", ["token_choice", "expert_choice", "diffmoe", "deepseek", "dense"]
 )
 def test_every_parameter_has_a_kind(router):
-    model = build(configs.load(f"configs/digits.py:router={router}").model)
-    counts = parameter_counts(model)
+    counts = parameter_counts(digits(router))
     assert ("routed experts" in counts) == (router != "dense")
     assert ("capacity predictor" in counts) == (router == "diffmoe")
-    lines = table(counts).splitlines()
+    lines = table(counts, forward_flops(digits(router))).splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[-1].startswith("total")
 
 
 def test_nothing_is_allocated():
     before = len(jax.live_arrays())
-    parameter_counts(build(configs.load("configs/dsmoe_3b.py").model))
+    model = build(configs.load("configs/dsmoe_3b.py").model)
+    parameter_counts(model)
+    forward_flops(model)
     assert len(jax.live_arrays()) == before
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------
+
+WIDE = {"image_size": 16, "hidden_size": 2048, "num_heads": 8, "moe__num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("router", "changes"),
+    [
+        ("dense", {"depth": 1, "num_kv_heads": 2, "mlp": "swiglu"}),
+        # A backend whose products are exactly those that are counted: C = capacity * T / E slots.
+        (
+            "token_choice",
+            {
+                "depth": 2,
+                "moe__hidden_size": 4096,
+                "moe__backend": "capacity",
+                "moe__capacity_factor": 1.0,
+                "moe__shared_hidden_size": 2048,
+            },
+        ),
+        # Max capacity 1: exactly the slots of training.
+        (
+            "diffmoe",
+            {
+                "depth": 2,
+                "moe__hidden_size": 4096,
+                "moe__backend": "capacity",
+                "router__max_capacity": 1.0,
+            },
+        ),
+    ],
+)
+def test_flops_agree_with_xla(router, changes):
+    """Of a model whose every layer is a scan of length 1, which XLA counts whole; nothing runs.
+
+    Its width leaves little to what we do not count: norms, softmax, activations.
+    """
+    model, batch = digits(router, **(WIDE | changes)), 2
+    assert all(repeats == 1 for _, repeats in model.segments)
+    variables = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract_variables(model)
+    )
+    x = jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 1), jnp.float32)
+    t, y = jax.ShapeDtypeStruct((batch,), "float32"), jax.ShapeDtypeStruct((batch,), "int32")
+    lowered = jax.jit(lambda *args: model.apply(*args, False)).lower(variables, x, t, y)
+    counted = lowered.cost_analysis()["flops"]
+    assert forward_flops(model, batch)["total"] == pytest.approx(counted, rel=0.002)
+
+
+def test_flops_of_layers_scanned():
+    """Stacked layers count as often as there are; a batch is proportional."""
+    one, five = (forward_flops(digits("token_choice", depth=2 * n)) for n in (1, 5))
+    ends = ("embedders", "final layer", "total")
+    assert all(five[kind] == 5 * one[kind] for kind in one if kind not in ends)
+    assert all(five[kind] == one[kind] for kind in ends[:2])
+    many = forward_flops(digits("token_choice", depth=2), batch=7)
+    assert many["total"] == 7 * one["total"]
+
+
+def test_flops_follow_the_experts_of_a_token():
+    model = digits("diffmoe")
+    trained, measured = forward_flops(model), forward_flops(model, experts_per_token=3.0)
+    assert measured["routed experts"] == 1.5 * trained["routed experts"]
+    others = [kind for kind in trained if kind not in ("routed experts", "total")]
+    assert np.allclose([trained[k] for k in others], [measured[k] for k in others], rtol=0)
+
+
+def test_flops_of_published_networks():
+    """DiT-XL/2 at 256 x 256: 118.64 Gflops in 2212.09748, Table 4; these are multiply-adds."""
+    hparams = {"hidden_size": 1152, "depth": 28, "num_heads": 16}
+    model = build(interop.model_config_from_torch("dit", hparams))
+    assert forward_flops(model)["total"] / 2e9 == pytest.approx(118.64, abs=0.05)
+
+
+def test_count_adds_nothing_twice():
+    counts = parameter_counts(digits("diffmoe"))
+    total = counts.pop("total")
+    assert total == Count(
+        sum(c.total for c in counts.values()), sum(c.activated for c in counts.values())
+    )
