@@ -17,6 +17,7 @@ from moe_diffusion import models
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import families, files, keymap
 from moe_diffusion.interop.families import config_from_torch, model_config_from_torch
+from moe_diffusion.models.jit import JiT
 from moe_diffusion.moe import routers
 
 __all__ = [
@@ -93,10 +94,20 @@ def save_torch(
 
 
 def family_of(model: nn.Module) -> str:
-    """The family that writes models of this kind: by the router, and whether it has a bias."""
+    """The family that writes models of this kind: by its class, its router, the router's bias."""
+    if isinstance(model, JiT):
+        return "jitmoe" if model.make_moe else "jit"
     if model.make_moe is None:
         return "dit"
     router = model.make_moe().make_router()
     if isinstance(router, routers.TokenChoice):
-        return "dsmoe" if router.selection_bias else "tcdit"
-    return {routers.ExpertChoice: "ecdit", routers.DiffMoE: "diffmoe"}[type(router)]
+        if router.selection_bias:
+            return "dsmoe"
+        swiglu = model.make_moe().make_experts().kind == "swiglu"
+        return "dit_moe" if swiglu and all(model.moe_pattern) else "tcdit"
+    return {
+        routers.ExpertChoice: "ecdit",
+        routers.DiffMoE: "diffmoe",
+        routers.ProMoETokenChoice: "promoe_tc",
+        routers.ProMoEExpertChoice: "promoe_ec",
+    }[type(router)]

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 from flax import linen as nn
 
+from moe_diffusion.interop import shapes
 from moe_diffusion.interop.hparams import configure
 from moe_diffusion.interop.keymap import (
     CONV,
@@ -22,7 +23,7 @@ from moe_diffusion.interop.keymap import (
 from moe_diffusion.models import blocks
 
 
-def _linear(torch: str, ours: str, layout=LINEAR, bias=SAME, **when) -> tuple[Row, ...]:
+def linear(torch: str, ours: str, layout=LINEAR, bias=SAME, **when) -> tuple[Row, ...]:
     """A linear layer; the bias row holds where our layer has one."""
     return (
         Row(f"{torch}.weight", f"{ours}/kernel", layout, **when),
@@ -30,19 +31,19 @@ def _linear(torch: str, ours: str, layout=LINEAR, bias=SAME, **when) -> tuple[Ro
     )
 
 
-def _mlp(torch: str, ours: str) -> tuple[Row, ...]:
+def mlp(torch: str, ours: str) -> tuple[Row, ...]:
     """Two layers are called fc1, fc2; a gated MLP has gate_proj, up_proj, down_proj."""
     gate = f"{ours}/gate/kernel"
     return (
-        *_linear(f"{torch}.fc1", f"{ours}/up", unless=gate),
-        *_linear(f"{torch}.fc2", f"{ours}/down", unless=gate),
-        *_linear(f"{torch}.gate_proj", f"{ours}/gate", needs=gate),
-        *_linear(f"{torch}.up_proj", f"{ours}/up", needs=gate),
-        *_linear(f"{torch}.down_proj", f"{ours}/down", needs=gate),
+        *linear(f"{torch}.fc1", f"{ours}/up", unless=gate),
+        *linear(f"{torch}.fc2", f"{ours}/down", unless=gate),
+        *linear(f"{torch}.gate_proj", f"{ours}/gate", needs=gate),
+        *linear(f"{torch}.up_proj", f"{ours}/up", needs=gate),
+        *linear(f"{torch}.down_proj", f"{ours}/down", needs=gate),
     )
 
 
-def _experts(torch: str, ours: str) -> tuple[Row, ...]:
+def experts(torch: str, ours: str) -> tuple[Row, ...]:
     """The same names for every expert {e}; our experts are stacked [layers, experts, ...]."""
     gate = f"{ours}/gate"
     return (
@@ -56,54 +57,54 @@ def _experts(torch: str, ours: str) -> tuple[Row, ...]:
     )
 
 
-_BLOCK = "params/{block}"
-_MOE = "params/{block}/moe"
+BLOCK = "params/{block}"
+MOE = "params/{block}/moe"
 _STATE = "router_state/{block}/moe/router"
 
-_TRUNK = (
-    *_linear("x_embedder.proj", "params/patch_embed", CONV),
-    *_linear("t_embedder.mlp.0", "params/time_embed/dense_0"),
-    *_linear("t_embedder.mlp.2", "params/time_embed/dense_1"),
+TRUNK = (
+    *linear("x_embedder.proj", "params/patch_embed", CONV),
+    *linear("t_embedder.mlp.0", "params/time_embed/dense_0"),
+    *linear("t_embedder.mlp.2", "params/time_embed/dense_1"),
     Row("y_embedder.embedding_table.weight", "params/label_embed/embedding", SAME),
-    *_linear("blocks.{i}.adaLN_modulation.1", f"{_BLOCK}/adaLN"),
-    *_linear("blocks.{i}.attn.qkv", f"{_BLOCK}/attn/qkv", HEADS_OUT, FLAT),
-    *_linear("blocks.{i}.attn.proj", f"{_BLOCK}/attn/proj", HEADS_IN),
-    *_mlp("blocks.{i}.mlp", f"{_BLOCK}/mlp"),
-    *_linear("final_layer.adaLN_modulation.1", "params/final/adaLN"),
-    *_linear("final_layer.linear", "params/final/linear"),
+    *linear("blocks.{i}.adaLN_modulation.1", f"{BLOCK}/adaLN"),
+    *linear("blocks.{i}.attn.qkv", f"{BLOCK}/attn/qkv", HEADS_OUT, FLAT),
+    *linear("blocks.{i}.attn.proj", f"{BLOCK}/attn/proj", HEADS_IN),
+    *mlp("blocks.{i}.mlp", f"{BLOCK}/mlp"),
+    *linear("final_layer.adaLN_modulation.1", "params/final/adaLN"),
+    *linear("final_layer.linear", "params/final/linear"),
 )
 
-_SHARED = _mlp("blocks.{i}.mlp.shared_experts", f"{_MOE}/shared")
+_SHARED = mlp("blocks.{i}.mlp.shared_experts", f"{MOE}/shared")
 
 _DSMOE = (
-    Row("blocks.{i}.norm1.weight", f"{_BLOCK}/norm1/scale", SAME),
-    Row("blocks.{i}.norm2.weight", f"{_BLOCK}/norm2/scale", SAME),
+    Row("blocks.{i}.norm1.weight", f"{BLOCK}/norm1/scale", SAME),
+    Row("blocks.{i}.norm2.weight", f"{BLOCK}/norm2/scale", SAME),
     # Grouped-query attention has three projections instead of one.
-    *_linear("blocks.{i}.attn.q_proj", f"{_BLOCK}/attn/q", HEADS_OUT, FLAT),
-    *_linear("blocks.{i}.attn.k_proj", f"{_BLOCK}/attn/k", HEADS_OUT, FLAT),
-    *_linear("blocks.{i}.attn.v_proj", f"{_BLOCK}/attn/v", HEADS_OUT, FLAT),
-    Row("blocks.{i}.mlp.gate.weight", f"{_MOE}/router/kernel", LINEAR),
+    *linear("blocks.{i}.attn.q_proj", f"{BLOCK}/attn/q", HEADS_OUT, FLAT),
+    *linear("blocks.{i}.attn.k_proj", f"{BLOCK}/attn/k", HEADS_OUT, FLAT),
+    *linear("blocks.{i}.attn.v_proj", f"{BLOCK}/attn/v", HEADS_OUT, FLAT),
+    Row("blocks.{i}.mlp.gate.weight", f"{MOE}/router/kernel", LINEAR),
     Row("blocks.{i}.mlp.gate.e_score_correction_bias", f"{_STATE}/bias", SAME),
-    *_experts("blocks.{i}.mlp.experts.blocks.{e}", f"{_MOE}/experts"),
+    *experts("blocks.{i}.mlp.experts.blocks.{e}", f"{MOE}/experts"),
     *_SHARED,
 )
 
 _TCDIT = (
-    Row("blocks.{i}.mlp.gate.weight", f"{_MOE}/router/kernel", LINEAR),
-    *_experts("blocks.{i}.mlp.experts.{e}", f"{_MOE}/experts"),
+    Row("blocks.{i}.mlp.gate.weight", f"{MOE}/router/kernel", LINEAR),
+    *experts("blocks.{i}.mlp.experts.{e}", f"{MOE}/experts"),
     *_SHARED,
 )
 
 _ECDIT = (
-    Row("blocks.{i}.mlp.gate_weight", f"{_MOE}/router/kernel", LINEAR),
-    *_experts("blocks.{i}.mlp.experts.{e}", f"{_MOE}/experts"),
+    Row("blocks.{i}.mlp.gate_weight", f"{MOE}/router/kernel", LINEAR),
+    *experts("blocks.{i}.mlp.experts.{e}", f"{MOE}/experts"),
     *_SHARED,
 )
 
 _DIFFMOE = (
     *_ECDIT,
-    *_linear("blocks.{i}.mlp.capacity_predictor.0", f"{_MOE}/router/predictor/dense_0"),
-    *_linear("blocks.{i}.mlp.capacity_predictor.2", f"{_MOE}/router/predictor/dense_1"),
+    *linear("blocks.{i}.mlp.capacity_predictor.0", f"{MOE}/router/predictor/dense_0"),
+    *linear("blocks.{i}.mlp.capacity_predictor.2", f"{MOE}/router/predictor/dense_1"),
     Row("blocks.{i}.mlp.expert_threshold", f"{_STATE}/threshold", SAME),
 )
 
@@ -120,17 +121,20 @@ def _ema_decay(model: nn.Module) -> np.ndarray:
     return np.asarray([model.make_moe().make_router().threshold_decay], np.float32)
 
 
-_TABLE = (Constant("pos_embed", _pos_embed),)
+TABLE = (Constant("pos_embed", _pos_embed),)
 _DECAY = (Constant("blocks.{i}.mlp.ema_decay", _ema_decay),)
+# How a checkpoint tells its hyperparameters.
+_DENSE = {"from_args": shapes.dense_from_args, "from_shapes": shapes.dense_from_shapes}
+_EXPERTS = {"from_shapes": shapes.moe_from_shapes}
 
 FAMILIES = {
-    name: Family(name, rows, constants, partial(configure, name))
-    for name, rows, constants in (
-        ("dit", _TRUNK, _TABLE),
-        ("sit", _TRUNK, _TABLE),
-        ("dsmoe", _TRUNK + _DSMOE, _TABLE),
-        ("tcdit", _TRUNK + _TCDIT, _TABLE),
-        ("ecdit", _TRUNK + _ECDIT, _TABLE),
-        ("diffmoe", _TRUNK + _DIFFMOE, _TABLE + _DECAY),
+    name: Family(name, rows, constants, partial(configure, name), **told)
+    for name, rows, constants, told in (
+        ("dit", TRUNK, TABLE, _DENSE),
+        ("sit", TRUNK, TABLE, _DENSE),
+        ("dsmoe", TRUNK + _DSMOE, TABLE, {"from_shapes": shapes.dsmoe_from_shapes}),
+        ("tcdit", TRUNK + _TCDIT, TABLE, _EXPERTS),
+        ("ecdit", TRUNK + _ECDIT, TABLE, _EXPERTS),
+        ("diffmoe", TRUNK + _DIFFMOE, TABLE + _DECAY, _EXPERTS),
     )
 }

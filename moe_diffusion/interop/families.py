@@ -9,10 +9,15 @@ import ml_collections
 
 from moe_diffusion import config as config_lib
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import dit
+from moe_diffusion.interop import dit, dit_moe, jit, promoe
 from moe_diffusion.interop.keymap import Family
 
-FAMILIES: dict[str, Family] = {**dit.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **dit.FAMILIES,
+    **dit_moe.FAMILIES,
+    **promoe.FAMILIES,
+    **jit.FAMILIES,
+}
 
 
 def family(name: str) -> Family:

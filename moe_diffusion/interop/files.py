@@ -1,4 +1,4 @@
-"""Reading and writing PyTorch's weight files.
+"""Reading and writing PyTorch's weight files, one tensor at a time.
 
 `.safetensors` needs no PyTorch. `.pt` and `.pth` are read with `torch.load(weights_only=True)`,
 which runs no code of the file; of foreign classes only `argparse.Namespace` may occur in it.
@@ -7,73 +7,138 @@ which runs no code of the file; of foreign classes only `argparse.Namespace` may
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
 from moe_diffusion.errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
+INDEX = ".safetensors.index.json"
+# Names of state dicts in the authors' checkpoints, the one that they evaluate first.
+AVERAGES = ("ema", "ema_model_state_dict", "model_ema1", "model_ema", "ema_state_dict")
+LIVE = ("model", "model_state_dict", "state_dict", "module")
 
 
-class SafetensorsFile(Mapping):
-    """A `.safetensors` file as a mapping that reads a tensor when it is asked for."""
+class Weights(NamedTuple):
+    """What lies in a weight file.
 
-    def __init__(self, path: str | os.PathLike):
-        self._file = safetensors.safe_open(path, framework="numpy")
-        self._keys = dict.fromkeys(self._file.keys())
+    Attributes:
+      state: tensor name -> numpy array, read when it is asked for; `state.shapes` reads nothing.
+      entry: which of several state dicts in the file it is; None if the file is just one.
+      args: arguments of the training script, where the file holds them under "args".
+    """
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        if key not in self._keys:
-            raise KeyError(key)
-        return self._file.get_tensor(key)
+    state: Mapping[str, np.ndarray]
+    entry: str | None = None
+    args: dict[str, Any] | None = None
+
+
+class _Lazy(Mapping):
+    """A state dict whose tensors are read when they are asked for.
+
+    Attributes:
+      shapes: tensor name -> shape.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.shapes)
+
+
+class SafetensorsFiles(_Lazy):
+    """One `.safetensors` file, or the shards of one state dict."""
+
+    def __init__(self, *paths: str | os.PathLike):
+        self._file = {}
+        for path in paths:
+            opened = safetensors.safe_open(path, framework="numpy")
+            self._file.update(dict.fromkeys(opened.keys(), opened))
+        self.shapes = {k: tuple(f.get_slice(k).get_shape()) for k, f in self._file.items()}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._file[key].get_tensor(key)
+
+
+class TorchTensors(_Lazy):
+    """A state dict as `torch.load` returns it; with mmap its tensors are still on disk."""
+
+    def __init__(self, tensors: Mapping[str, Any]):
+        self._tensors = tensors
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        tensor = self._tensors[key].detach()
+        # numpy has no bfloat16; float32 holds every value of it.
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def read_state_dict(path: str | os.PathLike, weights: str | None = None) -> Mapping[str, Any]:
-    """Tensor name -> numpy array of a weight file.
+    """Tensor name -> numpy array of a weight file; see `open_weights`."""
+    return open_weights(path, weights).state
+
+
+def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights:
+    """Opens a weight file.
 
     Args:
-      weights: for `.pt`/`.pth` files that hold several state dicts, the entry to take ("ema",
-        "model", ...); None: the file is itself a state dict, or has only one.
+      path: a file, the `.safetensors.index.json` of a sharded one, or a folder with one of these.
+      weights: for `.pt`/`.pth` files that hold several state dicts, the entry to take; "ema" also
+        stands for the first average and "model" for the live weights, whatever they are called.
+        None: the first average, else the live weights.
 
     Raises:
       UserError: no such file, unknown suffix, not readable, unsafe, or no such entry.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no weight file at {path}")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path.name}: weight files end in {', '.join(SUFFIXES)}")
-    if path.suffix == ".safetensors":
+    path = find(path)
+    if path.suffix not in (".pt", ".pth"):
         if weights is not None:
             raise UserError(f"{path.name} holds one state dict; leave out weights={weights!r}")
+        paths = _shards(path) if path.name.endswith(INDEX) else [path]
         try:
-            return SafetensorsFile(path)
-        except safetensors.SafetensorError as error:
+            return Weights(SafetensorsFiles(*paths))
+        except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
     return _pick(path, _torch_load(path), weights)
 
 
-def write_state_dict(state: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Writes a `.safetensors` file; a file at `path` is replaced only by a complete one."""
+def find(path: str | os.PathLike) -> Path:
+    """The weight file that is meant by a path, which may be its folder."""
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path.name}: weights are written as .safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(dict(state), partial)
-    os.replace(partial, path)
+    if path.is_dir():
+        inside = sorted(path.glob(f"*{INDEX}"))
+        inside = inside or sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        if len(inside) != 1:
+            names = ", ".join(p.name for p in inside) or "none"
+            raise UserError(f"{path} should hold one weight file; it holds {names}: name a file")
+        return inside[0]
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}")
+    if path.suffix not in SUFFIXES and not path.name.endswith(INDEX):
+        raise UserError(f"{path.name}: weight files end in {', '.join((*SUFFIXES, INDEX))}")
+    return path
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of shards: it lacks a table 'weight_map'") from None
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise UserError(f"{index} names shards that are not beside it: {', '.join(absent)}")
+    return [index.parent / name for name in names]
 
 
 def _torch_load(path: Path) -> Any:
@@ -86,34 +151,99 @@ def _torch_load(path: Path) -> Any:
         ) from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            mmap = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or holds more than weights: {reason}") from None
 
 
-def _pick(path: Path, loaded: Any, weights: str | None) -> dict[str, np.ndarray]:
-    """The one state dict that is meant, its tensors as numpy arrays."""
+def _pick(path: Path, loaded: Any, weights: str | None) -> Weights:
+    """The one state dict that is meant."""
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path.name} holds a {type(loaded).__name__}, not a state dict")
+    if _is_state_dict(loaded) and weights is None:
+        return Weights(TorchTensors(loaded))
     nested = [k for k, v in loaded.items() if isinstance(v, Mapping) and _is_state_dict(v)]
-    if weights is None and not _is_state_dict(loaded):
-        if len(nested) != 1:
-            raise UserError(f"{path.name}: choose weights= one of {', '.join(nested) or 'none'}")
-        weights = nested[0]
-    if weights is not None:
-        if weights not in nested:
-            raise UserError(
-                f"{path.name} has no state dict '{weights}'; it has {', '.join(nested) or 'none'}"
-            )
-        loaded = loaded[weights]
-    return {key: _to_numpy(tensor) for key, tensor in loaded.items()}
+    if weights in nested or (weights is None and len(nested) == 1):
+        chosen = weights or nested[0]
+    else:
+        wanted = {None: AVERAGES + LIVE, "ema": AVERAGES, "model": LIVE}.get(weights, ())
+        chosen = next((name for name in wanted if name in nested), None)
+    if chosen is None:
+        asked = "" if weights is None else f"no state dict '{weights}'; "
+        raise UserError(f"{path.name}: {asked}choose weights= one of {', '.join(nested) or 'none'}")
+    args = loaded.get("args")
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return Weights(
+        TorchTensors(loaded[chosen]), chosen, dict(args) if isinstance(args, Mapping) else None
+    )
 
 
 def _is_state_dict(mapping: Mapping) -> bool:
     return bool(mapping) and all(hasattr(v, "detach") for v in mapping.values())
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
-    # numpy has no bfloat16; float32 holds every value of it.
-    return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+def write_state_dict(state: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Writes a `.safetensors` file; a file at `path` is replaced only by a complete one."""
+    state = {key: np.asarray(tensor) for key, tensor in state.items()}
+    with safetensors_writer(path, {k: (v.shape, v.dtype) for k, v in state.items()}) as write:
+        for key, tensor in state.items():
+            write(key, tensor)
+
+
+@contextlib.contextmanager
+def safetensors_writer(
+    path: str | os.PathLike, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+) -> Iterator[Any]:
+    """Yields write(key, array, part=(0, 1)), to be called for every tensor in any order.
+
+    A file at `path` is replaced only by a complete one.
+
+    Args:
+      tensors: name -> (shape, dtype) of all tensors.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path.name}: weights are written as .safetensors")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (shape, dtype) in tensors.items():
+        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        header[key] = {
+            "dtype": _name(dtype), "shape": list(shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            start = file.tell()
+            file.truncate(start + end)
+
+            def write(key: str, array: np.ndarray, part: tuple[int, int] = (0, 1)) -> None:
+                """part: (i, n) where `array` is the i-th of n equal parts along the first axis."""
+                begin, stop = header[key]["data_offsets"]
+                if array.nbytes * part[1] != stop - begin:
+                    raise ValueError(f"{key}: {array.nbytes} bytes for part {part}")
+                file.seek(start + begin + part[0] * array.nbytes)
+                np.ascontiguousarray(array).tofile(file)
+
+            yield write
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _name(dtype: np.dtype) -> str:
+    """The name that safetensors gives to a dtype: F32, BF16, I64, BOOL."""
+    dtype = np.dtype(dtype)
+    if dtype.name == "bfloat16":
+        return "BF16"
+    if dtype.kind not in "fiub":
+        raise ValueError(f"dtype {dtype} cannot be stored in a .safetensors file")
+    return "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"

@@ -25,10 +25,11 @@ _COMMON = {
     "class_dropout_prob": 0.1,
     "num_classes": 1000,
     "learn_sigma": True,
-}
-_MOE_COMMON = {
     "use_swiglu": False,
     "head_dim": None,
+    "rf": None,
+}
+_MOE_COMMON = {
     "MoE_config": None,
     "CapacityPred_loss_weight": 0.01,
     "init_MoeMLP": False,
@@ -78,8 +79,10 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
     """Sets `config` to a network of the family dit | sit | dsmoe | tcdit | ecdit | diffmoe.
 
     hparams: arguments of the authors' constructor under their names; left-out ones take the
-    authors' default. What no checkpoint says keeps our default: `dtype`, `remat`, and for DiffMoE
-    `router.max_capacity`, which is 0 (no bound) in the authors' code.
+    authors' default. And `rf`, which no weight tells: true for a rectified flow, false for a DDPM;
+    left out, a dit is a DDPM and the others are flows. What no checkpoint says keeps our default:
+    `dtype`, `remat`, and for DiffMoE `router.max_capacity`, which is 0 (no bound) in the authors'
+    code.
 
     Raises:
       UserError: unknown key, a key without default left out, or an option without counterpart here.
@@ -93,6 +96,10 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
     h = fill("model", known, hparams)
     _set_model(config.model, h, family)
     config.diffusion.label_dropout = float(h["class_dropout_prob"])
+    # A DDPM without learned variance is not among our samplers.
+    if h["rf"] is False or (h["rf"] is None and family == "dit" and h["learn_sigma"]):
+        config.diffusion.path = "ddpm"
+        config.sampling.update(sampler="ddpm", steps=250, cfg_channels=3)
 
 
 def _set_model(model: ml_collections.ConfigDict, h: Mapping[str, Any], family: str) -> None:
@@ -101,11 +108,12 @@ def _set_model(model: ml_collections.ConfigDict, h: Mapping[str, Any], family: s
     for name in ("patch_size", "hidden_size", "depth", "num_heads", "num_classes", "learn_sigma"):
         model[name] = h[name]
     model.mlp_ratio = float(h["mlp_ratio"])
-    if family in ("dit", "sit"):
-        model.router.name = "dense"
-        return
     if h["head_dim"] not in (None, h["hidden_size"] // h["num_heads"]):
         raise UserError(f"head_dim {h['head_dim']} is not hidden_size / num_heads: unsupported")
+    if family in ("dit", "sit"):
+        model.router.name = "dense"
+        _set_dense_mlp(model, h)
+        return
     moe = fill("MoE_config", _MOE_CONFIG[family], h["MoE_config"] or {})
     model.moe.num_experts = moe["num_experts"]
     model.moe.interleave = moe["interleave"]
@@ -151,13 +159,16 @@ def _set_dsmoe(model, h, moe, family) -> None:
     )
 
 
+def _set_dense_mlp(model, h) -> None:
+    model.mlp = "swiglu" if h["use_swiglu"] else "gelu"
+    model.mlp_bias = not h["use_swiglu"]
+
+
 def _set_choice(model, h, moe, family) -> None:
     """TC-DiT, EC-DiT, DiffMoE: experts and dense blocks share one kind of MLP and its width."""
-    gated = h["use_swiglu"]
-    model.mlp = "swiglu" if gated else "gelu"
-    model.mlp_bias = not gated
+    _set_dense_mlp(model, h)
     model.moe.update(
-        hidden_size=int(h["hidden_size"] * h["mlp_ratio"]), mlp=model.mlp, bias=not gated
+        hidden_size=int(h["hidden_size"] * h["mlp_ratio"]), mlp=model.mlp, bias=model.mlp_bias
     )
     if moe["n_shared_experts"]:
         # One shared MLP. DiffMoE's is a GELU MLP, 8 times as wide as the model, in any case.

@@ -8,7 +8,8 @@ experts of a layer); PyTorch's are not: a row with {i} and {e} stands for all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from moe_diffusion import models
 from moe_diffusion.errors import UserError
 
 LISTED = 10  # keys of each kind that an error names
+WRAPPERS = ("module.", "_orig_mod.", "net.")  # DDP, torch.compile, JiT's Denoiser
 
 
 class Layout(NamedTuple):
@@ -59,6 +61,7 @@ class Row(NamedTuple):
       ours: path of our leaf, collection first; {block} is `layers_<segment>/block_<j>`.
       layout: see `Layout`.
       needs, unless: path of a leaf that must or must not exist for the row to hold.
+      part: (i, n) where PyTorch packs n equal tensors along the first axis and this is number i.
     """
 
     torch: str
@@ -66,6 +69,7 @@ class Row(NamedTuple):
     layout: Layout
     needs: str | None = None
     unless: str | None = None
+    part: tuple[int, int] = (0, 1)
 
 
 class Constant(NamedTuple):
@@ -83,22 +87,37 @@ class Constant(NamedTuple):
 class Family(NamedTuple):
     """The names that one PyTorch code base gives to its tensors and its hyperparameters.
 
-    configure: (the authors' hyperparameters, a default config) -> None, sets the config.
+    Attributes:
+      configure: (the authors' hyperparameters, a default config) -> None, sets the config.
+      from_args: arguments of the authors' training script, which their checkpoints may hold under
+        "args" -> hyperparameters, or None if these arguments do not tell them.
+      from_shapes: key -> shape of a state dict -> those hyperparameters that it tells.
     """
 
     name: str
     rows: tuple[Row, ...]
     constants: tuple[Constant, ...]
     configure: Callable[[Mapping[str, Any], ConfigDict], None]
+    from_args: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda args: None
+    from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] = lambda shapes: {}
 
 
 class Entry(NamedTuple):
-    """A row at one block and expert: PyTorch's `key` is `leaf[path][index]`."""
+    """A row at one block and expert: PyTorch's `key` (or a part of it) is `leaf[path][index]`."""
 
     key: str
     path: str
     index: tuple[int, ...]
     layout: Layout
+    part: tuple[int, int]
+
+    def of(self, tensor: np.ndarray) -> np.ndarray:
+        """This entry's part of PyTorch's tensor."""
+        number, parts = self.part
+        if parts == 1:
+            return tensor
+        size = len(tensor) // parts
+        return tensor[number * size : (number + 1) * size]
 
 
 def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
@@ -131,9 +150,10 @@ def entries(family: Family, model: nn.Module, leaves: Mapping[str, Any]) -> Iter
             layer = (repeat,) if "{i}" in row.torch else ()
             if "{e}" in row.torch:
                 for e in range(leaves[path].shape[1]):
-                    yield Entry(row.torch.format(i=i, e=e), path, (*layer, e), row.layout)
+                    key = row.torch.format(i=i, e=e)
+                    yield Entry(key, path, (*layer, e), row.layout, row.part)
             else:
-                yield Entry(row.torch.format(i=i), path, layer, row.layout)
+                yield Entry(row.torch.format(i=i), path, layer, row.layout, row.part)
 
 
 def constants(family: Family, model: nn.Module) -> dict[str, np.ndarray]:
@@ -151,6 +171,26 @@ def constants(family: Family, model: nn.Module) -> dict[str, np.ndarray]:
     return found
 
 
+def entries_by_leaf(
+    family: Family, model: nn.Module, leaves: Mapping[str, Any]
+) -> dict[str, list[Entry]]:
+    """Path of every leaf (path -> array or shape) -> the entries that it is written to.
+
+    Raises:
+      UserError: the family has no name for some leaf.
+    """
+    groups: dict[str, list[Entry]] = {path: [] for path in leaves}
+    for entry in entries(family, model, leaves):
+        groups[entry.path].append(entry)
+    nameless = sorted(path for path, group in groups.items() if not group)
+    if nameless:
+        raise UserError(
+            f"the PyTorch family '{family.name}' has no name for {listed(nameless)}; "
+            "use the family that this model was built for"
+        )
+    return groups
+
+
 def export_tree(tree: Mapping[str, Any], family: Family, model: nn.Module) -> dict[str, np.ndarray]:
     """Any tree shaped like the variables (or some of their collections) under PyTorch's names.
 
@@ -161,19 +201,26 @@ def export_tree(tree: Mapping[str, Any], family: Family, model: nn.Module) -> di
     """
     leaves = flatten_dict(nn.meta.unbox(dict(tree)), sep="/")
     leaves = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-    found = list(entries(family, model, leaves))
-    nameless = sorted(set(leaves) - {entry.path for entry in found})
-    if nameless:
-        raise UserError(
-            f"the PyTorch family '{family.name}' has no name for {_listed(nameless)}; "
-            "export under the family that this model was built for"
-        )
-    return {
-        entry.key: np.ascontiguousarray(
-            entry.layout.to_torch(leaves[entry.path][entry.index], model)
-        )
-        for entry in found
-    }
+    found = [e for group in entries_by_leaf(family, model, leaves).values() for e in group]
+    tensors: dict[str, np.ndarray] = {}
+    for entry in sorted(found, key=lambda entry: entry.part):
+        tensor = entry.layout.to_torch(leaves[entry.path][entry.index], model)
+        if entry.part[0] > 0:
+            tensor = np.concatenate([tensors[entry.key], tensor])
+        tensors[entry.key] = np.ascontiguousarray(tensor)
+    return tensors
+
+
+class Leaf(NamedTuple):
+    """One of our leaves, to be filled piece by piece from a state dict.
+
+    Attributes:
+      pieces: yields (index, array): what `leaf[index]` is, each read when it is its turn.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
 
 
 def import_tree(
@@ -182,48 +229,93 @@ def import_tree(
     """A complete state dict as our variables {"params": ..., "router_state": ...}.
 
     Floating tensors of any precision become the dtype of our leaves (float32 masters).
-    `state` may load its tensors lazily; each is read once.
+
+    Raises:
+      UserError: see `import_leaves`.
+    """
+    leaves = {}
+    for path, leaf in import_leaves(state, family, model).items():
+        leaves[path] = np.empty(leaf.shape, leaf.dtype)
+        for index, piece in leaf.pieces():
+            leaves[path][index] = piece
+    variables = unflatten_dict(leaves, sep="/")
+    return {"params": variables["params"], "router_state": variables.get("router_state", {})}
+
+
+def import_leaves(state: Mapping[str, Any], family: Family, model: nn.Module) -> dict[str, Leaf]:
+    """Path of every variable -> how to read it from a complete state dict.
+
+    Only shapes and constants are looked at here, so that nothing long begins before all fits.
+    Wrappers' prefixes (`WRAPPERS`) make no difference.
 
     Raises:
       UserError: one error for all missing, unexpected and misshaped keys; or a constant (the
         position table) is not the one that our model computes.
     """
     abstract = abstract_variables(model)
-    wanted = list(entries(family, model, abstract))
+    groups = entries_by_leaf(family, model, abstract)
+    wanted = [entry for group in groups.values() for entry in group]
     fixed = constants(family, model)
-    leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in abstract.items()}
-    nameless = sorted(set(leaves) - {entry.path for entry in wanted})
-    if nameless:
-        raise UserError(f"the PyTorch family '{family.name}' has no {_listed(nameless)}")
-    expected = {entry.key for entry in wanted} | set(fixed)
-    missing = sorted(expected - set(state))
-    unexpected = sorted(set(state) - expected)
-    misshaped = []
-    for entry in wanted:
-        if entry.key in state:
-            tensor, leaf = np.asarray(state[entry.key]), leaves[entry.path]
-            want = _torch_shape(entry, leaf, model)
-            if tensor.shape == want:
-                leaf[entry.index] = entry.layout.to_ours(tensor, leaf.shape[len(entry.index) :])
-            else:
-                misshaped.append(f"{entry.key} (file {tensor.shape}, model {want})")
-    different = []
-    for key, value in fixed.items():
-        if key in state:
-            tensor = np.asarray(state[key])
-            if tensor.shape != value.shape:
-                misshaped.append(f"{key} (file {tensor.shape}, model {value.shape})")
-            # Loose, because averaging a constant 10^5 times in an EMA lets its last bits drift.
-            elif not np.allclose(tensor, value, rtol=0, atol=1e-3):
-                different.append(key)
+    want = torch_shapes(wanted, abstract, model) | {key: v.shape for key, v in fixed.items()}
+    found = {bare(key): key for key in state}
+    names = {key: found[bare(key)] for key in want if bare(key) in found}
+    shapes = shapes_of(state)
+    misshaped = sorted(
+        f"{name} (file {shapes[name]}, model {want[key]})"
+        for key, name in names.items()
+        if shapes[name] != want[key]
+    )
+    different = [
+        names[key]
+        for key, value in fixed.items()
+        if key in names
+        and shapes[names[key]] == value.shape
+        # Loose, because averaging a constant 10^5 times in an EMA lets its last bits drift.
+        and not np.allclose(np.asarray(state[names[key]], np.float32), value, rtol=0, atol=1e-3)
+    ]
+    missing, unexpected = sorted(set(want) - set(names)), sorted(set(state) - set(names.values()))
     _raise_for(family, missing, unexpected, misshaped, different)
-    variables = unflatten_dict(leaves, sep="/")
-    return {"params": variables["params"], "router_state": variables.get("router_state", {})}
+
+    def pieces(path: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for entry in groups[path]:
+            tensor = entry.of(np.asarray(state[names[entry.key]]))
+            shape = abstract[path].shape[len(entry.index) :]
+            yield entry.index, entry.layout.to_ours(tensor, shape)
+
+    return {
+        path: Leaf(leaf.shape, np.dtype(leaf.dtype), partial(pieces, path))
+        for path, leaf in abstract.items()
+    }
 
 
-def _torch_shape(entry: Entry, leaf: np.ndarray, model: nn.Module) -> tuple[int, ...]:
-    ours = jax.ShapeDtypeStruct(leaf.shape[len(entry.index) :], leaf.dtype)
-    return jax.eval_shape(lambda w: entry.layout.to_torch(w, model), ours).shape
+def bare(key: str) -> str:
+    """A key without what DDP, torch.compile or an enclosing module put in front of it."""
+    while key.startswith(WRAPPERS):
+        key = key.partition(".")[2]
+    return key
+
+
+def shapes_of(state: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of a state dict; that of a file (`files.open_weights`) knows them without reading."""
+    return getattr(state, "shapes", None) or {key: np.shape(value) for key, value in state.items()}
+
+
+def torch_shapes(
+    found: Sequence[Entry], leaves: Mapping[str, Any], model: nn.Module
+) -> dict[str, tuple[int, ...]]:
+    """PyTorch's key -> shape of its tensor, for entries of `leaves` (path -> array or shape)."""
+    known: dict[tuple, tuple[int, ...]] = {}
+    shapes = {}
+    for entry in found:
+        ours = leaves[entry.path].shape[len(entry.index) :]
+        if (entry.layout, ours) not in known:
+            known[entry.layout, ours] = jax.eval_shape(
+                lambda w, layout=entry.layout: layout.to_torch(w, model),
+                jax.ShapeDtypeStruct(ours, np.float32),
+            ).shape
+        shape, parts = known[entry.layout, ours], entry.part[1]
+        shapes[entry.key] = shape if parts == 1 else (parts * shape[0], *shape[1:])
+    return shapes
 
 
 def _raise_for(family, missing, unexpected, misshaped, different) -> None:
@@ -233,11 +325,12 @@ def _raise_for(family, missing, unexpected, misshaped, different) -> None:
         "misshaped": misshaped,
         "not the fixed value of this model": different,
     }
-    text = "; ".join(f"{len(k)} {name}: {_listed(k)}" for name, k in problems.items() if k)
+    text = "; ".join(f"{len(k)} {name}: {listed(k)}" for name, k in problems.items() if k)
     if text:
         raise UserError(f"this is no state dict of such a model of family '{family.name}': {text}")
 
 
-def _listed(keys: list[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
+    """The first ten, and how many there are besides."""
     more = f", ... ({len(keys) - LISTED} more)" if len(keys) > LISTED else ""
     return ", ".join(keys[:LISTED]) + more

@@ -11,13 +11,15 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from moe_diffusion.errors import UserError
@@ -124,47 +126,140 @@ def restore_for_inference(
     Raises:
       UserError: no such checkpoint or average, or a damaged checkpoint.
     """
-    folder = _folder(workdir)
-    if not folder.is_dir():
-        raise UserError(f"{workdir} holds no checkpoints: train into it first, or name another")
-    manager = _open(folder)
-    try:
-        steps = sorted(manager.all_steps())
-        if not steps or (step is not None and step not in steps):
-            raise UserError(
-                f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; "
-                f"it has: {', '.join(map(str, steps)) or 'none'}"
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with StoredWeights(workdir, step, ema) as stored:
+        tree = stored.read_tree(dict.fromkeys(stored.shapes, sharding))
+        return tree["params"], tree["router_state"], stored.step
+
+
+def first_average(config: Any) -> str | None:
+    """The average that is used where none is named: the run's first; None for the live weights."""
+    return str(config.ema.decays[0]) if config.ema.decays else None
+
+
+def is_started(workdir: str | os.PathLike) -> bool:
+    """Whether a run with this workdir would resume."""
+    return any(path.name.isdigit() for path in _folder(workdir).glob("*"))
+
+
+class StoredWeights:
+    """The weights of one checkpoint of a workdir, none of them read yet.
+
+    Attributes:
+      step: of the checkpoint.
+      shapes: "params/..." or "router_state/..." -> jax.ShapeDtypeStruct.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, step: int | None = None, ema: str | None = None):
+        """See `restore_for_inference`."""
+        self._folder = _folder(workdir)
+        if not self._folder.is_dir():
+            raise UserError(f"{workdir} holds no checkpoints: train into it first, or name another")
+        self._manager = _open(self._folder)
+        try:
+            self._steps = sorted(self._manager.all_steps())
+            if not self._steps or (step is not None and step not in self._steps):
+                raise UserError(
+                    f"{self._folder} has no checkpoint{'' if step is None else f' of step {step}'};"
+                    f" it has: {', '.join(map(str, self._steps)) or 'none'}"
+                )
+            self.step = self._steps[-1] if step is None else step
+            stored = self._read(lambda: dict(self._manager.item_metadata(self.step).state.tree))
+            self._places = _places(stored, ema)
+        except BaseException:
+            self._manager.close()
+            raise
+        arrays = flatten_dict(stored)
+        self.shapes = {
+            name: jax.ShapeDtypeStruct(arrays[place].shape, arrays[place].dtype)
+            for name, place in self._places.items()
+        }
+
+    def __enter__(self) -> StoredWeights:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def read(self, shardings: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
+        """The arrays that are named, on the devices of their sharding; None gives numpy arrays."""
+        if not shardings:
+            return {}
+        target = {
+            self._places[name]: jax.ShapeDtypeStruct(
+                self.shapes[name].shape, self.shapes[name].dtype, sharding=sharding
             )
-        step = steps[-1] if step is None else step
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return _read(partial(_read_weights, manager, step, ema, sharding), folder, step, steps)
-    finally:
-        manager.close()
+            for name, sharding in shardings.items()
+        }
+        restore_args = {
+            place: ocp.RestoreArgs(restore_type=np.ndarray)
+            if leaf.sharding is None
+            else ocp.checkpoint_utils.construct_restore_args(leaf)
+            for place, leaf in target.items()
+        }
+        args = ocp.args.PyTreeRestore(
+            item=unflatten_dict(target),
+            restore_args=unflatten_dict(restore_args),
+            partial_restore=True,
+        )
+
+        def restore() -> Any:
+            return self._manager.restore(self.step, args=ocp.args.Composite(state=args)).state
+
+        arrays = flatten_dict(self._read(restore))
+        return {name: arrays[self._places[name]] for name in shardings}
+
+    def read_tree(self, shardings: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
+        """As `read`, but as {"params": ..., "router_state": ...}."""
+        return {"router_state": {}} | unflatten_dict(self.read(shardings), sep="/")
+
+    def read_blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(i, array[i : i + n]) along the first axis of an array, which is never whole in memory.
+
+        n is what a chunk on disk holds, so that none is read twice.
+        """
+        folder = self._folder / str(self.step) / "state"
+        files: Any = {"driver": "file", "path": f"{folder}/"}
+        if "://" in os.fspath(folder):
+            files = f"{folder}/"
+        path = ".".join(self._places[name]) + "/"
+        if (folder / "manifest.ocdbt").exists():
+            files = {"driver": "ocdbt", "base": files, "path": path}
+        elif isinstance(files, str):
+            files += path
+        else:
+            files["path"] += path
+
+        def start() -> tensorstore.TensorStore:
+            return tensorstore.open({"driver": "zarr", "kvstore": files}, open=True).result()
+
+        store = self._read(start)
+        size = store.chunk_layout.read_chunk.shape[0]
+        for i in range(0, store.shape[0], size):
+            yield i, self._read(store[i : min(i + size, store.shape[0])].read().result)
+
+    def _read(self, read: Callable[[], Any]) -> Any:
+        return _read(read, self._folder, self.step, self._steps)
 
 
-def _read_weights(
-    manager: ocp.CheckpointManager, step: int, ema: str | None, sharding: jax.sharding.Sharding
-) -> tuple[Any, Any, int]:
-    stored = dict(manager.item_metadata(step).state.tree)
-    wanted = {name: stored[name] for name in ("step", "params", "router_state")}
+def _places(stored: Mapping[str, Any], ema: str | None) -> dict[str, tuple[str, ...]]:
+    """Name of every weight ("params/...") -> where it lies in a stored TrainState."""
+    root: dict[str, tuple[str, ...]] = {"params": ("params",), "router_state": ("router_state",)}
     if ema is not None:
         if ema not in stored["emas"]:
             raise UserError(
                 f"the run keeps no average of decay {ema}; it keeps: "
                 f"{', '.join(stored['emas']) or 'none'}"
             )
-        del wanted["params"]
-        wanted["emas"] = {ema: stored["emas"][ema]}
-    target = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), wanted
-    )
-    args = ocp.args.Composite(state=_restore_args(target, partial_restore=True))
-    state = manager.restore(step, args=args).state
-    if ema is None:
-        return state["params"], state["router_state"], int(state["step"])
-    average = state["emas"][ema]
-    router_state = average["router_state"] or state["router_state"]  # {}: left to the live one
-    return average["params"], router_state, int(state["step"])
+        root["params"] = ("emas", ema, "params")
+        if stored["emas"][ema]["router_state"]:  # {}: left to the live one
+            root["router_state"] = ("emas", ema, "router_state")
+    return {
+        "/".join((name, *place[len(prefix) :])): place
+        for name, prefix in root.items()
+        for place in flatten_dict(dict(stored))
+        if place[: len(prefix)] == prefix
+    }
 
 
 def _folder(workdir: str | os.PathLike) -> epath.Path:

@@ -24,14 +24,15 @@ from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.training import warm_start
 from moe_diffusion.training.allocator import host_memory, return_freed_memory
-from moe_diffusion.training.checkpoint import Checkpointer
+from moe_diffusion.training.checkpoint import Checkpointer, is_started
 from moe_diffusion.training.logging import MetricWriter, Progress
 from moe_diffusion.training.optim import make_optimizer, make_schedule
 from moe_diffusion.training.state import TrainState, abstract_state, create_state
 from moe_diffusion.training.step import Metrics, TrainStep, make_train_step
 
-Hook = Callable[[int, TrainState], "dict[str, np.ndarray] | None"]
+Hook = Callable[[int, TrainState], "dict[str, np.ndarray | float] | None"]
 
 
 def train(
@@ -55,7 +56,7 @@ def train(
         processes' batches together are `data.batch_size` images; with `get_state() -> dict` (JSON,
         the same on every process), `set_state` and `close`; see `data.pipeline`.
       hooks: called as hook(step, state) every `train.sample_every` steps on every process; may
-        return images for TensorBoard, name -> [H, W, C].
+        return images for TensorBoard, name -> [H, W, C], and numbers for the metrics.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -65,6 +66,8 @@ def train(
         later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
     """
     _check(config, workdir)
+    if config.init_from and not is_started(workdir):
+        warm_start.check(config, model)
     _use_compile_cache(config.compile_cache)
     mesh = make_mesh(config.parallel)
     with contextlib.ExitStack() as stack:
@@ -111,7 +114,7 @@ def train(
                 monitor.finish()
                 with progress.paused():
                     for hook in hooks:
-                        writer.write_images(step, hook(step, state) or {})
+                        _write_outputs(writer, step, hook(step, state) or {})
             if step < num_steps:
                 # Not before the checkpoint, which keeps the iterator where batch step + 1 begins.
                 # The device is still busy with this step.
@@ -256,7 +259,11 @@ def _restore_or_create(
     _check_memory(shapes)
     shardings = rules.state_shardings(mesh, preset, shapes, axes)
     if checkpoints.newest() is None:
-        state = create_state(model, optimizer, config, mesh, config.seed)
+        variables = None
+        if config.init_from:
+            places = {"params": shardings.params, "router_state": shardings.router_state}
+            variables = warm_start.read(config, places)
+        state = create_state(model, optimizer, config, mesh, config.seed, variables)
     else:
         target = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -283,6 +290,14 @@ def _open_workdir(config: ConfigDict, workdir: str | os.PathLike, start: int) ->
     writer = MetricWriter(workdir, start)
     writer.write_hparams(config.to_dict())
     return writer
+
+
+def _write_outputs(writer: MetricWriter, step: int, outputs: dict[str, Any]) -> None:
+    """Of a hook: numbers and images."""
+    numbers = {name: value for name, value in outputs.items() if np.ndim(value) == 0}
+    if numbers:
+        writer.write_scalars(step, numbers)
+    writer.write_images(step, {k: v for k, v in outputs.items() if k not in numbers})
 
 
 def _to_device(batch: Any, mesh: Mesh, accumulate: int) -> Any:

@@ -67,13 +67,20 @@ def create_state(
     config: Any,
     mesh: Mesh,
     seed: int,
+    variables: dict[str, Any] | None = None,
 ) -> TrainState:
     """The state before step 0, each device making only its own part of every array.
 
     The values depend on the seed alone, not on the mesh.
+
+    variables: {"params", "router_state"} to begin with instead, which are used up.
     """
     shapes, axes = abstract_state(model, optimizer, config)
     shardings = rules.state_shardings(mesh, config.parallel.preset, shapes, axes)
+
+    if variables is not None:
+        begin = partial(_initial_state, optimizer, config)
+        return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(variables)
 
     @partial(jax.jit, out_shardings=shardings)
     def create(key: jax.Array) -> TrainState:

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import files
@@ -30,7 +33,7 @@ def test_safetensors_round_trip(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "w.safetensors"
     files.write_state_dict(STATE, path)
-    with pytest.raises(Exception, match="object"):
+    with pytest.raises(Exception, match="dtype object cannot be stored"):
         files.write_state_dict({"a": np.array([object()])}, path)
     same(files.read_state_dict(path), STATE)
 
@@ -52,6 +55,61 @@ def test_errors(tmp_path):
         files.read_state_dict(whole)
 
 
+def test_shards_are_one_state_dict(tmp_path):
+    files.write_state_dict({"a.weight": STATE["a.weight"]}, tmp_path / "w-1.safetensors")
+    files.write_state_dict({"b": STATE["b"]}, tmp_path / "w-2.safetensors")
+    index = tmp_path / "w.safetensors.index.json"
+    table = {"a.weight": "w-1.safetensors", "b": "w-2.safetensors"}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    for path in (index, tmp_path):  # a folder stands for the one index, or the one file, in it
+        state = files.read_state_dict(path)
+        same(state, STATE)
+        assert state.shapes == {"a.weight": (2, 3), "b": (1,)}
+    (tmp_path / "w-2.safetensors").unlink()
+    with pytest.raises(UserError, match="shards that are not beside it: w-2.safetensors"):
+        files.read_state_dict(index)
+    index.write_text("[]")
+    with pytest.raises(UserError, match="no index of shards"):
+        files.read_state_dict(index)
+
+
+def test_folders(tmp_path):
+    with pytest.raises(UserError, match="should hold one weight file; it holds none"):
+        files.read_state_dict(tmp_path)
+    for name in ("v.safetensors", "w.safetensors"):
+        files.write_state_dict(STATE, tmp_path / name)
+    with pytest.raises(UserError, match="it holds v.safetensors, w.safetensors: name a file"):
+        files.read_state_dict(tmp_path)
+    (tmp_path / "v.safetensors").unlink()
+    same(files.read_state_dict(tmp_path), STATE)
+
+
+def test_every_dtype_and_layout_is_written(tmp_path):
+    state = {
+        "transposed": STATE["a.weight"].T,
+        "bf16": np.arange(3).astype(ml_dtypes.bfloat16),
+        "scalar": np.array(3, np.int64),
+        "empty": np.zeros((0, 3), np.float16),
+        "flags": np.array([True, False]),
+    }
+    files.write_state_dict(state, tmp_path / "w.safetensors")
+    back = load_file(tmp_path / "w.safetensors")
+    same(back, state)
+    assert {key: value.dtype for key, value in back.items()} == {
+        k: v.dtype for k, v in state.items()
+    }
+
+
+def test_parts_make_one_tensor(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with files.safetensors_writer(path, {"w": ((4, 2), np.dtype(np.float32))}) as write:
+        write("w", np.full((2, 2), 2, np.float32), (1, 2))
+        write("w", np.full((2, 2), 1, np.float32), (0, 2))
+        with pytest.raises(ValueError, match="w: 16 bytes for part"):
+            write("w", np.zeros((2, 2), np.float32))
+    np.testing.assert_array_equal(load_file(path)["w"][:, 0], [1, 1, 2, 2])
+
+
 def test_torch_files(tmp_path):
     """With PyTorch: what may be in a checkpoint. Without it: how to get it."""
     path = tmp_path / "w.pt"
@@ -63,20 +121,31 @@ def test_torch_files(tmp_path):
     import torch
 
     state = {key: torch.from_numpy(value) for key, value in STATE.items()}
-    torch.save(state, path)
-    same(files.read_state_dict(path), STATE)
-    torch.save(
-        {"model": {**state, "c": torch.ones(2).bfloat16()}, "args": argparse.Namespace(lr=1)}, path
-    )
-    same(files.read_state_dict(path), STATE | {"c": np.ones(2, np.float32)})
-    torch.save({"model": state, "ema": {"b": torch.zeros(1)}, "step": 3}, path)
-    same(files.read_state_dict(path, "ema"), {"b": np.zeros(1, np.float32)})
-    for weights, message in ((None, "choose weights= one of model, ema"), ("x", "has model, ema")):
+    half = {"b": torch.zeros(1).bfloat16(), "p": torch.nn.Parameter(torch.ones(2))}
+    for legacy in (False, True):  # legacy: before PyTorch 1.6
+        torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+        same(files.read_state_dict(path), STATE)
+    everything = {"model": state, "model_ema1": half, "optimizer": {"state": {}}, "epoch": 3}
+    torch.save(everything | {"args": argparse.Namespace(lr=1, model="JiT-B/16")}, path)
+    same(files.read_state_dict(path, "model"), STATE)
+    for weights in (None, "ema", "model_ema1"):
+        opened = files.open_weights(path, weights)
+        same(opened.state, {"b": np.zeros(1, np.float32), "p": np.ones(2, np.float32)})
+        assert opened.state.shapes == {"b": (1,), "p": (2,)}
+        assert (opened.entry, opened.args) == ("model_ema1", {"lr": 1, "model": "JiT-B/16"})
+    torch.save({"first": state, "second": half}, path)
+    for weights, message in (
+        (None, "w.pt: choose weights= one of first, second"),
+        ("x", "no state dict 'x'; choose weights= one of first, second"),
+    ):
         with pytest.raises(UserError, match=message):
             files.read_state_dict(path, weights)
-    torch.save({"model": state, "code": test_errors}, path)
+    torch.save({"first": state}, path)
+    assert files.open_weights(path).entry == "first"
+    torch.save({"model": state, "code": test_folders}, path)
     with pytest.raises(UserError, match="damaged or holds more than weights"):
         files.read_state_dict(path)
+    torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):
         files.read_state_dict(path)

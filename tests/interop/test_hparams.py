@@ -72,6 +72,25 @@ def test_diffmoe():
     assert (moe.shared_hidden_size, moe.shared_mlp, moe.shared_bias) == (512, "gelu", True)
 
 
+def test_a_gated_dit():
+    """models_DiT.py of DiffMoE and DSMoE has an option that DiT's own code has not."""
+    model = build("dit", {"use_swiglu": True})
+    assert (model.mlp, model.mlp_bias, model.router.name) == ("swiglu", False, "dense")
+
+
+def test_flow_or_ddpm():
+    for family, hparams, path, sampler in (
+        ("dit", {}, "ddpm", "ddpm"),
+        ("dit", {"rf": True}, "flow", "heun"),
+        ("dit", {"learn_sigma": False}, "flow", "heun"),
+        ("sit", {}, "flow", "heun"),
+        ("diffmoe", CHOICE, "flow", "heun"),
+        ("diffmoe", {**CHOICE, "rf": False}, "ddpm", "ddpm"),
+    ):
+        config = interop.config_from_torch(family, hparams)
+        assert (config.diffusion.path, config.sampling.sampler) == (path, sampler), family
+
+
 @pytest.mark.parametrize(
     "family, base, moe, changes, message",
     [

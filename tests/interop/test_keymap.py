@@ -10,16 +10,36 @@ from moe_diffusion.interop import keymap
 from moe_diffusion.interop.families import FAMILIES
 
 HPARAMS = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 3, "num_classes": 3}
+PROMOE = {
+    "num_routed_experts": 3,
+    "moe_intermediate_size": 6,
+    "shared_expert_intermediate_size": 5,
+    "interleave": True,
+}
 MOE = {
     "dsmoe": {"num_experts": 4, "moe_intermediate_size": 6, "num_experts_per_tok": 2},
     "tcdit": {"num_experts": 3, "capacity": 2},
     "ecdit": {"num_experts": 3, "capacity": 1},
     "diffmoe": {"num_experts": 3, "capacity": 1, "n_shared_experts": 1},
+    "promoe_tc": PROMOE,
+    "promoe_ec": PROMOE,
+}
+JIT = {
+    **{key: value for key, value in HPARAMS.items() if key != "input_size"},
+    **{"input_size": 8, "patch_size": 4, "bottleneck_dim": 4},
+    **{"in_context_len": 2, "in_context_start": 1},
+}
+JIT_MOE = {
+    **{"num_experts": 4, "moe_intermediate_size": 6, "n_group": 2, "topk_group": 2},
+    **{"num_experts_per_tok": 2, "routed_scaling_factor": 2.5},
+    **{"interleave": True, "use_shared_expert": True},
 }
 
 
 def build(family, **changes):
     hparams = {**HPARAMS, **changes}
+    if family in ("jit", "jitmoe"):
+        hparams = {"net": {**JIT, "moe_config": JIT_MOE if family == "jitmoe" else None}}
     if family in MOE:
         hparams["MoE_config"] = MOE[family] | hparams.get("MoE_config", {})
     return models.build(interop.model_config_from_torch(family, hparams))
@@ -48,7 +68,7 @@ def test_export_then_import_keeps_every_bit(family):
 
 
 def test_family_of():
-    for family in ("dit", *MOE):
+    for family in ("dit", "dit_moe", *MOE):
         assert interop.family_of(build(family)) == family
 
 
@@ -112,6 +132,34 @@ def test_incomplete_variables():
     model = build("diffmoe")
     with pytest.raises(UserError, match="lack blocks.1.mlp.expert_threshold"):
         interop.export_state_dict({"params": random_variables(model)["params"]}, model)
+
+
+def test_wrappers_make_no_difference():
+    model = build("jitmoe")
+    variables = random_variables(model)
+    state = interop.export_state_dict(variables, model, "jitmoe")
+    assert all(key.startswith("net.") for key in state)
+    for prefix in ("", "module.net.", "_orig_mod.module.net."):
+        renamed = {key.replace("net.", prefix, 1): value for key, value in state.items()}
+        back = interop.import_state_dict(renamed, model, "jitmoe")
+        jax.tree.map(np.testing.assert_array_equal, variables, back)
+    twice = {**state, "final_layer.linear.bias": state["net.final_layer.linear.bias"]}
+    with pytest.raises(UserError, match="1 unexpected: net.final_layer.linear.bias$"):
+        interop.import_state_dict(twice, model, "jitmoe")
+
+
+def test_nothing_is_read_before_all_fits():
+    class Unreadable(dict):
+        def __getitem__(self, key):
+            raise AssertionError(f"{key} was read")
+
+    model = build("dsmoe")
+    state = interop.export_state_dict(random_variables(model), model)
+    lazy = Unreadable({key: None for key in state if key != "pos_embed"})
+    lazy.shapes = {key: state[key].shape for key in lazy}
+    lazy.shapes["final_layer.linear.bias"] = (5,)
+    with pytest.raises(UserError, match=r"1 missing: pos_embed; 1 misshaped: final_layer.*\(5,\)"):
+        interop.import_state_dict(lazy, model, "dsmoe")
 
 
 def test_half_precision_becomes_float32():

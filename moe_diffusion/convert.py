@@ -1,0 +1,64 @@
+"""Turns a PyTorch checkpoint into a folder that sample, evaluate and train take, and back.
+
+  python -m moe_diffusion.convert --family dsmoe --input checkpoints/0700000.pt \\
+      --hparams config_L_E48.yaml --output converted/dsmoe_l
+  python -m moe_diffusion.sample --workdir converted/dsmoe_l --num 16 --cfg 1.5
+  python -m moe_diffusion.train --config configs/dsmoe_l.py --workdir runs/tuned \\
+      --config.init_from=converted/dsmoe_l
+  python -m moe_diffusion.convert --family promoe_tc --input ckpt_step_500000.pth \\
+      --config configs/promoe_l.py --output converted/promoe_l
+  python -m moe_diffusion.convert --export --family dsmoe --input runs/tuned --output w.safetensors
+
+Without --hparams and --config the hyperparameters are those of a .yaml or config.json beside the
+input, or else what the input itself tells. Every published file is listed in docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from moe_diffusion.cli import Parser, exits_on_user_error
+from moe_diffusion.errors import UserError
+from moe_diffusion.interop.families import FAMILIES
+from moe_diffusion.interop.transfer import export_file, import_folder
+
+_IMPORT_ONLY = ("weights", "hparams", "config")
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("convert", __doc__)
+    add = parser.add_argument
+    add("--family", required=True, help=f"whose code it is: {', '.join(FAMILIES)}")
+    add("--input", required=True, help="weight file (.safetensors, its .index.json if sharded, "
+        ".pt, .pth) or the folder it lies in; with --export a workdir")  # fmt: skip
+    add("--output", required=True, help="folder to make; with --export a .safetensors file")
+    add("--export", action="store_true", help="write PyTorch's names instead of reading them")
+    add("--weights", help="which weights of a .pt or .pth file: ema, model, or an entry's name "
+        "(the average that its authors evaluate, else the live weights)")  # fmt: skip
+    add("--hparams", help="the authors' hyperparameters: .yaml or .json, section model.params, "
+        "model or all of it")  # fmt: skip
+    add("--config", help="config file of the model instead of hyperparameters")
+    add("--ema", help="--export: decay of the average to write, or none (the run's first)")
+    add("--json", action="store_true", help="print one JSON object as last line")
+    args = parser.parse_args(argv)
+    misplaced = [n for n in (_IMPORT_ONLY if args.export else ("ema",)) if getattr(args, n)]
+    if misplaced:
+        wrong = "does not go with" if args.export else "needs"
+        raise UserError(f"--{misplaced[0]} {wrong} --export")
+    if args.export:
+        done = export_file(args.family, args.input, args.output, ema=args.ema, progress=True)
+        what = f"step {done['step']}, ema {done['ema']}"
+    else:
+        given = {name: getattr(args, name) for name in _IMPORT_ONLY}
+        done = import_folder(args.family, args.input, args.output, **given, progress=True)
+        entry = f"weights '{done['weights']}', " if done["weights"] else ""
+        what = f"{entry}hyperparameters of {done['hparams']}"
+    print(f"{done['tensors']} tensors, {done['bytes'] / 1e6:,.1f} MB: {done['output']} ({what})")
+    if args.json:
+        print(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()

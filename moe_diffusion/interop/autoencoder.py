@@ -1,0 +1,322 @@
+"""Reading and writing autoencoders: `load("sd-vae-ft-ema/")`, `load("ae.safetensors")`.
+
+Three layouts of the same network: `native` (CompVis, FLUX.1's ae.safetensors), `diffusers`, and
+`diffusers_old`, whose attention has other names (the published sd-vae-ft-* files).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from moe_diffusion.data import latents
+from moe_diffusion.errors import UserError
+from moe_diffusion.interop import files
+from moe_diffusion.interop.keymap import LISTED
+from moe_diffusion.models.autoencoder import Autoencoder, AutoencoderKL
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # beside config.json in a folder of diffusers
+# Kinds that a bare weight file can be, with (z - shift) * scale as the papers' models see it.
+KINDS = {
+    "sd": {"latent_channels": 4, "quant_conv": True, "scale": 0.18215, "shift": 0.0},
+    "flux": {"latent_channels": 16, "quant_conv": False, "scale": 0.3611, "shift": 0.1159},
+}
+_IGNORED = ("loss.", "model_ema.")  # of training, in CompVis's own checkpoints
+
+# Ours -> theirs, piece by piece. {l} counts levels from the highest resolution, {r} from the
+# lowest, {j} blocks of a level.
+_TRUNK = {
+    "encoder/conv_in": "encoder.conv_in",
+    "encoder/conv_out": "encoder.conv_out",
+    "decoder/conv_in": "decoder.conv_in",
+    "decoder/conv_out": "decoder.conv_out",
+    "quant": "quant_conv",
+    "post_quant": "post_quant_conv",
+}
+_RES = {"norm_0": "norm1", "conv_0": "conv1", "norm_1": "norm2", "conv_1": "conv2"}
+_PLACES = {
+    "native": {
+        "encoder/norm_out": "encoder.norm_out",
+        "decoder/norm_out": "decoder.norm_out",
+        "encoder/level_{l}/block_{j}/": "encoder.down.{l}.block.{j}.",
+        "encoder/level_{l}/down": "encoder.down.{l}.downsample.conv",
+        "decoder/level_{l}/block_{j}/": "decoder.up.{l}.block.{j}.",
+        "decoder/level_{l}/up": "decoder.up.{l}.upsample.conv",
+        "encoder/mid/block_0/": "encoder.mid.block_1.",
+        "encoder/mid/attn/": "encoder.mid.attn_1.",
+        "encoder/mid/block_1/": "encoder.mid.block_2.",
+        "decoder/mid/block_0/": "decoder.mid.block_1.",
+        "decoder/mid/attn/": "decoder.mid.attn_1.",
+        "decoder/mid/block_1/": "decoder.mid.block_2.",
+    },
+    "diffusers": {
+        "encoder/norm_out": "encoder.conv_norm_out",
+        "decoder/norm_out": "decoder.conv_norm_out",
+        "encoder/level_{l}/block_{j}/": "encoder.down_blocks.{l}.resnets.{j}.",
+        "encoder/level_{l}/down": "encoder.down_blocks.{l}.downsamplers.0.conv",
+        "decoder/level_{l}/block_{j}/": "decoder.up_blocks.{r}.resnets.{j}.",
+        "decoder/level_{l}/up": "decoder.up_blocks.{r}.upsamplers.0.conv",
+        "encoder/mid/block_0/": "encoder.mid_block.resnets.0.",
+        "encoder/mid/attn/": "encoder.mid_block.attentions.0.",
+        "encoder/mid/block_1/": "encoder.mid_block.resnets.1.",
+        "decoder/mid/block_0/": "decoder.mid_block.resnets.0.",
+        "decoder/mid/attn/": "decoder.mid_block.attentions.0.",
+        "decoder/mid/block_1/": "decoder.mid_block.resnets.1.",
+    },
+}
+_PLACES["diffusers_old"] = _PLACES["diffusers"]
+_SHORTCUT = {
+    "native": "nin_shortcut", "diffusers": "conv_shortcut", "diffusers_old": "conv_shortcut",
+}  # fmt: skip
+_ATTENTION = {
+    "native": {"norm": "norm", "q": "q", "k": "k", "v": "v", "out": "proj_out"},
+    "diffusers": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"},
+    "diffusers_old": {
+        "norm": "group_norm", "q": "query", "k": "key", "v": "value", "out": "proj_attn",
+    },
+}  # fmt: skip
+# A key that only one layout has.
+_MARKS = {
+    "native": "encoder.mid.attn_1.q.weight",
+    "diffusers": "encoder.mid_block.attentions.0.to_q.weight",
+    "diffusers_old": "encoder.mid_block.attentions.0.query.weight",
+}
+
+
+def load(path: str | os.PathLike, kind: str = "auto") -> Autoencoder:
+    """Reads an autoencoder.
+
+    Args:
+      path: a weight file (.safetensors, .pt, .pth) or a folder of diffusers. A diffusers
+        config.json beside the weights gives the network, scale and shift.
+      kind: "sd" | "flux" for a file without config.json; "auto" tells by the latent channels.
+
+    Raises:
+      UserError: no such file, not an autoencoder, or keys that do not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / WEIGHTS
+    state = files.read_state_dict(path)
+    described = path.with_name("config.json")
+    if described.is_file() and kind == "auto":
+        network = network_from_config(_read_json(described))
+    else:
+        network = _guess(state, kind, path)
+    return Autoencoder(network, import_state_dict(state, network), _name(path))
+
+
+def for_config(config: ConfigDict, path: str | None = None) -> Autoencoder | None:
+    """The autoencoder that decodes what the config's model generates.
+
+    Args:
+      path: weights; None takes `data.autoencoder`. Where that is "", None is returned.
+
+    Raises:
+      UserError: it cannot be read, does not fit the model's channels, or is not the one that made
+        the latents of `data.source` (looked up if they are here).
+    """
+    path = config.data.autoencoder if path is None else path
+    if not path:
+        return None
+    autoencoder = load(path)
+    if autoencoder.latent_channels != config.model.channels:
+        raise UserError(
+            f"the autoencoder {path} has {autoencoder.latent_channels} latent channels, the model "
+            f"{config.model.channels} (model.channels): choose another data.autoencoder"
+        )
+    kind, _, folder = config.data.source.partition(":")
+    if kind == "latents" and (Path(folder) / latents.MANIFEST).is_file():
+        made_by = latents.read_manifest(folder)["autoencoder"]
+        if made_by["fingerprint"] != autoencoder.fingerprint:
+            raise UserError(
+                f"{folder} was encoded by another autoencoder ({made_by['name']}, "
+                f"{made_by['fingerprint']}) than {path} ({autoencoder.fingerprint}): change "
+                "data.autoencoder, or prepare the latents again"
+            )
+    return autoencoder
+
+
+def save(autoencoder: Autoencoder, folder: str | os.PathLike) -> None:
+    """Writes a folder that diffusers' AutoencoderKL.from_pretrained reads, and `load`."""
+    network, folder = autoencoder.network, Path(folder)
+    levels = len(network.block_channels)
+    config = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": network.channels,
+        "out_channels": network.channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(network.block_channels),
+        "layers_per_block": network.layers_per_block,
+        "latent_channels": network.latent_channels,
+        "norm_num_groups": network.norm_groups,
+        "scaling_factor": network.scale,
+        "shift_factor": network.shift,
+        "use_quant_conv": network.quant_conv,
+        "use_post_quant_conv": network.quant_conv,
+    }
+    state = export_state_dict(autoencoder.params, network, "diffusers")
+    files.write_state_dict(state, folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def network_from_config(config: Mapping[str, Any]) -> AutoencoderKL:
+    """The network of a config in diffusers' names, or in those of FLUX.1's `AutoEncoderParams`."""
+    try:
+        if "ch_mult" in config:
+            return AutoencoderKL(
+                channels=config["in_channels"],
+                latent_channels=config["z_channels"],
+                block_channels=tuple(config["ch"] * factor for factor in config["ch_mult"]),
+                layers_per_block=config["num_res_blocks"],
+                quant_conv=False,
+                scale=config["scale_factor"],
+                shift=config["shift_factor"],
+            )
+        return AutoencoderKL(
+            channels=config["in_channels"],
+            latent_channels=config["latent_channels"],
+            block_channels=tuple(config["block_out_channels"]),
+            layers_per_block=config["layers_per_block"],
+            norm_groups=config.get("norm_num_groups", 32),
+            quant_conv=config.get("use_quant_conv", True),
+            scale=config.get("scaling_factor", KINDS["sd"]["scale"]),
+            shift=config.get("shift_factor") or 0.0,
+        )
+    except KeyError as error:
+        raise UserError(f"this config.json is of no KL autoencoder: it lacks {error}") from None
+
+
+def import_state_dict(state: Mapping[str, Any], network: AutoencoderKL) -> dict[str, Any]:
+    """PyTorch's state dict of any layout -> the network's params, f32 numpy leaves.
+
+    Raises:
+      UserError: an unknown layout, or keys missing, unexpected or misshaped (all in one error).
+    """
+    shapes = _shapes(network)
+    layout = layout_of(state)
+    names = dict(_entries(layout, shapes, network))
+    found = {key for key in state if not key.startswith(_IGNORED)}
+    leaves, misshaped = {}, []
+    for path, key in names.items():
+        if key not in found:
+            continue
+        leaf = _to_ours(np.asarray(state[key], np.float32), shapes[path])
+        if leaf.shape != shapes[path]:
+            misshaped.append(key)
+        leaves[path] = leaf
+    problems = {
+        "missing": sorted(set(names.values()) - found),
+        "unexpected": sorted(found - set(names.values())),
+        "misshaped": misshaped,
+    }
+    text = "; ".join(f"{len(k)} {n}: {', '.join(k[:LISTED])}" for n, k in problems.items() if k)
+    if text:
+        raise UserError(f"this is no state dict of such an autoencoder ({layout}): {text}")
+    return unflatten_dict(leaves, sep="/")
+
+
+def export_state_dict(
+    params: Mapping[str, Any], network: AutoencoderKL, layout: str
+) -> dict[str, np.ndarray]:
+    """The way back, under the names of `layout`: "native" | "diffusers" | "diffusers_old"."""
+    leaves = flatten_dict(params, sep="/")
+    shapes = _shapes(network)
+    return {
+        key: _to_torch(np.asarray(leaves[path]), point=layout == "native")
+        for path, key in _entries(layout, shapes, network)
+    }
+
+
+def _entries(
+    layout: str, shapes: Mapping[str, Any], network: AutoencoderKL
+) -> Iterator[tuple[str, str]]:
+    """(our path, PyTorch's key) of every parameter."""
+    levels = len(network.block_channels)
+    inside = {**_RES, "shortcut": _SHORTCUT[layout]}
+    ends = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+    for ours, theirs in {**_TRUNK, **_PLACES[layout]}.items():
+        pieces = {"": ""}
+        if ours.endswith("/"):
+            pieces = _ATTENTION[layout] if "attn" in ours else inside
+        for level in range(levels if "{l}" in ours else 1):
+            for j in range(network.layers_per_block + 1 if "{j}" in ours else 1):
+                at = {"l": level, "j": j, "r": levels - 1 - level}
+                for our_piece, their_piece in pieces.items():
+                    for our_end, their_end in ends.items():
+                        path = f"{ours.format(**at)}{our_piece}/{our_end}"
+                        if path in shapes:
+                            yield path, f"{theirs.format(**at)}{their_piece}.{their_end}"
+
+
+def _to_ours(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """[O, I, kh, kw] -> [kh, kw, I, O]; a projection [O, I] or [O, I, 1, 1] -> [I, O]."""
+    if tensor.ndim == 4 and len(shape) == 2 and tensor.shape[2:] == (1, 1):
+        tensor = tensor[..., 0, 0]
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def _to_torch(leaf: np.ndarray, point: bool) -> np.ndarray:
+    """The way back; `point`: projections are 1x1 convolutions."""
+    if leaf.ndim == 4:
+        return np.ascontiguousarray(leaf.transpose(3, 2, 0, 1))
+    tensor = np.ascontiguousarray(leaf.T)
+    return tensor[..., None, None] if point and leaf.ndim == 2 else tensor
+
+
+def _shapes(network: AutoencoderKL) -> dict[str, tuple[int, ...]]:
+    side = network.factor
+    image = jax.ShapeDtypeStruct((1, side, side, network.channels), np.float32)
+    abstract = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+
+
+def layout_of(state: Mapping[str, Any]) -> str:
+    for layout, mark in _MARKS.items():
+        if mark in state:
+            return layout
+    raise UserError(
+        "this is no KL autoencoder: the file has none of the keys " + ", ".join(_MARKS.values())
+    )
+
+
+def _guess(state: Mapping[str, Any], kind: str, path: Path) -> AutoencoderKL:
+    """The network of a bare weight file."""
+    if kind not in (*KINDS, "auto"):
+        raise UserError(f"autoencoder kind '{kind}' is unknown; known: auto, {', '.join(KINDS)}")
+    layout_of(state)
+    channels = np.asarray(state["decoder.conv_in.weight"]).shape[1]
+    fitting = [name for name, fixed in KINDS.items() if fixed["latent_channels"] == channels]
+    if not fitting or kind not in (fitting[0], "auto"):
+        raise UserError(
+            f"{path} has {channels} latent channels and is no '{kind}' autoencoder: put its "
+            "diffusers config.json beside it"
+        )
+    return AutoencoderKL(**KINDS[fitting[0]])
+
+
+def _name(path: Path) -> str:
+    """What people call it: the folder of a diffusers file, or the file."""
+    if path.name == WEIGHTS:
+        folder = path.resolve().parent
+        return folder.parent.name if folder.name == "vae" else folder.name
+    return path.stem
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): restore it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not describe an autoencoder: restore it")
+    return values

@@ -1,0 +1,152 @@
+"""What model a weight file holds: its hyperparameters and its family.
+
+Hyperparameters come from a file that the user names, else from one beside the weights, else from
+the arguments that the weight file itself remembers. The shapes of the tensors fill what these
+leave out; for DiT and SiT they are enough.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.interop import files, keymap
+from moe_diffusion.interop.families import FAMILIES
+from moe_diffusion.interop.keymap import Family
+
+_PLAIN = (".yaml", ".yml")
+
+
+def hyperparameters(
+    family: Family, path: Path, weights: files.Weights, given: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """The authors' hyperparameters of a weight file, and in words where they are from.
+
+    Args:
+      path: of the weight file.
+      given: path of a `.yaml` or `.json` file that says them.
+
+    Raises:
+      UserError: no such file, not readable, or nothing says them.
+    """
+    told = from_shapes(family, weights.state)
+    source = Path(given) if given else _beside(path)
+    if source is not None:
+        return merge(told, read_hparams(source)), str(source)
+    from_args = family.from_args(weights.args) if weights.args else None
+    if from_args is not None:
+        return merge(told, from_args), f"the training arguments in {path.name}"
+    # The number of heads shapes no tensor: only a family with a table of its models fills it in.
+    if "num_heads" in told:
+        return told, f"the shapes in {path.name}, and the family's usual number of heads"
+    raise UserError(
+        f"nothing says the hyperparameters of {path}: there is no .yaml file beside it and "
+        "its own content does not tell; pass --hparams file.yaml, or --config configs/x.py"
+    )
+
+
+def read_hparams(path: Path) -> dict[str, Any]:
+    """Hyperparameters of a file: its section `model`, in this `params`, or all of it.
+
+    And `basic.rf`, where DiffMoE's and DSMoE's files say whether the model is a flow.
+    """
+    if not path.is_file():
+        raise UserError(f"no hyperparameter file at {path}")
+    try:
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no valid {path.suffix.lstrip('.')} file: {reason}") from None
+    basic = content.get("basic") if isinstance(content, Mapping) else None
+    told = {"rf": basic["rf"]} if isinstance(basic, Mapping) and "rf" in basic else {}
+    while isinstance(content, Mapping):
+        inner = [content[k] for k in ("model", "params") if isinstance(content.get(k), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no hyperparameters: a table of names and values is needed")
+    return {**told, **content}
+
+
+def _beside(weights: Path) -> Path | None:
+    """The one hyperparameter file of the weights' folder, or of the one above `checkpoints`."""
+    for suffix in (*_PLAIN, ".json"):
+        if weights.with_suffix(suffix).is_file():
+            return weights.with_suffix(suffix)
+    folders = [weights.parent]
+    if weights.absolute().parent.name == "checkpoints":
+        folders.append(weights.absolute().parent.parent)
+    for folder in folders:
+        found = sorted(
+            path for path in folder.iterdir() if path.suffix in _PLAIN or path.name == "config.json"
+        )
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise UserError(f"{folder} holds {names}: choose one with --hparams")
+        if found:
+            return found[0]
+    return None
+
+
+def from_shapes(family: Family, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those hyperparameters that the shapes of a state dict tell."""
+    return family.from_shapes({keymap.bare(k): v for k, v in keymap.shapes_of(state).items()})
+
+
+def merge(told: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, completed by `told`, section by section."""
+    merged = {**told, **given}
+    for key in told.keys() & given.keys():
+        if isinstance(told[key], Mapping) and isinstance(given[key], Mapping):
+            merged[key] = merge(told[key], given[key])
+    return merged
+
+
+def contradictions(told: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Texts like "hidden_size is 64, but 32 in the file"."""
+    texts = []
+    for key in [key for key in told if key in given]:
+        if isinstance(told[key], Mapping) and isinstance(given[key], Mapping):
+            texts += contradictions(told[key], given[key])
+        elif told[key] != given[key]:
+            texts.append(f"{key} is {given[key]}, but {told[key]} in the file")
+    return texts
+
+
+def likely_families(keys: Iterable[str]) -> list[str]:
+    """The families whose names fit a state dict best; several where they share all names."""
+    found = {_template(key) for key in keys}
+    scores = {}
+    for name, family in FAMILIES.items():
+        known = set(_templates(family))
+        both = found & known
+        scores[name] = (len(both) / max(len(found), 1), len(both) / len(found | known))
+    best = max(scores.values())
+    return [name for name, score in scores.items() if score == best and score[0] > 0.5]
+
+
+def strange_keys(family: Family, keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Rows of the family (some are alternatives) without a key, and keys without a row."""
+    known = _templates(family)
+    found = {_template(key): key for key in keys}
+    return (
+        sorted(known[template] for template in known.keys() - found.keys()),
+        sorted(key for key in keys if _template(key) not in known),
+    )
+
+
+def _templates(family: Family) -> dict[str, str]:
+    return {_template(row.torch): row.torch for row in (*family.rows, *family.constants)}
+
+
+def _template(key: str) -> str:
+    """A key without its numbers: of the block, of the expert."""
+    return re.sub(r"(?<=\.)(\d+|\{[ie]\})(?=\.|$)", "#", keymap.bare(key))

@@ -1,0 +1,157 @@
+"""ProMoE (2510.24711), token choice and expert choice: key map and hyperparameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import ml_collections
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.interop import shapes
+from moe_diffusion.interop.dit import MOE, TABLE, TRUNK, linear
+from moe_diffusion.interop.hparams import fill
+from moe_diffusion.interop.keymap import LINEAR, SAME, Family, Row
+
+_EXPERT = "blocks.{i}.mlp.experts.{e}"
+_ROWS = (
+    *TRUNK,
+    Row("blocks.{i}.mlp.cluster_centers", f"{MOE}/router/kernel", LINEAR),
+    Row(f"{_EXPERT}.up_proj.weight", f"{MOE}/experts/up", LINEAR),
+    Row(f"{_EXPERT}.up_proj.bias", f"{MOE}/experts/up_bias", SAME),
+    Row(f"{_EXPERT}.down_proj.weight", f"{MOE}/experts/down", LINEAR),
+    Row(f"{_EXPERT}.down_proj.bias", f"{MOE}/experts/down_bias", SAME),
+    *linear("blocks.{i}.mlp.shared_expert.up_proj", f"{MOE}/shared/up"),
+    *linear("blocks.{i}.mlp.shared_expert.down_proj", f"{MOE}/shared/down"),
+)
+
+_HPARAMS = {
+    "input_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,
+    "num_heads": 16,
+    "mlp_ratio": 4.0,
+    "qk_norm": False,
+    "class_dropout_prob": 0.1,
+    "num_classes": 1000,
+    "learn_sigma": True,
+    "use_swiglu": False,
+    "MoE_config": ...,
+    "head_dim": None,
+}
+# norm_topk_prob and seq_aux have no effect in the code.
+_MOE_CONFIG = {
+    "num_routed_experts": ...,
+    "moe_intermediate_size": ...,
+    "shared_expert_intermediate_size": ...,
+    "interleave": ...,
+    "load_balance_loss_coef": 0,
+    "norm_topk_prob": False,
+    "seq_aux": False,
+    "use_shared_expert": True,
+    "use_uncond_expert": True,
+    "init_MoeMLP": False,
+    "router_weight_mode": "softmax",
+    "routing_contrastive_lam": 0,
+    "use_top_k_for_routing_contrastive": False,
+    "routing_contrastive_temperature": 0.1,
+}
+
+
+def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
+    """Sets `config` to a network of the family promoe_tc | promoe_ec and its training.
+
+    hparams: arguments of the authors' constructor, which is the same for both; or one of their yaml
+    files, whose section `DiT_<size>_config` leaves the sizes to their config.py.
+    """
+    h = fill("model", _HPARAMS, _from_yaml(family, hparams))
+    known = {**_MOE_CONFIG, "top_k": 2 if family == "promoe_tc" else 1}
+    moe = fill("MoE_config", known, h["MoE_config"])
+    _refuse(family, h, moe)
+    model = config.model
+    model.image_size, model.channels = h["input_size"], h["in_channels"]
+    for name in ("patch_size", "hidden_size", "depth", "num_heads", "num_classes", "learn_sigma"):
+        model[name] = h[name]
+    model.mlp_ratio = float(h["mlp_ratio"])
+    model.time_scale, model.reverse_time = 1000.0, True
+    model.moe.update(
+        num_experts=moe["num_routed_experts"] + moe["use_uncond_expert"],
+        hidden_size=moe["moe_intermediate_size"],
+        mlp="gelu",
+        bias=True,
+        shared_hidden_size=moe["use_shared_expert"] * moe["shared_expert_intermediate_size"],
+        shared_mlp="gelu",
+        shared_bias=True,
+        interleave=moe["interleave"],
+    )
+    model.router.update(
+        name=family,
+        top_k=moe["top_k"],  # of token choice; expert choice calls it
+        capacity=float(moe["top_k"]),
+        scope="sample",
+        scores=moe["router_weight_mode"],
+        null_expert=moe["use_uncond_expert"],
+        contrast_temperature=float(moe["routing_contrastive_temperature"]),
+        kernel_init="normal_0.02",
+    )
+    if moe["routing_contrastive_lam"]:
+        config.loss_weights.contrast = float(moe["routing_contrastive_lam"])
+    config.diffusion.update(
+        label_dropout=float(h["class_dropout_prob"]), time_sampling="logit_normal"
+    )
+    config.sampling.update(sampler="euler", steps=250, cfg=1.5)
+
+
+def _refuse(family: str, h: Mapping[str, Any], moe: Mapping[str, Any]) -> None:
+    """What no published model has and we have not either."""
+    if h["qk_norm"] or h["use_swiglu"] or moe["init_MoeMLP"]:
+        raise UserError("qk_norm, use_swiglu and init_MoeMLP of ProMoE are not supported")
+    if h["head_dim"] not in (None, h["hidden_size"] // h["num_heads"]):
+        raise UserError(f"head_dim {h['head_dim']} is not hidden_size / num_heads: unsupported")
+    if family == "promoe_ec":
+        return
+    if moe["load_balance_loss_coef"]:
+        raise UserError("load_balance_loss_coef of ProMoE is not supported; set it to 0")
+    first_only = not moe["use_top_k_for_routing_contrastive"] and moe["top_k"] > 1
+    if moe["routing_contrastive_lam"] and first_only:
+        raise UserError(
+            "use_top_k_for_routing_contrastive=false with top_k > 1 is not supported; set it to "
+            "true, or routing_contrastive_lam to 0 (neither changes what the network computes)"
+        )
+
+
+def _from_yaml(family: str, hparams: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The constructor's arguments from a yaml file of the authors; others stay as they are."""
+    sections = [key for key in hparams if re.fullmatch(r"DiT_(S|B|L|XL)_config", key)]
+    if len(sections) != 1:
+        return hparams
+    name = hparams.get("model_name", family)
+    if f"_{family[-2:].upper()}_" not in f"{name.upper()}_":
+        raise UserError(f"model_name is {name}: choose the family that it names, not {family}")
+    depth, hidden_size, num_heads = shapes.SIZES[sections[0].split("_")[1]]
+    sizes = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads}
+    others = {key: hparams[key] for key in _HPARAMS if key in hparams}
+    return {**others, **sizes, **hparams[sections[0]]}
+
+
+def _from_shapes(tensors: shapes.Shapes) -> dict[str, Any]:
+    """As `trunk_from_shapes`, and the experts."""
+    moe = {}
+    for key, shape in tensors.items():
+        if key.endswith(".mlp.cluster_centers"):
+            moe["num_routed_experts"] = shape[0]
+        elif key.endswith(".mlp.experts.0.up_proj.weight"):
+            moe["moe_intermediate_size"] = shape[0]
+        elif key.endswith(".mlp.shared_expert.up_proj.weight"):
+            moe["shared_expert_intermediate_size"] = shape[0]
+    return {**shapes.trunk_from_shapes(tensors), "MoE_config": moe}
+
+
+FAMILIES = {
+    name: Family(name, _ROWS, TABLE, partial(configure, name), from_shapes=_from_shapes)
+    for name in ("promoe_tc", "promoe_ec")
+}

@@ -1,0 +1,230 @@
+"""From a PyTorch file to a folder that our command lines take, and back: one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from moe_diffusion import config as configs
+from moe_diffusion import models
+from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.interop import describe, families, files, keymap
+from moe_diffusion.interop.keymap import Family
+from moe_diffusion.training.checkpoint import StoredWeights, first_average
+from moe_diffusion.training.streamed import Pieces, write_weights
+
+
+def import_folder(
+    family: str,
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    weights: str | None = None,
+    hparams: str | None = None,
+    config: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Reads a PyTorch file into `folder`: config.json and checkpoints/0, with no averages.
+
+    Args:
+      source: see `files.open_weights`.
+      weights: which state dict, where the file holds several.
+      hparams: file with the authors' hyperparameters; see `describe.hyperparameters`.
+      config: file of a named config ("configs/dsmoe_l.py:experts=16") instead of these.
+
+    Returns:
+      {"family", "input", "output", "weights", "hparams" (where they are from), "tensors", "bytes"}
+
+    Raises:
+      UserError: before anything is written; nothing is left behind if writing fails later.
+    """
+    if "://" in os.fspath(folder):
+        raise UserError(f"{folder} is remote: convert into a local folder and copy it there")
+    chosen, path = families.family(family), files.find(source)
+    folder = Path(os.path.abspath(folder))
+    if hparams and config:
+        raise UserError("--hparams and --config both say what the model is: give one of them")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists: name another output, or delete it")
+    check_writable(folder.parent)
+    opened = files.open_weights(path, weights)
+    described, origin, model_config = _describe(chosen, path, opened, hparams, config)
+    model = models.build(model_config.model)
+    leaves = _leaves(opened.state, chosen, model, described)
+    model_config.ema.decays = ()  # there is one set of weights, the one to sample from
+    total = sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in leaves.values())
+    _check_room(folder, total)
+
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=not progress) as t:
+            write_weights(
+                partial_folder,
+                {k: Pieces(v.shape, v.dtype, v.pieces, t.update) for k, v in leaves.items()},
+            )
+        configs.save_json(model_config, partial_folder / "config.json")
+        os.replace(partial_folder, folder)
+    except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} could not be written: {reason}") from error
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return {
+        "family": family,
+        "input": str(path),
+        "output": str(folder),
+        "weights": opened.entry,
+        "hparams": origin,
+        "tensors": len(opened.state),
+        "bytes": total,
+    }
+
+
+def export_file(
+    family: str,
+    workdir: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    ema: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes a checkpoint's weights as a `.safetensors` file under the authors' names.
+
+    Args:
+      workdir: of a run, or a folder of `import_folder`.
+      ema: decay of the average as text, or "none"; None takes the first that the run keeps.
+
+    Returns:
+      {"family", "input", "output", "step", "ema", "tensors", "bytes"}
+
+    Raises:
+      UserError: no such checkpoint, or a family without names for this model.
+    """
+    chosen, described = families.family(family), Path(workdir) / "config.json"
+    if not described.is_file():
+        raise UserError(f"{workdir} is not a workdir (it has no config.json)")
+    config = configs.load_json(described)
+    if ema is None:
+        ema = first_average(config) or "none"
+    model = models.build(config.model)
+    check_writable(Path(path).parent)
+    with StoredWeights(workdir, ema=None if ema == "none" else ema) as stored:
+        wanted = keymap.abstract_variables(model)
+        _check_same(stored.shapes, wanted, described)
+        found = keymap.entries_by_leaf(chosen, model, wanted)
+        shapes = keymap.torch_shapes([e for group in found.values() for e in group], wanted, model)
+        tensors = {k: (shape, np.dtype(np.float32)) for k, shape in shapes.items()}
+        fixed = keymap.constants(chosen, model)
+        tensors |= {key: (value.shape, value.dtype) for key, value in fixed.items()}
+        with (
+            files.safetensors_writer(path, tensors) as write,
+            tqdm(total=len(tensors), unit="tensor", desc="export", disable=not progress) as bar,
+        ):
+            for key, value in fixed.items():
+                write(key, value)
+            for leaf, entries in found.items():
+                for entry, array in _slices(stored, leaf, entries):
+                    write(entry.key, entry.layout.to_torch(array, model), entry.part)
+                    bar.update(1 / entry.part[1])
+    return {
+        "family": family,
+        "input": str(workdir),
+        "output": str(path),
+        "step": stored.step,
+        "ema": ema,
+        "tensors": len(tensors),
+        "bytes": Path(path).stat().st_size,
+    }
+
+
+def _slices(
+    stored: StoredWeights, leaf: str, entries: list[keymap.Entry]
+) -> Iterator[tuple[keymap.Entry, np.ndarray]]:
+    """Each entry with its part of one of our arrays, which are read some layers at a time."""
+    if entries[0].index == ():
+        array = stored.read({leaf: None})[leaf]
+        yield from ((entry, array) for entry in entries)
+        return
+    for start, block in stored.read_blocks(leaf):
+        for entry in entries:
+            layer, *rest = entry.index
+            if start <= layer < start + len(block):
+                yield entry, block[(layer - start, *rest)]
+
+
+def _describe(
+    family: Family, path: Path, opened: files.Weights, hparams: str | None, config: str | None
+) -> tuple[dict[str, Any], str, ConfigDict]:
+    """(hyperparameters, where they are from, config of the model)."""
+    if config:
+        return {}, config, configs.load(config)
+    try:
+        described, origin = describe.hyperparameters(family, path, opened, hparams)
+        model_config = families.config_from_torch(family.name, described)
+    except UserError as error:
+        hint = _other_family(family, opened.state)
+        if hint:
+            missing, unexpected = describe.strange_keys(family, opened.state)
+            hint += (
+                f": {len(missing)} missing: {keymap.listed(missing)}; {len(unexpected)} "
+                f"unexpected: {keymap.listed(unexpected)}"
+            )
+        raise UserError(f"{error}{hint}") from error
+    model_config.name = family.name
+    return described, origin, model_config
+
+
+def _leaves(
+    state: Mapping[str, Any], family: Family, model: nn.Module, described: Mapping[str, Any]
+) -> dict[str, keymap.Leaf]:
+    try:
+        return keymap.import_leaves(state, family, model)
+    except UserError as error:
+        told = describe.contradictions(describe.from_shapes(family, state), described)
+        hint = f"; by its hyperparameters {', '.join(told)}" if told else ""
+        raise UserError(f"{error}{hint}{_other_family(family, state)}") from error
+
+
+def _other_family(family: Family, state: Mapping[str, Any]) -> str:
+    """What to add to an error where the names in the file are rather another family's."""
+    likely = describe.likely_families(state)
+    if family.name in likely:
+        return ""
+    if not likely:
+        return "; its names are of no family that is known here"
+    return f"; its names are those of family {' or '.join(likely)}, not of {family.name}"
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.01:
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room"
+        )
+
+
+def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], described: Path) -> None:
+    """The arrays of a checkpoint are those of the model that its config describes."""
+    names = wanted.keys() | {name for name in found if name.startswith("params/")}
+    wrong = sorted(
+        name
+        for name in names
+        if getattr(wanted.get(name), "shape", None) != getattr(found.get(name), "shape", None)
+    )
+    if wrong:
+        raise UserError(
+            f"the checkpoint is of another model than {described} describes; {len(wrong)} arrays "
+            f"differ: {keymap.listed(wrong)}"
+        )

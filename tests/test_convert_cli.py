@@ -1,0 +1,328 @@
+"""`python -m moe_diffusion.convert`: there and back, what it reads, and what it refuses.
+
+That every golden keeps every bit is tested in tests/golden, through the same functions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+
+from moe_diffusion import config as configs
+from moe_diffusion import convert, interop, models, sample
+from moe_diffusion.errors import UserError
+from moe_diffusion.interop import describe, files, transfer
+from moe_diffusion.training.checkpoint import Checkpointer
+from moe_diffusion.training.state import TrainState
+from tests import cli
+
+GOLDEN = cli.ROOT / "tests" / "goldens" / "dsmoe_rope2d"
+OTHER = cli.ROOT / "tests" / "goldens" / "tcdit"
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def golden(tmp_path):
+    """A copy of a case's weights and hyperparameters, to be damaged."""
+    folder = tmp_path / "golden"
+    folder.mkdir()
+    for name in ("weights.safetensors", "config.json"):
+        shutil.copy(GOLDEN / name, folder)
+    return folder
+
+
+def run(*args):
+    convert.main([str(arg) for arg in args])
+
+
+def refused(capfd, folder, *args, family="dsmoe"):
+    """The one error of an import from `folder`, which must leave nothing behind."""
+    before = cli.contents(folder.parent)
+    args = ["--family", family, "--input", folder, "--output", folder.parent / "out", *args]
+    message = cli.refused(capfd, convert.main, args)
+    assert cli.contents(folder.parent) == before
+    return message
+
+
+def test_from_a_golden_to_images_and_back(tmp_path, capfd):
+    run("--family", "dsmoe", "--input", GOLDEN / "weights.safetensors", "--output",
+        tmp_path / "in", "--hparams", GOLDEN / "config.json", "--json")  # fmt: skip
+    out = capfd.readouterr().out.splitlines()
+    done = json.loads(out[-1])
+    stored = load_file(GOLDEN / "weights.safetensors")
+    assert done["tensors"] == len(stored) and done["hparams"] == str(GOLDEN / "config.json")
+    assert out[-2].startswith(f"{len(stored)} tensors, 0.4 MB: {tmp_path / 'in'} (hyperparameters")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    assert configs.load_json(tmp_path / "in" / "config.json").ema.decays == ()
+
+    draw = ["--workdir", tmp_path / "in", "--num", 2, "--steps", 1, "--cfg", 1]
+    draw += ["--out", tmp_path / "grid.png", "--npz", tmp_path / "x.npz"]
+    sample.main([str(arg) for arg in draw])
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert arrays["arr_0"].shape == (2, 8, 8, 4) and arrays["arr_0"].std() > 0.1
+    Image.open(tmp_path / "grid.png").verify()
+
+    back = tmp_path / "back.safetensors"
+    run("--export", "--family", "dsmoe", "--input", tmp_path / "in", "--output", back)
+    back = load_file(back)
+    assert set(back) == set(stored)
+    for key, tensor in stored.items():
+        np.testing.assert_array_equal(back[key], tensor, err_msg=key)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A workdir with live weights and two averages, without the time that training takes."""
+    config = configs.default()
+    config.model.update(image_size=4, hidden_size=8, depth=1, num_heads=2, num_classes=3)
+    config.model.router.name = "dense"
+    config.ema.decays = (0.5, 0.9)
+    rng = np.random.default_rng(0)
+    shapes = models.abstract_variables(models.build(config.model))["params"]
+
+    def draw():
+        return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), "float32"), shapes)
+
+    emas = {decay: {"params": draw(), "router_state": {}} for decay in ("0.5", "0.9")}
+    state = TrainState(jnp.asarray(2), draw(), {}, emas, {"m": jnp.zeros(1)})
+    saver = Checkpointer(tmp_path / "run", config.checkpoint)
+    saver.save(2, state, {})
+    saver.close()
+    configs.save_json(config, tmp_path / "run" / "config.json")
+    return tmp_path / "run", state
+
+
+def test_an_average_of_a_run_is_exported(tmp_path, capfd, trained):
+    workdir, state = trained
+    export = ["--export", "--family", "sit", "--input", workdir, "--output"]
+    for ema, params in (
+        (None, state.emas["0.5"]["params"]),
+        ("0.9", state.emas["0.9"]["params"]),
+        ("none", state.params),
+    ):
+        path = tmp_path / f"{ema}.safetensors"
+        run(*export, path, *(["--ema", ema] if ema else []))
+        kernel = np.asarray(params["final"]["linear"]["kernel"])
+        np.testing.assert_array_equal(load_file(path)["final_layer.linear.weight"], kernel.T)
+    for args, message in (
+        (["y.safetensors", "--ema", "0.7"], "keeps no average of decay 0.7; it keeps: 0.5, 0.9"),
+        (["y.pt"], "y.pt: weights are written as .safetensors"),
+        (["y.safetensors", "--config", "x"], "--config does not go with --export"),
+        (["y.safetensors", "--family", "jit"], "family 'jit' has no name for params/"),
+        (["y.safetensors", "--input", tmp_path], "is not a workdir (it has no config.json)"),
+    ):
+        assert message in cli.refused(capfd, convert.main, [*export, tmp_path / args[0], *args[1:]])
+        assert not (tmp_path / args[0]).exists()
+    config = configs.load_json(workdir / "config.json")
+    config.model.hidden_size = 16
+    configs.save_json(config, workdir / "config.json")
+    args = [*export, tmp_path / "y.safetensors"]
+    assert "is of another model than" in cli.refused(capfd, convert.main, args)
+
+
+def test_hyperparameters_are_found(tmp_path, golden, monkeypatch):
+    """Beside the weights, above the folder `checkpoints`, of a named config, or of the shapes."""
+    hparams = describe.read_hparams(golden / "config.json")
+    weights = golden / "weights.safetensors"
+
+    def origin(path=weights, **options):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return transfer.import_folder("dsmoe", path, tmp_path / "out", **options)["hparams"]
+
+    assert origin() == str(golden / "config.json")
+    # The form of the authors' yaml files, with what the shapes tell left out.
+    for key in ("depth", "hidden_size", "num_classes", "learn_sigma"):
+        del hparams[key]
+    del hparams["MoE_config"]["moe_intermediate_size"], hparams["MoE_config"]["use_shared_expert"]
+    text = yaml.safe_dump({"basic": {"rf": True}, "model": {"params": hparams}})
+    (golden / "config_x.yaml").write_text(text)
+    (golden / "config.json").unlink()
+    assert origin() == str(golden / "config_x.yaml")
+    (golden / "checkpoints").mkdir()
+    moved = weights.rename(golden / "checkpoints" / "w.safetensors")
+    assert origin(moved) == str(golden / "config_x.yaml")
+    assert configs.load_json(tmp_path / "out" / "config.json").diffusion.path == "flow"
+    spec = tmp_path / "named.py"
+    spec.write_text(
+        "from moe_diffusion import config\n"
+        f"def get_config(arg=None): return config.load_json({str(tmp_path / 'kept.json')!r})\n"
+    )
+    shutil.copy(tmp_path / "out" / "config.json", tmp_path / "kept.json")
+    (golden / "config_x.yaml").unlink()
+    assert origin(moved, config=str(spec)) == str(spec)
+
+
+def test_a_dit_tells_itself(tmp_path):
+    """A bare state dict of DiT: its shapes, and the number of heads that its width has."""
+    hparams = {"input_size": 4, "hidden_size": 384, "depth": 1, "num_heads": 6, "mlp_ratio": 0.1}
+    model = models.build(interop.model_config_from_torch("dit", hparams))
+    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), models.abstract_variables(model))
+    interop.save_torch(model, variables, tmp_path / "DiT.safetensors", "dit")
+    transfer.import_folder("dit", tmp_path, tmp_path / "out")
+    config = configs.load_json(tmp_path / "out" / "config.json")
+    assert (config.model.num_heads, config.model.depth, config.model.image_size) == (6, 1, 4)
+    assert (config.diffusion.path, config.sampling.sampler) == ("ddpm", "ddpm")
+    assert int(config.model.mlp_ratio * 384) == 38
+
+
+def test_training_arguments_tell(tmp_path):
+    from_args = transfer.families.family("sit").from_args
+    args = {"model": "SiT-B/4", "image_size": 512, "num_classes": 10, "epochs": 3}
+    expected = {"input_size": 64, "patch_size": 4, "depth": 12, "hidden_size": 768}
+    assert from_args(args) == {**expected, "num_heads": 12, "num_classes": 10}
+    assert from_args({"config": "config/000_DSMoE_B.yaml"}) is None
+    args = {"model": "DiT-S/2", "image_size": 256, "num_experts": 8, "rf": True, "epochs": 3}
+    assert from_args(args) is None  # of a DiT-MoE
+    described = transfer.families.family("dit_moe").from_args(args)
+    config = transfer.families.config_from_torch("dit_moe", described)
+    assert (config.model.hidden_size, config.model.moe.num_experts) == (384, 8)
+    if importlib.util.find_spec("torch") is None:
+        return
+    import argparse
+
+    import torch
+
+    state = {
+        key: torch.from_numpy(value)
+        for key, value in load_file(GOLDEN / "weights.safetensors").items()
+    }
+    ema = {f"module.{key}": tensor + 0 for key, tensor in state.items()}
+    everything = {"model": {}, "ema": ema, "args": argparse.Namespace(config="x.yaml")}
+    torch.save(everything, tmp_path / "0700000.pt")
+    hparams = str(GOLDEN / "config.json")
+    done = transfer.import_folder("dsmoe", tmp_path, tmp_path / "out", hparams=hparams)
+    assert done["weights"] == "ema" and done["tensors"] == len(state)
+
+
+def test_no_hyperparameters(capfd, golden):
+    (golden / "config.json").unlink()
+    message = refused(capfd, golden)
+    assert "nothing says the hyperparameters of" in message and "pass --hparams" in message
+    for name in ("a.yaml", "b.yaml"):
+        (golden / name).write_text("{}")
+    assert "holds a.yaml, b.yaml: choose one with --hparams" in refused(capfd, golden)
+    message = refused(capfd, golden, "--hparams", golden / "c.yaml")
+    assert "no hyperparameter file at" in message
+    for text, said in (("{", "is no valid yaml file"), ("3", "holds no hyperparameters")):
+        (golden / "a.yaml").write_text(text)
+        assert said in refused(capfd, golden, "--hparams", golden / "a.yaml")
+
+
+def test_another_width(capfd, golden):
+    config = json.loads((golden / "config.json").read_text())
+    config["model"]["hidden_size"] = config["model"]["MoE_config"]["hidden_size"] = 64
+    (golden / "config.json").write_text(json.dumps(config))
+    message = refused(capfd, golden)
+    shapes = re.findall(r"(blocks\.0\.\S+) \(file (\(.*?\)), model (\(.*?\))\), ", message)
+    assert ("blocks.0.adaLN_modulation.1.weight", "(192, 32)", "(384, 64)") in shapes
+    assert "more); by its hyperparameters hidden_size is 64, but 32 in the file" in message
+
+
+def test_missing_and_unexpected_keys(capfd, golden):
+    state = load_file(golden / "weights.safetensors")
+    bias = state.pop("final_layer.linear.bias")
+    files.write_state_dict(state | {"extra": bias}, golden / "weights.safetensors")
+    message = refused(capfd, golden)
+    assert "1 missing: final_layer.linear.bias; 1 unexpected: extra" in message
+    assert "its names are those of" not in message
+
+
+def test_another_family(capfd, golden):
+    """With its own hyperparameters, which dsmoe does not know, and with those of a dsmoe."""
+    shutil.copy(OTHER / "weights.safetensors", golden)
+    hint = "; its names are those of family tcdit, not of dsmoe"
+    message = refused(capfd, golden)
+    assert "missing: " in message and "unexpected: " in message and message.endswith(hint)
+    shutil.copy(OTHER / "config.json", golden)
+    message = refused(capfd, golden)
+    assert "unknown hyperparameter 'n_shared_experts' in MoE_config" in message
+    assert f"{hint}: " in message and "missing: blocks.{i}.attn.k_proj.bias, " in message
+    assert re.search(r"unexpected: blocks.1.mlp.experts.0.fc1.bias, .* more\)$", message)
+    assert "unknown family 'vit'; choose one of dit, " in refused(capfd, golden, family="vit")
+
+
+def test_damaged_and_absent_files(capfd, golden):
+    path = golden / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "is damaged or no safetensors file" in refused(capfd, golden)
+    path.unlink()
+    assert "should hold one weight file; it holds none" in refused(capfd, golden)
+    assert "no weight file at" in refused(capfd, path)
+
+
+def test_an_unsafe_pickle(capfd, golden):
+    if importlib.util.find_spec("torch") is None:
+        (golden / "w.pt").write_bytes(b"")
+        assert "needs PyTorch" in refused(capfd, golden / "w.pt")
+        return
+    import torch
+
+    torch.save({"ema": {"b": torch.ones(1)}, "code": shutil.rmtree}, golden / "w.pt")
+    assert "damaged or holds more than weights" in refused(capfd, golden / "w.pt")
+
+
+def test_bad_flags(capfd, golden):
+    hparams = golden / "config.json"
+    message = refused(capfd, golden, "--config", "configs/digits.py", "--hparams", hparams)
+    assert "--hparams and --config both say what the model is" in message
+    assert refused(capfd, golden, "--ema", "0.9") == "--ema needs --export"
+    assert "holds one state dict; leave out weights" in refused(capfd, golden, "--weights", "ema")
+    args = ["--family", "dsmoe", "--input", golden, "--output", golden]
+    assert "exists: name another output" in cli.refused(capfd, convert.main, args)
+    message = cli.refused(capfd, convert.main, [*args[:-1], "gs://bucket/out"])
+    assert message.startswith("gs://bucket/out is remote: convert into a local folder")
+
+
+def test_a_failed_write_leaves_nothing(golden, monkeypatch):
+    def fail(folder, leaves):
+        folder.mkdir()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transfer, "write_weights", fail)
+    before = cli.contents(golden.parent)
+    with pytest.raises(UserError, match="could not be written: disk full"):
+        transfer.import_folder("dsmoe", golden, golden.parent / "out")
+    assert cli.contents(golden.parent) == before
+
+
+def test_likely_families():
+    """By their names alone."""
+    for name, expected in (
+        ("dsmoe_gqa", ["dsmoe"]),
+        ("dit", ["dit", "sit"]),
+        ("tcdit_shared", ["tcdit"]),
+        ("ecdit", ["ecdit"]),
+        ("diffmoe", ["diffmoe"]),
+        ("dit_moe", ["dit_moe"]),
+        ("promoe_ec", ["promoe_tc", "promoe_ec"]),
+        ("jit_dense", ["jit"]),
+        ("jit_moe", ["jitmoe"]),
+    ):
+        state = files.read_state_dict(GOLDEN.parent / name / "weights.safetensors")
+        assert describe.likely_families(state) == expected, name
+        assert describe.likely_families(f"module.{key}" for key in state) == expected, name
+    assert describe.likely_families(["encoder.conv.weight", "t_embedder.mlp.0.bias"]) == []
+
+
+def test_help_shows_examples(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        convert.main(["--help"])
+    assert stopped.value.code == 0
+    text = capfd.readouterr().out
+    assert "python -m moe_diffusion.convert --export --family dsmoe" in text
