@@ -1,0 +1,110 @@
+"""C_infer and image quality of DiffMoE under constant thresholds instead of the learned ones.
+
+The learned thresholds hold the experts' load at that of training; constants trade compute for
+quality (2503.14487, "interval search" beside its "dynamic" thresholds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation.digits import DigitsJudge
+from moe_diffusion.evaluation.generate import generate
+from moe_diffusion.evaluation.routing_stats import RoutingObserver
+from moe_diffusion.models import build
+from moe_diffusion.models.accounting import forward_flops, parameter_counts
+
+Metric = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+
+
+def with_threshold(variables: Mapping[str, Any], gamma: float | str) -> dict[str, Any]:
+    """The variables with every threshold at gamma; "dynamic" leaves them as they are.
+
+    The same as `model.router.threshold` of a config, but nothing needs to be compiled again.
+    """
+    if gamma == "dynamic":
+        return dict(variables)
+    thresholds = jax.tree.map(lambda old: jnp.full_like(old, gamma), variables["router_state"])
+    return {**variables, "router_state": thresholds}
+
+
+def metric_for(config: ConfigDict) -> Metric | None:
+    """What judges the samples of a run: digits by their classifier, others by nothing yet."""
+    if config.data.source != "digits":
+        return None
+    judge = DigitsJudge()
+    return lambda images, labels: {"class_accuracy": judge.score(images, labels)["class_accuracy"]}
+
+
+def search(
+    config: ConfigDict,
+    variables: Mapping[str, Any],
+    thresholds: Sequence[float | str],
+    labels: np.ndarray,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    metric: Metric | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Draws the same images under each threshold.
+
+    Args:
+      variables: of a DiffMoE model; "dynamic" among the thresholds means those in router_state.
+      labels: i32[N], one for each image. DiffMoE pools a batch, so batch_size is part of the
+        result.
+      report: called with each row as soon as it is known.
+
+    Returns:
+      For each threshold: threshold, c_infer_avg, dropped (share refused by `max_capacity`),
+      activated_params (Eq. 40, with the predictor) and gflops (of one evaluation for one image)
+      at that C_infer, and what `metric` says.
+
+    Raises:
+      UserError: the model is no DiffMoE, or its samples are not finite.
+    """
+    if config.model.router.name != "diffmoe":
+        raise UserError(
+            f"model.router.name is {config.model.router.name}, but thresholds are DiffMoE's: "
+            "choose a run with router diffmoe"
+        )
+    config = ConfigDict(config)
+    config.model.router.threshold = "dynamic"  # so that the thresholds in router_state rule
+    model: nn.Module = build(config.model)
+    observer = RoutingObserver(model)
+    sampler = make_sampler(observer, config)
+    size = config.model.image_size
+    rows = []
+    for threshold in thresholds:
+        observer.reset()
+        images = generate(
+            sampler,
+            with_threshold(variables, threshold),
+            labels,
+            (size, size, config.model.channels),
+            seed=seed,
+            batch_size=batch_size,
+        )
+        stats = observer.stats()
+        capacity = stats["c_infer_avg"]
+        row = {
+            "threshold": threshold,
+            "c_infer_avg": capacity,
+            "dropped": stats["dropped"],
+            "activated_params": parameter_counts(model, capacity)["total"].activated,
+            "gflops": forward_flops(model, experts_per_token=capacity)["total"] / 1e9,
+        }
+        if metric:
+            row |= metric(images, labels)
+        report(row)
+        rows.append(row)
+    return rows

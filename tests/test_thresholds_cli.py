@@ -1,0 +1,81 @@
+"""`python -m moe_diffusion.thresholds`, and `sample --stats`, on a DiffMoE run."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_diffusion import sample, thresholds, train
+from tests import cli
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    keys = {"sampling__steps": 1, "sampling__sampler": "euler", "sampling__joint": "true"}
+    _, spec, *overrides = cli.digits("diffmoe", train__num_steps=2, **keys)
+    train.run(spec, str(workdir), overrides)
+    return workdir
+
+
+def test_search(trained, tmp_path, capsys):
+    out = tmp_path / "new" / "curves.png"
+    args = ["--workdir", trained, "--gammas", "0.2,0.99", "--num", 4, "--out", out, "--json"]
+    thresholds.main(list(map(str, args)))
+    lines = capsys.readouterr().out.splitlines()
+    head = lines[0].split()
+    assert head[:2] == ["threshold", "c_infer_avg"] and head[-1] == "class_accuracy"
+    table = [dict(zip(head, line.split(), strict=True)) for line in lines[1:4]]
+    result = json.loads(lines[-1])
+    assert [row["threshold"] for row in table] == ["dynamic", "0.2", "0.99"]
+    assert [row["threshold"] for row in result["rows"]] == ["dynamic", 0.2, 0.99]
+    for shown, row in zip(table, result["rows"], strict=True):
+        assert float(shown["c_infer_avg"]) == pytest.approx(row["c_infer_avg"], abs=1e-4)
+        assert 0 <= row["class_accuracy"] <= 1
+    many, few = (row["c_infer_avg"] for row in result["rows"][1:])
+    assert many > 2 > few and result["target"] == 2  # capacity of configs/digits.py:router=diffmoe
+    assert result["nearest"] == (0.2 if many - 2 < 2 - few else 0.99)
+    assert len(np.unique(np.asarray(Image.open(out)).reshape(-1, 3), axis=0)) > 20
+    assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
+
+
+def test_sampling_writes_statistics(trained, tmp_path, capsys):
+    out, stats = tmp_path / "grid.png", tmp_path / "stats.json"
+    args = ["--workdir", trained, "--labels", "3,7", "--num", 4, "--out", out, "--stats", stats]
+    sample.main(list(map(str, args)))
+    found = json.loads(stats.read_text())
+    assert set(found["per_class"]) == {"3", "7", "null"} and found["times"] == [0]
+    assert found["blocks"] == [0] and found["c_infer_avg"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "grid.png",
+        "stats.json",
+        "stats.png",
+    ]
+    assert f"experts per token: {found['c_infer_avg']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"--gammas": "low"}, "--gammas 'low'"),
+        ({"--gammas": "0.5,1"}, "--gammas: 1 "),
+        ({"--num": 0}, "--num"),
+        ({"--workdir": "nowhere"}, "nowhere is not a workdir"),
+    ],
+)
+def test_refusals(changes, named, tmp_path, capfd):
+    args = {"--workdir": tmp_path, "--gammas": "0.5", "--out": tmp_path / "a" / "b.png"} | changes
+    message = cli.refused(capfd, thresholds.main, [part for pair in args.items() for part in pair])
+    assert message.startswith(named)
+    assert not list(tmp_path.iterdir())
