@@ -7,7 +7,8 @@ import pytest
 
 from moe_diffusion.data.sources import Digits
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.digits import DigitsJudge
+from moe_diffusion.evaluation.digits import DigitsFeatures, DigitsJudge
+from moe_diffusion.evaluation.metrics import frechet_distance, gaussian_of
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,35 @@ def test_judge_is_deterministic(judge):
 def test_judge_refuses(judge, images, labels, message):
     with pytest.raises(UserError, match=message):
         judge.score(images, labels)
+
+
+def test_features_tell_digits_from_noise():
+    extractor = DigitsFeatures()
+    train, heldout = Digits("train"), Digits("test")
+
+    def distance(images):
+        return frechet_distance(gaussian_of(extractor(images)["pool"]), reference)
+
+    reference = gaussian_of(extractor(train.images)["pool"])
+    noise = np.random.default_rng(0).uniform(-1, 1, (500, 8, 8, 1))
+    assert distance(heldout.images) < 0.3 < 5 < distance(noise)
+    zeros = train.images[train.labels == 0]  # every image is perfect, but nine classes are missing
+    assert distance(zeros) > 20 * distance(heldout.images)
+
+
+def test_features_are_trained_once_and_kept(tmp_path, monkeypatch):
+    images = Digits("test").images[:5]
+    first = DigitsFeatures(tmp_path)(images)["pool"]
+    assert first.shape == (5, DigitsFeatures.dims) and first.dtype == np.float32
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:100])  # damaged: trained again, with the same result
+    np.testing.assert_array_equal(DigitsFeatures(tmp_path)(images)["pool"], first)
+    assert kept.read_bytes()[-200:] == whole[-200:]
+    monkeypatch.delattr("moe_diffusion.evaluation.digits._train_layers")
+    np.testing.assert_array_equal(DigitsFeatures(tmp_path)(images)["pool"], first)
+
+
+def test_features_need_no_place_to_be_kept(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert DigitsFeatures(tmp_path / "file")(Digits("test").images[:2])["pool"].shape == (2, 32)

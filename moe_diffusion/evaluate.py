@@ -1,0 +1,117 @@
+"""Measures a trained run, or images and features in files, against a reference.
+
+  python -m moe_diffusion.evaluate --workdir runs/digits
+  python -m moe_diffusion.evaluate --workdir runs/dsmoe_l --protocol dsmoe --vae sd-vae-ft-mse/ \\
+      --inception pt_inception-2015-12-05-6726825d.pth --reference VIRTUAL_imagenet256_labeled.npz
+  python -m moe_diffusion.evaluate --samples samples.npz --inception FILE --reference ref.npz
+  python -m moe_diffusion.evaluate --workdir runs/digits --cfg 1.0,1.5,2.0 --ema 0.999,none \\
+      --plot sweep.png
+
+The images to judge are --workdir's, or --samples: an .npz of images or features, a folder of
+pictures, or a data source (folder:<path>, tfds:<name>). --reference is any of these, or an .npz of
+statistics. Runs on digits need neither reference nor Inception and give fd_digits, which is no FID.
+Every result says what it was made with; those of a run are added to its evaluations.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_diffusion.cli import Parser, exits_on_user_error
+from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.evaluation import evaluator, protocol, sweep
+from moe_diffusion.parallel import distributed
+from moe_diffusion.parallel.distributed import is_main_process
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser("evaluate", __doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--workdir", help="folder of a trained run")
+    what.add_argument("--samples", help="images or features to judge, instead of a run")
+    add = parser.add_argument
+    add("--reference", help="images, features or statistics to compare with")
+    add("--inception", help="weights of the FID Inception")
+    add("--protocol", help=f"a published one: {', '.join(protocol.known())}")
+    add("--num", type=int, help="images to judge (the protocol's; 50,000, of digits 1,000)")
+    add("--size", type=int, default=0, help="side in pixels, of images of folder: and tfds:")
+    add("--vae", help="the autoencoder of a run on latents (its data.autoencoder)")
+    add("--step", type=int, help="checkpoint to use (the newest)")
+    add("--ema", help="decay of the average, or none; several for a sweep: 0.9996,0.9999")
+    add("--cfg", help="guidance scale; several for a sweep: 1.0,1.25,1.5")
+    add("--sampler", help="sampling.sampler of the config")
+    add("--steps", type=int, help="steps of the sampler")
+    add("--labels", choices=protocol.LABELS, help="classes in order, or drawn (balanced)")
+    add("--batch", type=int, help="images sampled together (64)")
+    add("--seed", type=int, help="of noise and random labels (0)")
+    add("--resize", choices=protocol.RESIZES, help="before Inception, as who does it (tensorflow)")
+    add("--quantize", choices=protocol.QUANTIZATIONS, help="samples to 0..255 (round)")
+    add("--save-features", help=".npz for the judged images' features and statistics")
+    add("--plot", help="picture of a sweep (sweep.png in the workdir)")
+    add("--json", action="store_true", help="print one JSON object as last line")
+    return parser.parse_with_overrides(argv)
+
+
+def settle(args: argparse.Namespace, overrides: list[str]) -> evaluator.Request:
+    """What is asked for: the command line first, then the protocol, then the defaults."""
+    if not (args.workdir or args.samples):
+        raise UserError("nothing to judge: give --workdir or --samples")
+    published = protocol.load(args.protocol) if args.protocol else None
+    settings = copy.deepcopy(published or protocol.default())
+    given = {"num_samples": args.num, "batch_size": args.batch}
+    given |= {key: getattr(args, key) for key in ("labels", "seed", "resize", "quantize")}
+    settings.update({key: value for key, value in given.items() if value is not None})
+    for key in ("sampler", "steps"):
+        if getattr(args, key) is not None:
+            settings.sampling[key] = getattr(args, key)
+    if args.cfg:
+        settings.cfg = _numbers("--cfg", args.cfg)
+    protocol.validate(settings)
+    for path in filter(None, (args.save_features, args.plot)):
+        check_writable(Path(path).parent)
+    emas = args.ema.split(",") if args.ema else [None]
+    return evaluator.Request(
+        settings=settings,
+        published=published,
+        overrides=tuple(overrides),
+        emas=tuple(emas),
+        num=args.num or 0,
+        **{key: getattr(args, key) for key in ("workdir", "samples", "reference", "inception")},
+        **{key: getattr(args, key) for key in ("size", "vae", "step", "save_features")},
+    )
+
+
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} {text!r} is not a list of numbers like 1.0,1.5") from None
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    args, overrides = parse(argv)
+    distributed.initialize()
+    results = []
+    for result in evaluator.evaluate(settle(args, overrides)):
+        results.append(result)
+        if is_main_process():
+            for warning in result["warnings"]:
+                print(f"warning: {warning}", file=sys.stderr)
+            print(protocol.describe(result), flush=True)
+    last = results[0] if len(results) == 1 else {"results": results}
+    if len(results) > 1 and is_main_process():
+        picture = sweep.plot(results, args.plot or Path(args.workdir) / "sweep.png")
+        print(f"the curve: {picture}")
+        last["plot"] = str(picture)
+    if args.json and is_main_process():
+        print(json.dumps(last))
+
+
+if __name__ == "__main__":
+    main()

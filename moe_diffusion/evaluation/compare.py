@@ -1,0 +1,79 @@
+"""All metrics that two feature sets allow, under the names of their extractor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation import metrics
+from moe_diffusion.evaluation.features import Extractor, FeatureSet
+
+NEIGHBOURS = 3  # k of precision and recall
+KERNEL_VECTORS = 10_000  # of either side, that KID looks at
+SCORE_SPLIT = 5000  # images of a part of the Inception Score
+
+
+def compare(
+    samples: FeatureSet, reference: FeatureSet, extractor: Extractor
+) -> tuple[dict[str, Any], list[str]]:
+    """Every metric that both sides have the data for, and warnings for people.
+
+    Returns:
+      metrics: by the extractor's names; precision, recall and KID need the reference's vectors.
+      warnings: one line each.
+
+    Raises:
+      UserError: the sides' features are of different networks.
+    """
+    names, found, warnings = extractor.names, {}, []
+    found[names["frechet"]] = metrics.frechet_distance(samples.pool, reference.pool)
+    for side in (samples, reference):
+        if 0 < side.pool.count < len(side.pool.mean):
+            warnings.append(
+                f"{side.name}: {side.pool.count} images for {len(side.pool.mean)} features: the "
+                f"covariance is singular and {names['frechet']} is too high; take 10,000 or more"
+            )
+    if samples.spatial is not None and reference.spatial is not None:
+        found[names["spatial"]] = metrics.frechet_distance(samples.spatial, reference.spatial)
+    if "score" in names and samples.vectors is not None:
+        logits = samples.vectors @ extractor.classifier
+        found[names["score"]] = metrics.inception_score(logits, SCORE_SPLIT)[0]
+    if samples.vectors is not None and reference.vectors is not None:
+        found |= _neighbours_and_kernel(samples.vectors, reference.vectors, names)
+    return found, warnings
+
+
+def _neighbours_and_kernel(
+    samples: np.ndarray, reference: np.ndarray, names: dict[str, str]
+) -> dict[str, float]:
+    found = {}
+    if min(len(samples), len(reference)) > NEIGHBOURS:
+        precision, recall = metrics.precision_recall(reference, samples, NEIGHBOURS)
+        found |= {names["precision"]: precision, names["recall"]: recall}
+    found[names["kernel"]] = metrics.kernel_distance(
+        reference[:KERNEL_VECTORS], samples[:KERNEL_VECTORS]
+    )
+    return found
+
+
+def check_comparable(samples: FeatureSet, reference: FeatureSet, dims: dict[str, int]) -> None:
+    """Raises a UserError, before features are computed, for what cannot be compared.
+
+    dims: kind of features ("pool", "spatial") -> their number.
+    """
+    for side in (samples, reference):
+        for kind, gaussian in (("pool", side.pool), ("spatial", side.spatial)):
+            if gaussian is not None and len(gaussian.mean) != dims.get(kind):
+                raise UserError(
+                    f"{side.name} holds {len(gaussian.mean)} {kind} features an image, the network "
+                    f"makes {dims.get(kind, 'none')}: it was made with another network"
+                )
+    if samples.images is not None and reference.images is not None:
+        ours, theirs = samples.images.shape[:2], reference.images.shape[:2]
+        if ours != theirs:
+            raise UserError(
+                f"the images to judge are {ours[1]}x{ours[0]}, those of {reference.name} "
+                f"{theirs[1]}x{theirs[0]}: take the reference of the same size"
+            )

@@ -1,0 +1,192 @@
+"""An evaluation from beginning to end: what is asked for is opened and checked, then measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.evaluation import inception, protocol
+from moe_diffusion.evaluation.compare import check_comparable, compare
+from moe_diffusion.evaluation.digits import DigitsFeatures
+from moe_diffusion.evaluation.features import (
+    Extractor,
+    FeatureSet,
+    InceptionFeatures,
+    open_features,
+    save_features,
+    with_vectors,
+)
+from moe_diffusion.evaluation.runs import RunImages
+from moe_diffusion.parallel.distributed import is_main_process
+
+DIGITS = "digits"  # the training split, what runs on digits are compared with
+DIGITS_SHAPE = (8, 8, 1)
+DIGITS_SAMPLES = 1000
+INCEPTION_DIMS = {"pool": inception.NUM_FEATURES, "spatial": inception.NUM_SPATIAL}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """See the flags of `evaluate`.
+
+    Attributes:
+      settings: a protocol (see `protocol.default`) with what the command line says otherwise.
+      published: the protocol as it was published, to tell deviations; None for none.
+      emas: averages to judge; None is the run's first.
+      num: images asked for on the command line; 0 for none.
+    """
+
+    settings: ConfigDict
+    published: ConfigDict | None = None
+    overrides: tuple[str, ...] = ()
+    emas: tuple[str | None, ...] = (None,)
+    num: int = 0
+    workdir: str | None = None
+    samples: str | None = None
+    reference: str | None = None
+    inception: str | None = None
+    size: int = 0
+    vae: str | None = None
+    step: int | None = None
+    save_features: str | None = None
+
+
+def evaluate(request: Request) -> Iterator[dict[str, Any]]:
+    """Results, one for every average and guidance scale: "metrics", "warnings", and conditions.
+
+    Raises:
+      UserError: before anything long begins, where something is missing or does not fit.
+    """
+    variants = _variants(request)
+    first = next(variants)  # raises what is wrong with the run or the file
+    digits = first.images is not None and first.images.shape == DIGITS_SHAPE
+    digits = digits and not request.inception
+    if digits and request.workdir and not request.num and request.published is None:
+        request.settings.num_samples = DIGITS_SAMPLES
+    reference = _open_reference(request, digits, first)
+    sides = [side for side in (first, reference) if side is not None]
+    extractor = _make_extractor(request, digits, sides)
+    batch = request.settings.batch_size
+    if reference is not None:
+        dims = {"pool": DigitsFeatures.dims} if digits else INCEPTION_DIMS
+        check_comparable(first, reference, dims)
+        reference = with_vectors(reference, extractor, batch)
+    heldout = with_vectors(open_features(f"{DIGITS}@test"), extractor, batch) if digits else None
+    for samples in itertools.chain([first], variants):
+        images = samples.images
+        samples = with_vectors(samples, extractor, batch, request.num)
+        if request.save_features and is_main_process():
+            save_features(samples, request.save_features)
+        found, warnings = {}, []
+        if reference is not None:
+            found, warnings = compare(samples, reference, extractor)
+        if digits and reference.name == DIGITS:
+            found["fd_digits_heldout"] = compare(heldout, reference, extractor)[0]["fd_digits"]
+        result = {"metrics": found, "warnings": warnings}
+        if isinstance(images, RunImages):
+            result |= images.conditions
+        else:
+            result |= {"samples": samples.name, "num_samples": samples.pool.count}
+        result["features"] = extractor.note
+        if reference is not None:
+            result["reference"] = {"name": reference.name, "count": reference.pool.count}
+        used = {**result, **result.get("sampling", {}), **extractor.note}
+        result["protocol"] = _against(request.published, used)
+        result["code"] = protocol.code_version()
+        if request.workdir and is_main_process():
+            with (Path(request.workdir) / "evaluations.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        yield result
+
+
+def _variants(request: Request) -> Iterator[FeatureSet]:
+    """The sets to judge: one of files; of a run, one for every average and guidance scale.
+
+    An average is loaded when its turn comes; that the run keeps it is checked at the first.
+    """
+    scales, settings = request.settings.cfg, request.settings
+    sweep = max(len(scales), 1) * len(request.emas) > 1
+    if request.samples:
+        if len(request.emas) > 1 or (len(scales) > 1 and request.published is None):
+            raise UserError("a sweep over --cfg or --ema needs --workdir: it draws images anew")
+        yield open_features(request.samples, request.size, request.num)
+        return
+    if request.save_features and sweep:
+        raise UserError("--save-features holds one set: give one --cfg and one --ema")
+    check_writable(request.workdir)
+    sampling = [f"sampling.{key}={_as_text(value)}" for key, value in settings.sampling.items()]
+    for ema in request.emas:
+        run = RunImages(
+            request.workdir,
+            settings,
+            (*sampling, *request.overrides),
+            step=request.step,
+            ema=ema,
+            vae=request.vae,
+        )
+        for other in request.emas:
+            run.check_ema(other)
+        for cfg in scales or (run.config.sampling.cfg,):
+            yield FeatureSet(str(request.workdir), images=run.with_cfg(cfg))
+
+
+def _as_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _open_reference(request: Request, digits: bool, samples: FeatureSet) -> FeatureSet | None:
+    if request.reference is None:
+        if digits:
+            return open_features(DIGITS)
+        if request.save_features:
+            return None
+        raise UserError(
+            "nothing to compare with: give --reference, for ImageNet 256x256 ADM's "
+            "VIRTUAL_imagenet256_labeled.npz (or --save-features, to make one)"
+        )
+    size = request.size or (samples.images.shape[0] if samples.images is not None else 0)
+    return open_features(request.reference, size)
+
+
+def _make_extractor(request: Request, digits: bool, sides: list[FeatureSet]) -> Extractor:
+    """What makes features. Inception's weights may stay away where every side has its own."""
+    if digits:
+        return DigitsFeatures()
+    settings = request.settings
+    if request.inception:
+        weights = inception.load_weights(request.inception)
+        return InceptionFeatures(weights, settings.resize, settings.quantize, settings.batch_size)
+    for side in sides:
+        if side.pool is None:
+            raise UserError(
+                f"{side.name} are images: give the weights that make features of them as "
+                "--inception, pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+            )
+        side.images = None  # what is stored must do
+    return StoredFeatures()
+
+
+class StoredFeatures:
+    """Stands in where no features are made: what the files hold is compared."""
+
+    names = {kind: name for kind, name in InceptionFeatures.names.items() if kind != "score"}
+    note = {"network": "as stored"}
+
+    def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        raise UserError("features can only be made of images with --inception")
+
+
+def _against(published: ConfigDict | None, used: dict[str, Any]) -> dict[str, Any] | None:
+    """What the result says of the protocol that it followed, and where it did not."""
+    if published is None:
+        return None
+    kept = {key: published[key] for key in ("name", "source", "autoencoder", "reference")}
+    return kept | {"deviations": protocol.deviations(published, used)}

@@ -1,0 +1,225 @@
+"""Feature vectors of images, and what a comparison needs to know of a set of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation import inception
+from moe_diffusion.evaluation.images import Images, check_range, open_images, to_pixels
+from moe_diffusion.evaluation.metrics import Gaussian, Moments, check_finite, gaussian_of
+
+MAX_VECTORS = 50_000  # kept for precision, recall and KID; mean and covariance are of all
+_PER_DEVICE = 32  # images; 299 x 299 pixels each take about 20 MB in the network
+_VECTOR_KEYS = ("features", "activations")  # ours; the authors' of DiffMoE and DSMoE
+
+
+@dataclasses.dataclass
+class FeatureSet:
+    """One side of a comparison: what a file tells, completed by `with_vectors` where needed."""
+
+    name: str
+    pool: Gaussian | None = None
+    spatial: Gaussian | None = None
+    vectors: np.ndarray | None = None  # f32[N, D]
+    images: Images | None = None
+
+
+class Extractor(Protocol):
+    """Maps a batch of `images.Images` to {"pool": f32[B, D], and perhaps "spatial": f32[B, D2]}."""
+
+    names: dict[str, str]  # kind of metric -> the name under which it is reported
+    note: dict[str, Any]  # what it is, for the result
+
+    def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+class InceptionFeatures:
+    """The FID network on all devices; every process takes its share of a batch.
+
+    Args:
+      resize, quantize: see `inception.resize_images` and `images.to_pixels`.
+      batch_size: most images of a call.
+    """
+
+    names = {
+        "frechet": "fid",
+        "spatial": "sfid",
+        "score": "inception_score",
+        "precision": "precision",
+        "recall": "recall",
+        "kernel": "kid",
+    }
+
+    def __init__(self, weights: inception.Weights, resize: str, quantize: str, batch_size: int):
+        self.classifier = weights.classifier
+        self.note = {**weights.note, "resize": resize, "quantize": quantize}
+        self._quantize = quantize
+        devices = np.array(jax.local_devices())
+        share = math.ceil(batch_size / (len(devices) * jax.process_count()))
+        self._chunk = min(_PER_DEVICE, share) * len(devices)
+        mesh = Mesh(devices, ("image",))
+        self._split = NamedSharding(mesh, PartitionSpec("image"))
+        self._params = jax.device_put(weights.params, NamedSharding(mesh, PartitionSpec()))
+        # Every device runs the program that a single one would.
+        self._apply = jax.jit(
+            jax.shard_map(
+                functools.partial(inception.apply, resize=resize),
+                mesh=mesh,
+                in_specs=(PartitionSpec(), PartitionSpec("image")),
+                out_specs=PartitionSpec("image"),
+                check_vma=False,
+            )
+        )
+
+    def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        pixels = to_pixels(batch, self._quantize)
+        if pixels.shape[-1] == 1:
+            pixels = pixels.repeat(3, axis=-1)
+        count, step = len(pixels), self._chunk * jax.process_count()
+        pixels = np.pad(pixels, [(0, -count % step)] + [(0, 0)] * 3)
+        parts = []
+        for start in range(0, len(pixels), step):
+            own = pixels[start + jax.process_index() * self._chunk :][: self._chunk]
+            part = jax.device_get(self._apply(self._params, jax.device_put(own, self._split)))
+            if jax.process_count() > 1:
+                part = multihost_utils.process_allgather(part, tiled=True)
+            parts.append(part)
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+
+
+def collect(
+    batches: Iterable[np.ndarray], total: int, extractor: Extractor, name: str
+) -> FeatureSet:
+    """Features of all images, batch by batch. Raises UserError where one is not finite."""
+    moments: dict[str, Moments] = {}
+    vectors = []
+    with tqdm(total=total, unit="image", desc=f"features of {name}", disable=None) as bar:
+        for batch in batches:
+            check_range(batch, name)
+            for kind, rows in extractor(batch).items():
+                moments.setdefault(kind, Moments(rows.shape[1])).add(rows)
+                if kind == "pool":
+                    room = max(0, MAX_VECTORS - sum(map(len, vectors)))
+                    vectors.append(np.asarray(rows[:room], np.float32))
+            bar.update(len(batch))
+    gaussians = {kind: m.gaussian() for kind, m in moments.items()}
+    return FeatureSet(name, gaussians["pool"], gaussians.get("spatial"), np.concatenate(vectors))
+
+
+def with_vectors(
+    features: FeatureSet, extractor: Extractor, batch_size: int, num: int = 0
+) -> FeatureSet:
+    """The set with everything that its images can tell; stored statistics are kept."""
+    if features.vectors is not None or features.images is None:
+        return features
+    num = num or len(features.images)
+    batches = features.images.batches(batch_size, num)
+    found = collect(batches, num, extractor, features.name)
+    if features.pool is None:
+        return dataclasses.replace(found, images=features.images)
+    return dataclasses.replace(features, vectors=found.vectors)
+
+
+def open_features(text: str, size: int = 0, num: int = 0) -> FeatureSet:
+    """A set of images, or what an `.npz` holds: images, features, statistics, or all of them.
+
+    Understood are ADM's reference batches (arr_0, mu, sigma, mu_s, sigma_s), pytorch-fid's
+    statistics (mu, sigma), features of this library and of DiffMoE and DSMoE, and arrays of images.
+
+    Args:
+      size: see `open_images`.
+      num: take the first `num` images or features only; 0 is all.
+
+    Raises:
+      UserError: not there, unreadable, of no such kind, not finite, or fewer images than asked.
+    """
+    if not text.endswith(".npz"):
+        features = FeatureSet(text, images=open_images(text, size))
+    else:
+        features = _open_archive(Path(text))
+    available = features.vectors if features.vectors is not None else features.images
+    if num and (available is None or len(available) < num):
+        raise UserError(
+            f"{text} has {0 if available is None else len(available)} images, {num} are asked for: "
+            "lower --num or make more"
+        )
+    if num and features.vectors is not None:
+        vectors = features.vectors[:num]
+        features = FeatureSet(text, gaussian_of(vectors), vectors=vectors)
+    return features
+
+
+def _open_archive(path: Path) -> FeatureSet:
+    if not path.is_file():
+        raise UserError(f"{path} is not there: give the path of an .npz")
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            return _read_archive(archive, path)
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged or no .npz ({error}): fetch or make it again") from None
+
+
+def _read_archive(archive: Any, path: Path) -> FeatureSet:
+    keys = set(archive.files)
+    features = FeatureSet(str(path))
+    found = next((key for key in _VECTOR_KEYS if key in keys), None)
+    if found:
+        features.vectors = np.asarray(archive[found], np.float32)
+        if features.vectors.ndim != 2:
+            raise UserError(f"{found} of {path} has shape {features.vectors.shape}, not [N, D]")
+        check_finite(features.vectors)
+    count = int(archive["count"]) if "count" in keys else len(features.vectors) if found else 0
+    if {"mu", "sigma"} <= keys:
+        features.pool = _gaussian(archive, "mu", "sigma", count, path)
+    elif found:
+        features.pool = gaussian_of(features.vectors)
+    if {"mu_s", "sigma_s"} <= keys:
+        features.spatial = _gaussian(archive, "mu_s", "sigma_s", count, path)
+    if "arr_0" in keys:
+        features.images = open_images(str(path))
+    if features.pool is None and features.images is None:
+        raise UserError(
+            f"{path} holds {', '.join(sorted(keys)) or 'nothing'}: wanted are images (arr_0), "
+            "features, or statistics (mu and sigma)"
+        )
+    return features
+
+
+def _gaussian(archive: Any, mu: str, sigma: str, count: int, path: Path) -> Gaussian:
+    mean, covariance = (np.asarray(archive[key], np.float64) for key in (mu, sigma))
+    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+        raise UserError(
+            f"{mu} and {sigma} of {path} have shapes {mean.shape} and {covariance.shape}, which do "
+            "not fit: fetch the file again"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{mu} or {sigma} of {path} hold NaN or infinity: make the file again")
+    return Gaussian(mean, covariance, count)
+
+
+def save_features(features: FeatureSet, path: str | os.PathLike) -> None:
+    """Writes an `.npz` that `open_features` and pytorch-fid read, whole or not at all."""
+    arrays = {"mu": features.pool.mean, "sigma": features.pool.covariance}
+    if features.spatial is not None:
+        arrays |= {"mu_s": features.spatial.mean, "sigma_s": features.spatial.covariance}
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+        np.savez(file, features=features.vectors, count=features.pool.count, **arrays)
+    os.replace(part, path)

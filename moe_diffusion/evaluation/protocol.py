@@ -1,0 +1,142 @@
+"""How a number was made: the settings of an evaluation, published ones by name, and its report.
+
+A protocol is a Python file `configs/eval_<name>.py` with `get_protocol(arg=None)`, which starts
+from `default()` and sets what the paper and its code say.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+import moe_diffusion
+from moe_diffusion import config as configs
+from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation.images import QUANTIZATIONS
+from moe_diffusion.evaluation.inception import RESIZES
+
+DEFAULTS: dict[str, Any] = {
+    "name": "",
+    "source": "",  # paper and file that the settings come from
+    "num_samples": 50_000,
+    "labels": "balanced",  # balanced (classes in order) | random (drawn with `seed`)
+    "batch_size": 64,  # images sampled together, over all devices
+    "seed": 0,
+    "sampling": {},  # keys of the run's config.sampling that the protocol fixes
+    "cfg": (),  # guidance scales, one result each; () = the run's config.sampling.cfg
+    "resize": "tensorflow",  # see inception.resize_images
+    "quantize": "round",  # see images.to_pixels
+    # What the numbers were published with; the result says what was used instead.
+    "ema": "",  # decay
+    "autoencoder": "",
+    "reference": "",
+}
+LABELS = ("balanced", "random")
+
+
+def default() -> ConfigDict:
+    """A new protocol, locked but for `sampling`."""
+    protocol = ConfigDict(copy.deepcopy(DEFAULTS)).lock()
+    protocol.sampling.unlock()
+    return protocol
+
+
+def load(spec: str) -> ConfigDict:
+    """The protocol of a name or file, with an argument behind a colon: "dsmoe", "jit:size=l".
+
+    Raises:
+      UserError: no such protocol (the known ones are listed), or its file fails.
+    """
+    name, _, arg = spec.partition(":")
+    folder = configs.ROOT / "configs"
+    path = Path(name) if name.endswith(".py") else folder / f"eval_{name}.py"
+    if not path.is_file():
+        raise UserError(f"no protocol {name!r}; known are: {', '.join(known())}")
+    module_spec = importlib.util.spec_from_file_location(f"_protocol_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        protocol = module.get_protocol(arg or None)
+    except UserError as error:
+        raise UserError(f"{spec}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{path} fails: {type(error).__name__}: {error}") from error
+    protocol.name = spec
+    validate(protocol)
+    return protocol
+
+
+def known() -> list[str]:
+    files = sorted((configs.ROOT / "configs").glob("eval_*.py"))
+    return [path.stem.removeprefix("eval_") for path in files]
+
+
+def validate(protocol: ConfigDict) -> None:
+    """Raises a UserError at the first impossible value."""
+    for key, choices in (("labels", LABELS), ("resize", RESIZES), ("quantize", QUANTIZATIONS)):
+        if protocol[key] not in choices:
+            raise UserError(f"--{key} {protocol[key]!r} is unknown; choose {' | '.join(choices)}")
+    for key in ("num_samples", "batch_size"):
+        if protocol[key] < 1:
+            raise UserError(f"{key} = {protocol[key]} must be at least 1")
+
+
+def deviations(protocol: ConfigDict, used: dict[str, Any]) -> list[str]:
+    """What an evaluation did otherwise than its protocol: "num_samples: 64 instead of 50000".
+
+    used: the conditions of a result; of what it does not tell (samples in a file), nothing is said.
+    """
+    wanted = {key: protocol[key] for key in ("num_samples", "labels", "batch_size", "seed")}
+    wanted |= {key: protocol[key] for key in ("resize", "quantize", "ema") if protocol[key]}
+    wanted |= protocol.sampling.to_dict()
+    differing = [
+        f"{key}: {used.get(key)} instead of {value}"
+        for key, value in wanted.items()
+        if used.get(key, value) != value
+    ]
+    if protocol.cfg and used.get("cfg", protocol.cfg[0]) not in protocol.cfg:
+        scales = " or ".join(f"{scale:g}" for scale in protocol.cfg)
+        differing.append(f"cfg: {used['cfg']:g} instead of {scales}")
+    return differing
+
+
+def make_labels(kind: str, num: int, num_classes: int, seed: int) -> np.ndarray:
+    """i32[num]: every class equally often and in order, or drawn uniformly."""
+    if kind == "random":
+        return np.random.default_rng(seed).integers(num_classes, size=num, dtype=np.int32)
+    return (np.arange(num) * min(num, num_classes) // num).astype(np.int32)
+
+
+def code_version() -> str:
+    """The package's version, with the commit where the code is a git checkout."""
+    command = ["git", "-C", str(configs.ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return f"{moe_diffusion.__version__}+{commit}" if commit else moe_diffusion.__version__
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line: the metrics, then everything that they depend on."""
+    numbers = ", ".join(f"{name} {value:.5g}" for name, value in result["metrics"].items())
+    conditions = [
+        f"{key} {_text(value)}"
+        for key, value in result.items()
+        if key not in ("metrics", "warnings", "sampling") and value not in (None, "", [], {})
+    ]
+    return f"{numbers} ({'; '.join(conditions)})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_text(item)}" for key, item in value.items() if item != "")
+    if isinstance(value, list | tuple):
+        return ",".join(_text(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
