@@ -61,6 +61,9 @@ def make_iterator(
         )
     if data_config.augment == "dequantize" and getattr(source, "levels", None) is None:
         raise UserError("data.augment=dequantize needs a source of quantised images, like digits")
+    flip, stored = data_config.augment == "flip", hasattr(source, "draw")
+    if flip and stored and not source.record.flip:
+        raise UserError("data.augment=flip needs latents of mirrored images: prepare with --flip")
     order_seed, augment_seed = _split_seed(seed)
     global_batch_size = batch_size_per_process * process_count
     block = slice(
@@ -71,7 +74,9 @@ def make_iterator(
     )
     # 2**40 batches are "for ever" and keep every position below 2**63.
     batches = grain.MapDataset.range(2**40).map(read)
-    if data_config.augment == "flip":
+    if stored:
+        batches = batches.random_map(_Draw(source, block, flip), seed=augment_seed)
+    elif flip:
         batches = batches.random_map(_Flip(global_batch_size, block), seed=augment_seed)
     elif data_config.augment == "dequantize":
         transform = _Dequantize(global_batch_size, block, source.levels)
@@ -164,17 +169,35 @@ def _records_at(start: int, stop: int, size: int, seed: int) -> np.ndarray:
 def _read_block(number: int, *, source: Source, seed: int, block: slice, batch_size: int) -> Batch:
     """One process's block of global batch `number`."""
     first = number * batch_size
-    return _take(source, _records_at(first + block.start, first + block.stop, len(source), seed))
+    indices = _records_at(first + block.start, first + block.stop, len(source), seed)
+    return _take(source, indices, stored=hasattr(source, "draw"))
 
 
-def _take(source: Source, indices: np.ndarray) -> Batch:
-    if hasattr(source, "take"):
+def _take(source: Source, indices: np.ndarray, stored: bool = False) -> Batch:
+    if stored:
+        batch = source.take_stored(indices)
+    elif hasattr(source, "take"):
         batch = source.take(indices)
     else:
         records = [source[int(i)] for i in indices]
         batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
     check_labels(batch["label"], indices, source.num_classes)
     return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw(grain.transforms.RandomMap):
+    """Draws latents from what is stored, see `latents.Latents.draw`."""
+
+    source: Source
+    block: slice
+    flip: bool
+
+    def random_map(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        positions = range(self.block.start, self.block.stop)
+        seed = int(rng.integers(2**63))
+        image = self.source.draw(batch["stored"], positions, seed, self.flip)
+        return {"image": image, "label": batch["label"]}
 
 
 @dataclasses.dataclass(frozen=True)

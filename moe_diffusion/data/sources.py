@@ -1,9 +1,17 @@
 """Random-access sources of labelled images, opened by name from `config.data.source`.
 
+| name                              | what it is                                  | where        |
+|-----------------------------------|---------------------------------------------|--------------|
+| `digits`, `synthetic`             | offline, for tests and demonstrations       | here         |
+| `folder:<path>`                   | image files, a sub-folder per class         | `images.py`  |
+| `tfds:<name>`, `tfds:<path>`      | prepared by TensorFlow Datasets             | `tfds.py`    |
+| `latents:<path>`                  | written by `python -m moe_diffusion.prepare`| `latents.py` |
+
 A source has `__len__`, `__getitem__(i) -> {"image": f32[H,W,C] in [-1,1], "label": i32[]}` and
-the attributes `num_classes` and `image_shape` (H, W, C). Optional: `take(indices) -> batch` where a
-batch can be read at once, `labels` where all labels are known beforehand, and `levels`, the number
-of grey levels of quantised images (augmentation "dequantize" needs it).
+the attributes `num_classes` and `image_shape` (H, W, C). Optional: `take(indices) -> batch` where
+a batch can be read at once, `labels` where all labels are known beforehand, `levels`, the number
+of grey levels of quantised images (augmentation "dequantize" needs it), and `take_stored` with
+`draw` where a training record is drawn at random from a stored one (`latents.Latents`).
 """
 
 from __future__ import annotations
@@ -13,6 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moe_diffusion.data.images import ImageFolder
+from moe_diffusion.data.latents import MANIFEST, Latents
+from moe_diffusion.data.tfds import TfdsImages
 from moe_diffusion.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -112,7 +123,8 @@ def open_source(data_config: Any, model_config: Any) -> Source:
     """Opens `data.source` and checks that it fits the model.
 
     Args:
-      data_config: `config.data`; reads `source` ("digits" | "synthetic") and `split`.
+      data_config: `config.data`; reads `source` (see the top of this file), `split` and
+        `skip_broken`.
       model_config: `config.model`; reads `image_size`, `channels` and `num_classes`.
 
     Raises:
@@ -121,17 +133,59 @@ def open_source(data_config: Any, model_config: Any) -> Source:
     """
     name = data_config.source
     wanted = (model_config.image_size, model_config.image_size, model_config.channels)
-    _check_split(data_config.split)
-    if name == "digits":
-        source = Digits(data_config.split)
-    elif name == "synthetic":
-        source = Synthetic(wanted, model_config.num_classes)
-    elif name.startswith("latents:"):
-        raise UserError(_how_to_prepare(name.removeprefix("latents:"), wanted))
-    else:
-        raise UserError(f"data.source={name!r} is unknown; known are: digits, synthetic")
+    kind, _, place = name.partition(":")
+    if kind == "latents" and place and not (Path(place) / MANIFEST).is_file():
+        if not Path(place).exists():
+            raise UserError(_how_to_prepare(place, wanted))
+    source = open_images(
+        name,
+        wanted,
+        split=data_config.split,
+        skip_broken=data_config.skip_broken,
+        num_classes=model_config.num_classes,
+    )
     check_fits(source, name, wanted, model_config.num_classes)
     return source
+
+
+def open_images(
+    name: str,
+    image_shape: tuple[int, int, int],
+    *,
+    split: str = "train",
+    skip_broken: bool = False,
+    num_classes: int = 10,
+) -> Source:
+    """Opens a source by name, without a model to fit.
+
+    Args:
+      image_shape: [H, W, C] to crop and scale image files to; other sources have their own.
+      num_classes: of the source "synthetic".
+    """
+    kind, _, place = name.partition(":")
+    if kind in ("folder", "latents"):
+        if split != "train":
+            raise UserError(
+                f"data.split={split!r} means nothing to {kind}: sources; name the folder of that "
+                "split in data.source"
+            )
+        if place:
+            return (
+                ImageFolder(place, image_shape, skip_broken)
+                if kind == "folder"
+                else (Latents(place))
+            )
+    elif kind == "tfds" and place:
+        return TfdsImages(place, split, image_shape)
+    elif name == "digits":
+        return Digits(split)
+    elif name == "synthetic":
+        _check_split(split)
+        return Synthetic(image_shape, num_classes)
+    raise UserError(
+        f"data.source={name!r} is unknown; known are: digits, synthetic, folder:<path>, "
+        "tfds:<name>, latents:<path>"
+    )
 
 
 def check_fits(
@@ -170,11 +224,9 @@ def _check_split(split: str) -> None:
 def _how_to_prepare(folder: str, shape: tuple[int, int, int]) -> str:
     """What a latents folder holds and how it is made; every autoencoder used divides by 8."""
     height, width, channels = shape
-    state = "exists but cannot be read by this version" if Path(folder).exists() else "is not there"
     return (
-        f"the folder of data.source=latents:{folder} {state}. It must hold labelled {height}x"
+        f"the folder of data.source=latents:{folder} is not there. It must hold labelled {height}x"
         f"{width}x{channels} latents of {8 * height}x{8 * width} images, written by `python -m "
-        f"moe_diffusion.prepare --source folder:/data --size {8 * height} --vae sd-vae-ft-ema "
-        f"--out {folder}`, a command that arrives with the data-preparation release. To train "
-        "right now without data: --config.data.source=synthetic"
+        f"moe_diffusion.prepare --source folder:/data --size {8 * height} --vae sd-vae-ft-ema/ "
+        f"--out {folder}`. To train right now without data: --config.data.source=synthetic"
     )

@@ -13,7 +13,7 @@ from moe_diffusion.errors import UserError
 
 
 def _data(source, split="train"):
-    return SimpleNamespace(source=source, split=split)
+    return SimpleNamespace(source=source, split=split, skip_broken=False)
 
 
 def _model(image_size=8, channels=1, num_classes=10):
@@ -83,7 +83,9 @@ def test_open_source():
 @pytest.mark.parametrize(
     ("data", "model", "message"),
     [
-        (_data("digit"), _model(), "'digit' is unknown; known are: digits, synthetic"),
+        (_data("digit"), _model(), "'digit' is unknown; known are: digits, synthetic, folder:<pa"),
+        (_data("folder:"), _model(), "'folder:' is unknown"),
+        (_data("folder:/x", "test"), _model(), "means nothing to folder: sources; name the fol"),
         (_data("digits", "dev"), _model(), "'dev' is unknown; known are: train, test"),
         (_data("digits"), _model(32, 4), r"shape \(8, 8, 1\), the model takes \(32, 32, 4\)"),
         (_data("digits"), _model(num_classes=9), "10 classes, the model only 9"),
@@ -102,13 +104,13 @@ def test_missing_latents_say_what_to_prepare_and_how(tmp_path):
     for part in (
         f"{folder} is not there",
         "32x32x4 latents of 256x256 images",
-        "python -m moe_diffusion.prepare --source folder:/data --size 256 --vae sd-vae-ft-ema",
+        "python -m moe_diffusion.prepare --source folder:/data --size 256 --vae sd-vae-ft-ema/",
         f"--out {folder}",
         "--config.data.source=synthetic",
     ):
         assert part in message
     folder.mkdir()
-    with pytest.raises(UserError, match="exists but cannot be read by this version"):
+    with pytest.raises(UserError, match="holds no prepared latents"):
         sources.open_source(_data(f"latents:{folder}"), _model(32, 4, 1000))
 
 

@@ -1,0 +1,230 @@
+"""Writes a folder of latents: shard by shard, each whole or not at all; a killed run goes on.
+
+Shards are cut by record numbers and not by processes, so the folder is the same whatever ran it.
+A finished shard has a note `<shard>.json` beside it; when all have one, the manifest is written
+and the notes go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from moe_diffusion.data.latents import FORMAT, MANIFEST, UNFINISHED, WRITER_OPTIONS, Record
+from moe_diffusion.errors import UserError, check_writable
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to encode, how, and where to.
+
+    Attributes:
+      source: images; see `sources`. Its optional `read(i)` may return None for a broken image.
+      moments: images f32[B, H, W, C] -> f32[B, h, w, 2c], always called with `batch` images.
+      settings: what the manifest says of source and autoencoder; "shape", "moments", "flip",
+        "scale", "shift", "seed" and "shard_size" are read here.
+      workers: threads that read images.
+    """
+
+    source: Any
+    moments: Callable[[np.ndarray], np.ndarray]
+    batch: int
+    folder: Path
+    settings: dict[str, Any]
+    workers: int
+
+    @property
+    def record(self) -> Record:
+        s = self.settings
+        return Record(tuple(s["shape"]), s["moments"], s["flip"])
+
+    @property
+    def shards(self) -> list[range]:
+        """Record numbers of each shard."""
+        size, total = self.settings["shard_size"], len(self.source)
+        return [range(first, min(first + size, total)) for first in range(0, total, size)]
+
+    def shard_file(self, number: int) -> Path:
+        return self.folder / f"latents-{number:05}-of-{len(self.shards):05}.array_record"
+
+    def note(self, number: int) -> Path:
+        return self.shard_file(number).with_suffix(".json")
+
+
+def begin(job: Job) -> bool:
+    """Claims the folder; False if it is finished already. To be called by one process.
+
+    Raises:
+      UserError: the folder belongs to something else, or was begun with other settings.
+    """
+    check_writable(job.folder)
+    finished, begun = job.folder / MANIFEST, job.folder / UNFINISHED
+    for path in (finished, begun):
+        if path.is_file():
+            _compare(path, job.settings)
+    if finished.is_file():
+        _tidy(job)
+        return False
+    if not begun.is_file():
+        if job.folder.is_dir() and any(p.suffix != ".part" for p in job.folder.iterdir()):
+            raise UserError(f"{job.folder} holds other files: choose an empty folder for --out")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _write_json(begun, job.settings)
+    return True
+
+
+def write_shards(job: Job, process_index: int, process_count: int) -> None:
+    """Writes this process's share of the shards that are not there yet, with a progress bar."""
+    mine = range(process_index, len(job.shards), process_count)
+    todo = [n for n in mine if not job.note(n).is_file()]
+    total = sum(len(job.shards[n]) for n in mine)
+    done = total - sum(len(job.shards[n]) for n in todo)
+    quiet = process_index != 0
+    with (
+        tqdm(total=total, initial=done, unit="image", desc="encoding", disable=quiet) as bar,
+        ThreadPoolExecutor(job.workers) as readers,
+    ):
+        for number in todo:
+            _write_shard(job, number, readers, bar)
+
+
+def finish(job: Job) -> dict[str, Any]:
+    """Writes the manifest, once every process has written its shards; returns it."""
+    notes = [json.loads(job.note(n).read_text()) for n in range(len(job.shards))]
+    count = sum(note["count"] for note in notes)
+    if not count:
+        raise UserError("every image is broken: nothing was prepared")
+    manifest = {
+        "format": FORMAT,
+        "count": count,
+        **job.settings,
+        "statistics": _statistics(job, notes, count),
+        "skipped": sum((note["skipped"] for note in notes), []),
+        "shards": [{k: note[k] for k in ("file", "count", "bytes")} for note in notes],
+    }
+    _write_json(job.folder / MANIFEST, manifest)
+    _tidy(job)
+    return manifest
+
+
+def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) -> None:
+    path, count, skipped = job.shard_file(number), 0, []
+    part = path.with_name(f".{path.name}.part")
+    sums = []
+    writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+    try:
+        for indices, records in _read_ahead(job, job.shards[number], readers):
+            skipped += [
+                job.source.name(i) for i, r in zip(indices, records, strict=True) if r is None
+            ]
+            good = [(i, r) for i, r in zip(indices, records, strict=True) if r is not None]
+            if good:
+                latents = _encode(job, [i for i, _ in good], [r["image"] for _, r in good])
+                for latent, (_, record) in zip(latents, good, strict=True):
+                    writer.write(job.record.pack(latent, record["label"]))
+                count += len(good)
+                sums.append(_sums(job, latents))
+            bar.update(len(indices))
+    finally:
+        writer.close()
+    with part.open("rb") as file:
+        os.fsync(file.fileno())  # a note must not outlive its shard in a power cut
+    os.replace(part, path)
+    note = {"file": path.name, "count": count, "bytes": path.stat().st_size, "skipped": skipped}
+    # Image by image until here: the number of devices must not change the rounding.
+    total = np.concatenate(sums).sum(0).tolist() if sums else 0
+    _write_json(job.note(number), note | {"sums": total})
+
+
+def _read_ahead(
+    job: Job, indices: range, readers: ThreadPoolExecutor
+) -> Iterator[tuple[range, list[Any]]]:
+    """Batches of records; while one is encoded, the next is read."""
+    read = job.source.read if hasattr(job.source, "read") else job.source.__getitem__
+    batches = [indices[i : i + job.batch] for i in range(0, len(indices), job.batch)]
+    coming = [readers.submit(read, i) for i in batches[0]]
+    for number, batch in enumerate(batches):
+        records = coming
+        following = batches[number + 1] if number + 1 < len(batches) else ()
+        coming = [readers.submit(read, i) for i in following]
+        yield batch, [future.result() for future in records]
+
+
+def _encode(job: Job, indices: list[int], images: list[np.ndarray]) -> np.ndarray:
+    """f16[B, F, h, w, k] as they are stored."""
+    image = np.stack(images)
+    views = [image, image[:, :, ::-1]] if job.settings["flip"] else [image]
+    padding = [(0, job.batch - len(image)), (0, 0), (0, 0), (0, 0)]
+    latents = [job.moments(np.pad(view, padding))[: len(image)] for view in views]
+    stored = np.stack(latents, axis=1)
+    if not job.settings["moments"]:
+        mean, logvar = np.split(stored, 2, axis=-1)
+        keys = [[job.settings["seed"], index] for index in indices]
+        noise = [
+            np.random.Generator(np.random.Philox(key=key)).standard_normal(mean.shape[1:])
+            for key in keys
+        ]
+        stored = mean + np.exp(0.5 * logvar) * np.stack(noise)
+    stored = stored.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise UserError(
+            f"latents of records {indices[0]} to {indices[-1]} are not finite: is this the right "
+            "autoencoder?"
+        )
+    return stored
+
+
+def _sums(job: Job, latents: np.ndarray) -> np.ndarray:
+    """f16[B, F, h, w, k] -> sums of every channel and of its square, f64[B, 2, c], unscaled."""
+    latents = latents.astype(np.float64)
+    channels = job.settings["shape"][-1]
+    mean = latents[..., :channels]
+    square = np.square(mean)
+    if job.settings["moments"]:
+        square += np.exp(latents[..., channels:])
+    return np.stack([mean.sum((1, 2, 3)), square.sum((1, 2, 3))], axis=1)
+
+
+def _statistics(job: Job, notes: list[dict[str, Any]], count: int) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel of the latents that the model sees."""
+    flips, height, width, _ = job.record.array_shape
+    sums = np.sum([note["sums"] for note in notes if note["count"]], axis=0)
+    first, second = sums / (count * flips * height * width)
+    scale, shift = job.settings["scale"], job.settings["shift"]
+    deviation = scale * np.sqrt(np.maximum(second - first**2, 0))
+    return {"mean": ((first - shift) * scale).tolist(), "std": deviation.tolist()}
+
+
+def _compare(path: Path, settings: dict[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON: delete the folder and prepare anew") from None
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{path} was written with {key} = {before.get(key)!r}, now it is {value!r}: "
+                "choose another folder for --out, or give the same settings"
+            )
+
+
+def _tidy(job: Job) -> None:
+    """Removes what only an unfinished folder needs."""
+    for path in (*job.folder.glob("latents-*.json"), *job.folder.glob(".*.part")):
+        path.unlink()
+    (job.folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(part, path)

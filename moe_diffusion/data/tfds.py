@@ -1,0 +1,76 @@
+"""Images of a dataset that TensorFlow Datasets has prepared as array_record; no TensorFlow needed.
+
+docs/data.md gives the one-off command that prepares ImageNet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from moe_diffusion.data.images import to_array
+from moe_diffusion.errors import UserError
+
+
+class TfdsImages:
+    """`tfds:<name>`, like imagenet2012:5.1.0, or `tfds:<folder of a prepared version>`.
+
+    A name is looked up in $TFDS_DATA_DIR, else ~/tensorflow_datasets. Records need the features
+    "image" and "label".
+    """
+
+    def __init__(self, place: str, split: str, image_shape: tuple[int, int, int]):
+        builder = _builder(place)
+        self.image_shape = image_shape
+        features, splits = builder.info.features, list(builder.info.splits)
+        if not {"image", "label"} <= set(features):
+            raise UserError(
+                f"tfds:{place} has the features {', '.join(features)}: it needs image and label"
+            )
+        if splits and split not in splits:
+            raise UserError(
+                f"data.split={split!r} is not in tfds:{place}; it has {', '.join(splits)}"
+            )
+        try:
+            self._records = builder.as_data_source(split=split)
+        except Exception as error:  # AssertionError, NotImplementedError, OSError, ...
+            raise UserError(
+                f"tfds:{place} cannot be read ({_first_line(error)}): prepare it with "
+                "file_format=array_record, see docs/data.md"
+            ) from None
+        self.num_classes = features["label"].num_classes
+        self.class_names = list(features["label"].names)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self._records[index]
+        image = record["image"]
+        grey = image.ndim == 3 and image.shape[-1] == 1
+        pixels = to_array(Image.fromarray(image[..., 0] if grey else image), self.image_shape)
+        return {"image": pixels, "label": np.int32(record["label"])}
+
+
+def _builder(place: str) -> Any:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f"tfds:{place} needs another package ({error}): pip install 'moe_diffusion[tfds]'"
+        ) from None
+    try:
+        if (Path(place) / "dataset_info.json").is_file():
+            return tfds.builder_from_directory(place)
+        return tfds.builder(place)
+    except Exception as error:  # tfds raises many kinds, some of them its own
+        raise UserError(
+            f"tfds:{place} is no prepared dataset ({_first_line(error)}): see docs/data.md"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,256 @@
+"""Prepared latents: what is stored, read, drawn; and folders that are not whole."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moe_diffusion.data import encode, pipeline, sources
+from moe_diffusion.data.latents import Latents
+from moe_diffusion.errors import UserError
+from tests import cli
+
+from . import latents_folder as lib
+
+COUNT = 21  # shards of 8, 8 and 5; batches of 4, 4 and 4, 1
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Moments with flip."""
+    folder = tmp_path_factory.mktemp("latents") / "out"
+    return folder, lib.write(folder, lib.Images(COUNT), flip=True)
+
+
+@pytest.fixture
+def batches():
+    made = []
+
+    def make(source, batch=6, *, augment="none", workers=0, index=0, count=1):
+        data = SimpleNamespace(augment=augment, num_workers=workers, prefetch=1)
+        options = {"seed": 3, "batch_size_per_process": batch}
+        made.append(
+            pipeline.make_iterator(
+                source, data, **options, process_index=index, process_count=count
+            )
+        )
+        return made[-1]
+
+    yield make
+    for iterator in made:
+        iterator.close()
+
+
+def means(indices):
+    """The scaled latents of some images."""
+    image = np.stack([lib.Images(COUNT).read(i)["image"] for i in indices])
+    return (lib.moments(image)[..., : lib.CHANNELS] - 0.25) * 0.5
+
+
+def test_records_are_the_means_in_order(prepared):
+    _, source = prepared
+    assert len(source) == COUNT and source.image_shape == (4, 4, 2) and source.num_classes == 3
+    indices = np.array([20, 0, 8, 7, 20])
+    batch = source.take(indices)
+    np.testing.assert_array_equal(batch["label"], indices % 3)
+    np.testing.assert_allclose(batch["image"], means(indices), atol=1e-3)
+    np.testing.assert_array_equal(source[8]["image"], batch["image"][2])
+    assert batch["image"].dtype == np.float32 and batch["label"].dtype == np.int32
+
+
+def test_the_manifest_says_what_is_there(prepared):
+    folder, source = prepared
+    shards = [shard["count"] for shard in source.manifest["shards"]]
+    assert shards == [8, 8, 5] and source.manifest["count"] == COUNT
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *(f"latents-{i:05}-of-00003.array_record" for i in range(3)),
+        "manifest.json",
+    ]
+    # Mirroring changes nothing here; the variance is that of the means plus the Gaussian's.
+    everything = means(range(COUNT)).astype(np.float64)
+    statistics = source.manifest["statistics"]
+    np.testing.assert_allclose(statistics["mean"], everything.mean((0, 1, 2)), atol=1e-4)
+    variance = everything.var((0, 1, 2)) + 0.01 * 0.5**2
+    np.testing.assert_allclose(statistics["std"], np.sqrt(variance), rtol=1e-3)
+
+
+def test_draws_are_of_the_moments(prepared):
+    """Mean and deviation as stored, a function of the seed and the position in the batch."""
+    _, source = prepared
+    indices = np.tile(np.arange(COUNT), 5)
+    stored = source.take_stored(indices)["stored"]
+    drawn = source.draw(stored, range(len(indices)), seed=1, flip=False)
+    noise = (drawn - means(indices)) / (0.1 * 0.5)
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    one, two = noise[:COUNT].ravel(), noise[COUNT : 2 * COUNT].ravel()
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.15
+    part = source.draw(stored[40:50], range(40, 50), seed=1, flip=False)
+    np.testing.assert_array_equal(part, drawn[40:50])
+    assert not np.isin(source.draw(stored, range(len(indices)), 2, False), drawn).mean() > 0.01
+
+
+def test_batches_are_drawn_anew_and_scaled(prepared, batches):
+    iterator = batches(prepared[1], COUNT)  # one epoch a batch
+    epochs = [next(iterator) for _ in range(30)]
+    labels = [np.bincount(epoch["label"]).tolist() for epoch in epochs]
+    assert labels == [[7, 7, 7]] * 30 and epochs[0]["image"].dtype == np.float32
+    pixels = np.stack([epoch["image"] for epoch in epochs])
+    assert len(np.unique(pixels)) > 0.99 * pixels.size
+    np.testing.assert_allclose(pixels.mean((0, 1)), means(range(COUNT)).mean(0), atol=0.02)
+
+
+def test_flip_takes_the_mirrored_image_half_of_the_time(tmp_path, batches):
+    source = lib.write(tmp_path / "out", lib.Images(COUNT), flip=True, moments=False, scale=1.0)
+    image = next(batches(source, 400, augment="flip"))["image"]
+    left, right = image[:, :, :2, 0].mean((1, 2)), image[:, :, 2:, 0].mean((1, 2))
+    mirrored = (left < right)[np.abs(left - right) > 0.15]  # from image 8 on, whatever the noise
+    assert 0.35 < mirrored.mean() < 0.65
+    plain = next(batches(source, 400))["image"]
+    left, right = plain[:, :, :2, 0].mean((1, 2)), plain[:, :, 2:, 0].mean((1, 2))
+    assert (left > right)[np.abs(left - right) > 0.15].all()
+
+
+def test_stored_samples_are_of_the_gaussian_and_stay(tmp_path, batches):
+    source = lib.write(tmp_path / "out", lib.Images(COUNT), moments=False)
+    batch = source.take(np.arange(COUNT))
+    noise = (batch["image"] - means(range(COUNT))) / (0.1 * 0.5)
+    assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.15
+    one, two = (next(batches(source, COUNT)) for _ in range(2))
+    np.testing.assert_array_equal(one["image"], two["image"])
+    np.testing.assert_array_equal(
+        np.unique(one["image"], axis=0), np.unique(batch["image"], axis=0)
+    )
+
+
+def test_processes_workers_and_resuming_change_nothing(prepared, batches):
+    _, source = prepared
+    whole = batches(source, augment="flip")
+    parts = [batches(source, 2, augment="flip", index=i, count=3) for i in range(3)]
+    workers = batches(source, augment="flip", workers=1)
+    for number in range(5):  # into the second epoch
+        batch = next(whole)
+        pieces = [next(part) for part in parts]
+        side_by_side = {k: np.concatenate([piece[k] for piece in pieces]) for k in batch}
+        if number >= 3:
+            if number == 3:
+                workers.set_state({"next_index": 3})
+            resumed = next(workers)
+        for name, value in batch.items():
+            np.testing.assert_array_equal(side_by_side[name], value)
+            if number >= 3:
+                np.testing.assert_array_equal(resumed[name], value)
+
+
+def test_flip_needs_mirrored_latents(tmp_path, batches):
+    source = lib.write(tmp_path / "out", lib.Images(COUNT))
+    with pytest.raises(UserError, match="needs latents of mirrored images: prepare with --flip"):
+        batches(source, augment="flip")
+
+
+def test_broken_images_are_left_out_and_listed(tmp_path):
+    source = lib.write(tmp_path / "out", lib.Images(COUNT, broken=(*range(8, 16), 3)))
+    assert len(source) == COUNT - 9
+    assert source.manifest["skipped"] == ["image 3", *(f"image {i}" for i in range(8, 16))]
+    assert [shard["count"] for shard in source.manifest["shards"]] == [7, 0, 5]
+    rest = [i for i in range(COUNT) if i != 3 and not 8 <= i < 16]
+    np.testing.assert_allclose(source.take(np.arange(12))["image"], means(rest), atol=1e-3)
+    everything = tmp_path / "broken"
+    with pytest.raises(UserError, match="every image is broken"):
+        lib.write(everything, lib.Images(COUNT, broken=tuple(range(COUNT))))
+
+
+def test_any_number_of_processes_and_interruptions_make_the_same_folder(prepared, tmp_path):
+    folder, _ = prepared
+    images = lib.Images(COUNT)
+    job = lib.job(tmp_path / "out", images, flip=True)
+    assert encode.begin(job)
+    encode.write_shards(job, 1, 2)  # the second of two processes: one shard
+    with pytest.raises(UserError, match="half prepared: run the same `prepare` command again"):
+        Latents(str(tmp_path / "out"))
+    (tmp_path / "out" / ".latents-00002-of-00003.array_record.part").write_bytes(b"half")
+    images.reads = 0
+    assert encode.begin(job)
+    encode.write_shards(job, 0, 1)
+    assert images.reads == COUNT - 8  # what was finished is not read again
+    encode.finish(job)
+    assert cli.contents(tmp_path / "out") == cli.contents(folder)
+    assert not encode.begin(job)  # finished
+
+
+def test_other_settings_or_files_are_refused(prepared, tmp_path):
+    folder, _ = prepared
+    with pytest.raises(UserError, match="written with seed = 0, now it is 1: choose another fold"):
+        encode.begin(lib.job(folder, lib.Images(COUNT), flip=True, seed=1))
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds other files: choose an empty folder"):
+        encode.begin(lib.job(tmp_path, lib.Images(COUNT)))
+
+
+def test_not_finite_latents_stop_the_run(tmp_path):
+    job = lib.job(tmp_path, lib.Images(COUNT))
+    broken = encode.Job(**{**vars(job), "moments": lambda x: np.log(lib.moments(x) - 1)})
+    assert encode.begin(broken)
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(UserError, match="latents of records 0 to 3 are not finite"),
+    ):
+        encode.write_shards(broken, 0, 1)
+    assert not list(tmp_path.glob("latents-*"))
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    for path in prepared[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_shards_that_are_not_those_of_the_manifest(copy):
+    shard = copy / "latents-00001-of-00003.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=rf"{shard.name} has {len(whole) - 1} bytes where manifes"):
+        Latents(str(copy))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} has no bytes where manifest.json says"):
+        Latents(str(copy))
+    shard.write_bytes(whole)
+    record = Latents(str(copy)).take_stored(np.array([9]))["stored"].tobytes()
+    one_bit = bytes([record[0] ^ 1]) + record[1:]
+    shard.write_bytes(whole.replace(record, one_bit))
+    damaged = Latents(str(copy))
+    assert damaged[8]["label"] == 2
+    with pytest.raises(UserError, match=f"{shard.name} is damaged"):
+        damaged.take(np.array([9]))
+
+
+def test_manifests_that_are_not_whole(copy):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for text, message in (
+        ("{", "is not valid JSON"),
+        (json.dumps(manifest | {"format": 99}), "is not of format 1"),
+        (json.dumps(manifest | {"count": 99}), "says 99 records, its shards hold 21"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            Latents(str(copy))
+    path.unlink()
+    with pytest.raises(UserError, match="holds no prepared latents"):
+        Latents(str(copy))
+
+
+def test_a_model_of_another_size_is_refused(prepared):
+    data = SimpleNamespace(source=f"latents:{prepared[0]}", split="train", skip_broken=False)
+    fitting = SimpleNamespace(image_size=4, channels=2, num_classes=3)
+    assert len(sources.open_source(data, fitting)) == COUNT
+    for change, message in (
+        ({"image_size": 32}, r"shape \(4, 4, 2\), the model takes \(32, 32, 2\)"),
+        ({"num_classes": 2}, "3 classes, the model only 2"),
+    ):
+        model = SimpleNamespace(**{**vars(fitting), **change})
+        with pytest.raises(UserError, match=message):
+            sources.open_source(data, model)

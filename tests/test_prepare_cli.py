@@ -1,0 +1,159 @@
+"""`python -m moe_diffusion.prepare`: what it leaves, however it is run, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moe_diffusion import prepare
+from moe_diffusion.data.latents import Latents
+from tests import cli, pictures
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """As the child processes do, for equal bits."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return (
+        pictures.write_pictures(folder / "pictures"),
+        pictures.write_autoencoder(folder / "vae-tiny"),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    """Made in this process, on eight devices."""
+    out = tmp_path_factory.mktemp("undisturbed") / "latents"
+    prepare.main(pictures.prepare_args(*inputs, out))
+    return out
+
+
+def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
+    """Started again, it only says what is there."""
+    before = cli.contents(undisturbed)
+    prepare.main([*pictures.prepare_args(*inputs, undisturbed), "--json"])
+    output = capsys.readouterr().out
+    assert f"200 latents in 10 files: {undisturbed}" in output
+    last = json.loads(output.splitlines()[-1])
+    assert last["count"] == 200 and last["shape"] == [8, 8, 4] and last["moments"] and last["flip"]
+    assert last["autoencoder"]["name"] == "vae-tiny" and last["scale"] == 0.18215
+    assert cli.contents(undisturbed) == before and len(before) == 11
+    manifest = json.loads(before["manifest.json"])
+    assert manifest["class_names"] == [f"class_{i}" for i in range(4)]
+    assert manifest["source"] == f"folder:{inputs[0]}" and len(manifest["statistics"]["std"]) == 4
+    batch = Latents(str(undisturbed)).take(np.arange(200))
+    assert batch["label"].tolist() == [i // 50 for i in range(200)]
+    assert 0.01 < batch["image"].std() < 1
+
+
+def test_killed_in_the_middle_and_run_again(inputs, undisturbed, tmp_path):
+    """With kill -9, on one device: in the end the folder that eight devices made undisturbed."""
+    out = tmp_path / "latents"
+    args = pictures.prepare_args(*inputs, out)
+    with cli.started("prepare", *args) as process:
+        while len(done := {path.name for path in out.glob("latents-*.json")}) < 2:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    assert not (out / "manifest.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    cli.succeed("prepare", *args)
+    assert cli.contents(out) == cli.contents(undisturbed)
+    finished = {path for path in times if path.with_suffix(".json").name in done}
+    assert all(path.stat().st_mtime_ns == times[path] for path in finished)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_folder(inputs, undisturbed, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    out = tmp_path / "latents"
+    code = (
+        "import jax; jax.config.update('jax_cpu_collectives_implementation', 'gloo');"
+        f"from moe_diffusion import prepare; prepare.main({pictures.prepare_args(*inputs, out)})"
+    )
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=cli.ROOT,
+            env=cli.environment(2)
+            | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+            | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": os.fspath(cli.ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert "200 latents" in outputs[0] and "200 latents" not in outputs[1]
+    assert cli.contents(out) == cli.contents(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--vae", "nowhere.safetensors"], "no weight file at nowhere.safetensors"),
+        (["--size", "60"], "--size 60 is no multiple of 8"),
+        (["--source", "folder:/nowhere"], "there is no folder /nowhere"),
+        (["--source", "digits"], "has images of shape (8, 8, 1), --size and --vae need (64, 64, 3"),
+        (["--source", "disk"], "'disk' is unknown; known are: digits, synthetic, folder:"),
+        (["--kind", "flux"], "4 latent channels and is no 'flux' autoencoder"),
+        (["--shard-size", "0"], "--shard-size must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(inputs, tmp_path, capfd, change, message):
+    args = [*pictures.prepare_args(*inputs, tmp_path / "out"), *change]
+    assert message in cli.refused(capfd, prepare.main, args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_and_autoencoders_are_refused(inputs, undisturbed, tmp_path, capfd):
+    before = cli.contents(undisturbed)
+    other = pictures.write_autoencoder(tmp_path / "vae-tiny", seed=1)
+    args = pictures.prepare_args(*inputs, undisturbed)
+    assert "was written with autoencoder = {'name': 'vae-tiny', 'fingerprint'" in cli.refused(
+        capfd, prepare.main, [*args, "--vae", other]
+    )
+    assert "was written with moments = True, now it is False" in cli.refused(
+        capfd, prepare.main, [*args, "--samples"]
+    )
+    assert cli.contents(undisturbed) == before
+
+
+def test_a_broken_image_stops_the_run_or_is_left_out(inputs, tmp_path, capfd):
+    for label in range(2):
+        (tmp_path / "pictures" / f"class_{label}").mkdir(parents=True)
+        for name in ("a.png", "b.png"):
+            bits = (inputs[0] / "class_0" / "000.png").read_bytes()
+            (tmp_path / "pictures" / f"class_{label}" / name).write_bytes(bits)
+    (tmp_path / "pictures" / "class_1" / "a.png").write_bytes(bits[:100])
+    args = pictures.prepare_args(tmp_path / "pictures", inputs[1], tmp_path / "out")
+    args.remove("--flip")
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        prepare.main(args)
+    assert "class_1/a.png cannot be read as an image" in capfd.readouterr().err
+    assert not list((tmp_path / "out").glob("latents-*"))
+    prepare.main([*args, "--skip-broken"])
+    captured = capfd.readouterr()
+    assert "3 latents in 1 files" in captured.out and "skipped: " in captured.err
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["count"] == 3 and manifest["skipped"][0].endswith("class_1/a.png")
