@@ -1,0 +1,39 @@
+"""Analytic FLOPs of a training step and of drawing a batch of images."""
+
+from __future__ import annotations
+
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from moe_diffusion.diffusion import ddpm
+from moe_diffusion.models.accounting import BACKWARD, forward_flops
+
+
+def flops_per_run(model: nn.Module, config: ConfigDict, what: str, chips: int) -> float | None:
+    """FLOPs of one chip in a training step ("train") or while it draws a batch ("sample").
+
+    Both over `data.batch_size` images, split evenly. With model.remat = full the forward pass
+    counts twice, since the chip does it twice. None where the sampler chooses its own steps.
+    """
+    passes = 1.0 + BACKWARD + (config.model.remat == "full")
+    if what == "sample":
+        evaluations = network_evaluations(config)
+        if evaluations is None:
+            return None
+        passes = evaluations
+    return passes * forward_flops(model, config.data.batch_size)["total"] / chips
+
+
+def network_evaluations(config: ConfigDict) -> float | None:
+    """Forward passes for one image, two for a guided one; None for adaptive steps."""
+    sampling = config.sampling
+    steps, sampler = sampling.steps, sampling.sampler
+    if sampler == "dopri5":
+        return None
+    if config.diffusion.path == "ddpm":
+        steps = len(ddpm.spaced_timesteps(sampling.respacing or str(steps)))
+    evaluations = 2 * steps if sampler in ("heun", "sde_heun") else steps
+    if sampler == "sde_heun" or (sampler == "heun" and sampling.final_euler):
+        evaluations -= 1  # the last step has no corrector
+    low, high = sampling.cfg_interval
+    return evaluations * (1.0 if sampling.cfg == 1 else 1.0 + high - low)

@@ -1,0 +1,220 @@
+"""What a compiled program tells in XLA's text form: bytes of its collectives, kernels it calls.
+
+XLA's own cost analysis counts the body of a loop once. Here the program is walked from its entry,
+and what stands in a loop counts as often as the loop runs; of the branches of a conditional the
+one that moves most counts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+# Custom calls that are Pallas kernels: Mosaic on TPU; Triton and Mosaic on GPU.
+KERNEL_CALLS = ("tpu_custom_call", "triton", "mosaic_gpu")
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_OPCODE = re.compile(r" ([a-z][\w-]*)\(([^()]*)\)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: its result's type, what it does to which operands, and the whole text."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+
+
+@dataclass
+class Program:
+    """Computations by name, each a table of its instructions in order."""
+
+    entry: str = ""
+    computations: dict[str, dict[str, Instruction]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()  # Python files that its operations come from
+
+
+def parse(text: str) -> Program:
+    """Reads the text of `compiled.as_text()`."""
+    program, body = Program(files=_files(text)), {}
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            body = program.computations[head[2]] = {}
+            program.entry = head[2] if head[1] else program.entry
+        elif (match := _INSTRUCTION.match(line)) and (call := _OPCODE.search(" " + match[2])):
+            shape = match[2][: max(0, call.start() - 1)]
+            operands = tuple(re.findall(r"%([\w.-]+)", call[2]))
+            body[match[1]] = Instruction(match[1], shape, call[1], operands, match[2])
+    return program
+
+
+def collective_bytes(program: Program) -> dict[str, int]:
+    """Kind of collective -> bytes that a device sends in one run of the program.
+
+    Of n devices in a ring each sends (n - 1) / n of the whole array for an all-gather, a
+    reduce-scatter or an all-to-all, twice that for an all-reduce, and all of it for a permute.
+    """
+    sent = _traffic(program, program.entry, {})
+    return {kind: round(sent[kind]) for kind in COLLECTIVES if sent[kind]}
+
+
+def kernels(program: Program) -> dict[str, int]:
+    """Pallas kernel -> calls that stand in the program (loops not counted)."""
+    counts: Counter[str] = Counter()
+    for body in program.computations.values():
+        for instruction in body.values():
+            target = re.search(r'custom_call_target="([^"]*)"', instruction.text)
+            is_kernel = target and any(kind in target[1] for kind in KERNEL_CALLS)
+            # XLA makes kernels of its own; those carry no name of ours.
+            if is_kernel and re.search("pallas_call|kernel_name", instruction.text):
+                counts[re.sub(r"[.\d]+$", "", instruction.name)] += 1
+    return dict(counts)
+
+
+def _traffic(program: Program, name: str, known: dict[str, Counter]) -> Counter:
+    """Bytes by kind that one run of a computation sends."""
+    if name in known:
+        return known[name]
+    body = program.computations[name]
+    total: Counter[str] = Counter()
+    channels: set[str] = set()
+    for instruction in body.values():
+        if instruction.opcode == "while":
+            loop = re.search(r"body=%?([\w.-]+)", instruction.text)[1]
+            inside = _traffic(program, loop, known)
+            if inside:
+                count = trip_count(program, body, instruction)
+                total += Counter({kind: count * value for kind, value in inside.items()})
+        elif instruction.opcode == "conditional":
+            branches = [_traffic(program, b, known) for b in _branches(instruction.text)]
+            total += max(branches, key=lambda sent: sum(sent.values()), default=Counter())
+        elif instruction.opcode == "fusion":
+            total += _sent_in_fusion(program, _CALLED.search(instruction.text)[1], channels)
+        elif instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            total += _sent(instruction)
+        elif not instruction.opcode.endswith(("-done", "-update")):
+            for called in _CALLED.findall(instruction.text):
+                total += _traffic(program, called, known)
+    known[name] = total
+    return total
+
+
+def trip_count(program: Program, body: dict[str, Instruction], loop: Instruction) -> int:
+    """How often a loop runs: XLA's note, or the constant that its condition compares with.
+
+    1 where neither tells; then the loop depends on data.
+    """
+    if note := re.search(r"known_trip_count\W+n\W+(\d+)", loop.text):
+        return int(note[1])
+    condition = program.computations[re.search(r"condition=%?([\w.-]+)", loop.text)[1]]
+    *_, root = condition.values()
+    if root.opcode == "fusion":  # the comparison alone, its operands in the same order
+        inner = program.computations[_CALLED.search(root.text)[1]]
+        direction = next((i for i in inner.values() if i.opcode == "compare"), root)
+    else:
+        direction = root
+    if "direction=LT" not in direction.text:
+        return 1
+    for operand in reversed(root.operands):
+        bound = condition.get(operand)
+        if bound and bound.opcode == "get-tuple-element":
+            index = int(re.search(r"index=(\d+)", bound.text)[1])
+            start = body.get(loop.operands[0])
+            if index and start and start.opcode == "tuple":
+                bound = body.get(start.operands[index])
+        if bound and bound.opcode == "constant":
+            value = re.search(r"constant\((\d+)\)", bound.text)
+            return int(value[1]) if value else 1
+    return 1
+
+
+def _branches(text: str) -> list[str]:
+    if listed := re.search(r"branch_computations=\{([^}]*)\}", text):
+        return re.findall(r"%?([\w.-]+)", listed[1])
+    return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", text)
+
+
+def _sent_in_fusion(program: Program, name: str, channels: set[str]) -> Counter:
+    """Bytes of the collectives that the TPU compiler has put into a fusion.
+
+    It writes a reduce-scatter as an all-reduce of which a part is taken. Other collectives it runs
+    in pieces beside other work: the start, each piece and the end stand in a fusion of their own
+    and look like the whole, so of one channel only the first counts.
+    """
+    total: Counter[str] = Counter()
+    for inner in program.computations[name].values():
+        if inner.opcode == "fusion":
+            total += _sent_in_fusion(program, _CALLED.search(inner.text)[1], channels)
+        elif inner.opcode.removesuffix("-start") in COLLECTIVES:
+            channel = re.search(r"channel_id=\d+", inner.text)
+            if name.startswith("all-reduce-scatter"):
+                total["reduce-scatter"] += _sent(inner)["all-reduce"] / 2
+            elif channel is None or channel[0] not in channels:
+                total += _sent(inner)
+                channels |= {channel[0]} if channel else set()
+    return total
+
+
+def _sent(instruction: Instruction) -> Counter:
+    """Bytes that a device sends for one collective."""
+    kind = instruction.opcode.removesuffix("-start")
+    arrays = _bytes_of_arrays(instruction.shape)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        arrays = arrays[len(arrays) // 2 :]  # operands first, then results
+    size, devices = sum(arrays), group_size(instruction.text)
+    share = (devices - 1) / devices
+    factor = {
+        "all-reduce": 2 * share,
+        "reduce-scatter": devices - 1,  # of the result, which is one part
+        "collective-permute": 1,
+    }.get(kind, share)
+    return Counter({kind: size * factor})
+
+
+def group_size(text: str) -> int:
+    """Devices that exchange with one another, from `replica_groups` in any of its spellings."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'?([\w.-]+)'?=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'?([\w.-]+)'?", mesh[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return listed[1].count(",") + 1
+    return 2  # of a permute, which names pairs
+
+
+def _bytes_of_arrays(shape: str) -> list[int]:
+    """Bytes of every array of a type, without the scalars that a start hands to its done."""
+    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
+    if len(found) > 1:
+        found = [(kind, dims) for kind, dims in found if not (kind == "u32" and not dims)]
+    return [
+        math.prod(int(d) for d in dims.split(",") if d) * _bits(kind) // 8 for kind, dims in found
+    ]
+
+
+def _bits(kind: str) -> int:
+    """Of an element: 16 for bf16, 8 for f8e4m3fn and for pred."""
+    digits = re.search(r"\d+", kind)
+    return int(digits[0]) if digits else 8
+
+
+def _files(text: str) -> tuple[str, ...]:
+    """The table of Python files that stands at the head of the text."""
+    table = re.search(r"^FileNames\n((?:\d+ \".*\"\n)+)", text, re.MULTILINE)
+    return tuple(re.findall(r'"(.*)"', table[1])) if table else ()

@@ -1,0 +1,63 @@
+"""Which sharding preset to use: the one that sends least among those that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ORDER = ("dp", "zero1", "fsdp", "fsdp_ep")  # from simple to involved
+CLOSE = 0.02  # less than this share more sent is no reason for a more involved preset
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a preset comes to on a chip: bytes needed (None: unknown, too many) and bytes sent.
+
+    sent is None where nothing was compiled because the state alone is too large. note: a key that
+    the preset needs besides, or why it does not fit.
+    """
+
+    fits: bool
+    needed: int | None
+    sent: int | None
+    note: str = ""
+
+
+def recommend(outcomes: Mapping[str, Outcome], limit: int | None) -> tuple[str | None, str]:
+    """The preset to use and why; (None, why) if none fits."""
+    fitting = [preset for preset in ORDER if preset in outcomes and outcomes[preset].fits]
+    if not fitting:
+        return None, "no preset fits"
+    least = min(outcomes[preset].sent for preset in fitting)
+    best = next(p for p in fitting if outcomes[p].sent <= (1 + CLOSE) * least)
+    reasons = []
+    for preset in ORDER:
+        if preset not in outcomes or preset == best:
+            continue
+        other = outcomes[preset]
+        if not other.fits:
+            reasons.append(f"{preset} does not fit{_size(other, limit)}")
+        elif other.sent > (1 + CLOSE) * outcomes[best].sent:
+            reasons.append(f"{preset} sends {amount(other.sent)} a step")
+        else:
+            reasons.append(f"{preset} sends no less and is more involved")
+    note = f"with {outcomes[best].note}, " if outcomes[best].note else ""
+    sends = f"{note}it fits and sends {amount(outcomes[best].sent)} a step from each chip"
+    return best, "; ".join([sends, *reasons])
+
+
+def amount(size: float | None) -> str:
+    """Bytes as text with a decimal unit: 512 B, 1.05 MB, 3.16 GB; "?" for None."""
+    if size is None:
+        return "?"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5 or unit == "GB":
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:,.0f} {unit}"
+        size /= 1000
+
+
+def _size(outcome: Outcome, limit: int | None) -> str:
+    if outcome.needed is None or limit is None:
+        return ""
+    note = f" {outcome.note}" if outcome.note else ""
+    return f" ({amount(outcome.needed)}{note}, a chip has {amount(limit)})"

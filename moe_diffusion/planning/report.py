@@ -1,0 +1,273 @@
+"""The plan of a run: does it fit, what does it cost, which preset; as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe_diffusion.config import validate_devices
+from moe_diffusion.errors import UserError
+from moe_diffusion.models import build
+from moe_diffusion.parallel import rules
+from moe_diffusion.planning import hlo
+from moe_diffusion.planning.compile import OutOfMemory, compile_program, state_bytes
+from moe_diffusion.planning.flops import flops_per_run
+from moe_diffusion.planning.kernels import Dispatch, dispatch_of
+from moe_diffusion.planning.memory import Memory, largest_batch
+from moe_diffusion.planning.presets import ORDER, Outcome, amount, recommend
+from moe_diffusion.planning.topologies import Topology
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Plan:
+    """What compiling one config for one topology told. Bytes and FLOPs are those of one chip.
+
+    needed: bytes; None where the compiler refused without a number. memory, collectives and
+    dispatch are empty where it refused. flops: of a step, or of drawing a batch; None where the
+    sampler chooses its own steps.
+    """
+
+    name: str
+    what: str
+    topology: Topology
+    preset: str
+    batch_size: int
+    micro_batch: int  # images on a chip at a time
+    fits: bool
+    needed: int | None
+    memory: dict[str, int]
+    flops: float | None
+    collectives: dict[str, int]
+    dispatch: Dispatch | None
+    seconds: float
+    message: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    recommended: str | None = None
+    reason: str = ""
+    largest_micro_batch: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.topology.hbm_bytes_per_chip
+
+    @property
+    def floor_seconds(self) -> float | None:
+        """The time that the FLOPs alone take at the chip's peak."""
+        chip = self.topology.chip
+        return self.flops / chip.flops if chip and self.flops is not None else None
+
+    def to_json(self) -> dict[str, Any]:
+        dispatch = self.dispatch
+        return {
+            "config": self.name,
+            "what": self.what,
+            "topology": self.topology.name,
+            "chips": self.topology.num_chips,
+            "device_kind": self.topology.devices[0].device_kind,
+            "preset": self.preset,
+            "batch_size": self.batch_size,
+            "micro_batch": self.micro_batch,
+            "fits": self.fits,
+            "hbm_bytes_per_chip": self.needed,
+            "hbm_limit_bytes": self.limit,
+            "memory": self.memory,
+            "flops_per_chip": self.flops,
+            "floor_seconds": self.floor_seconds,
+            "collective_bytes": self.collectives,
+            "dispatch": None if dispatch is None else dispatch.backend,
+            "dispatch_as_intended": None if dispatch is None else dispatch.as_intended,
+            "kernels": {} if dispatch is None else dispatch.kernels,
+            "compile_seconds": round(self.seconds, 1),
+            "presets": {name: vars(outcome) for name, outcome in self.outcomes.items()},
+            "recommended_preset": self.recommended,
+            "reason": self.reason,
+            "largest_micro_batch": self.largest_micro_batch,
+        }
+
+
+def with_keys(config: ConfigDict, **keys: Any) -> ConfigDict:
+    """A copy with parallel__preset="dp" and the like set."""
+    config = config.copy_and_resolve_references()
+    for key, value in keys.items():
+        section = config
+        *path, leaf = key.split("__")
+        for name in path:
+            section = section[name]
+        section[leaf] = value
+    return config
+
+
+def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Plan:
+    """Compiles `config` as it is, with its own preset. Raises UserError if it cannot be split."""
+    if config.model.dtype == "auto" and topology.platform != "cpu":
+        config = with_keys(config, model__dtype="bfloat16")  # what "auto" means there
+    validate_devices(config, len(topology.devices))
+    say(
+        f"compiling {what} for preset {config.parallel.preset}, "
+        f"{_micro_batch(config, what) // topology.num_chips} images on a chip at a time"
+    )
+    result = compile_program(config, what, topology.devices)
+    per_chip, model = topology.devices_per_chip, build(config.model)
+    plan = Plan(
+        name=config.name,
+        what=what,
+        topology=topology,
+        preset=config.parallel.preset,
+        batch_size=config.data.batch_size,
+        micro_batch=_micro_batch(config, what) // topology.num_chips,
+        fits=False,
+        needed=None,
+        memory={},
+        flops=flops_per_run(model, config, what, topology.num_chips),
+        collectives={},
+        dispatch=None,
+        seconds=result.seconds,
+    )
+    if isinstance(result, OutOfMemory):
+        plan.needed = result.bytes_needed and result.bytes_needed * per_chip
+        plan.message = result.message
+        return plan
+    memory, program = Memory.of(result.memory), hlo.parse(result.text)
+    plan.needed, plan.memory = memory.total * per_chip, memory.times(per_chip)
+    plan.fits = plan.limit is None or plan.needed <= plan.limit
+    sent = hlo.collective_bytes(program)
+    plan.collectives = {kind: size * per_chip for kind, size in sent.items()}
+    plan.dispatch = dispatch_of(program, model, config.model, what, topology.platform)
+    return plan
+
+
+def compare_presets(plan: Plan, config: ConfigDict, say: Say) -> None:
+    """Fills in the plan's outcomes, recommendation and reason, compiling for other presets."""
+    plan.outcomes[plan.preset] = _outcome(plan)
+    for preset in _candidates(config, plan):
+        other, note = with_keys(config, parallel__preset=preset), ""
+        if preset == "fsdp_ep" and not config.parallel.expert:  # all, if that divides the experts
+            sharing = math.gcd(config.model.moe.num_experts, len(plan.topology.devices))
+            other, note = with_keys(other, parallel__expert=sharing), f"parallel.expert={sharing}"
+        state = state_bytes(other, plan.what, plan.topology.devices)
+        state *= plan.topology.devices_per_chip
+        if plan.limit is not None and state > plan.limit:
+            alone = "for the state and gradients alone" if plan.what == "train" else "of weights"
+            plan.outcomes[preset] = Outcome(False, state, None, alone)
+            continue
+        try:
+            tried = make_plan(other, plan.what, plan.topology, say)
+            tried.message = tried.message or note
+            plan.outcomes[preset] = _outcome(tried)
+        except UserError as error:
+            plan.outcomes[preset] = Outcome(False, None, None, str(error))
+    plan.recommended, plan.reason = recommend(plan.outcomes, plan.limit)
+    if plan.recommended is None:
+        plan.reason += ": " + "; ".join(remedies(config, plan.what))
+
+
+def search_batch(plan: Plan, config: ConfigDict, say: Say) -> None:
+    """Fills in the largest number of images on a chip at a time, in the steps of `batch_sizes`."""
+    if plan.limit is None:
+        raise UserError(
+            f"--search-batch needs a memory limit, and {plan.topology.devices[0].device_kind} has "
+            "none: choose a TPU or GPU topology"
+        )
+    accumulate = config.optim.accumulate if plan.what == "train" else 1
+
+    def needed(images: int) -> int | None:
+        size = images * len(plan.topology.devices) * accumulate
+        tried = make_plan(with_keys(config, data__batch_size=size), plan.what, plan.topology, say)
+        # A refusal may only name a part of what is needed.
+        says_enough = tried.fits or (tried.needed or 0) > plan.limit
+        return tried.needed if says_enough else None
+
+    plan.largest_micro_batch = plan.topology.devices_per_chip * largest_batch(needed, plan.limit)
+
+
+def remedies(config: ConfigDict, what: str) -> list[str]:
+    """What makes a run smaller, most effective first."""
+    found = ["take more chips"]
+    if what == "train":
+        if config.model.remat != "full":
+            found.append("--config.model.remat=full")
+        found.append(f"--config.optim.accumulate={2 * config.optim.accumulate}")
+        if config.optim.mu_dtype != "bfloat16":
+            found.append("--config.optim.mu_dtype=bfloat16")
+    else:
+        found.append("a smaller --config.data.batch_size")
+    return found
+
+
+def _micro_batch(config: ConfigDict, what: str) -> int:
+    return config.data.batch_size // (config.optim.accumulate if what == "train" else 1)
+
+
+def _outcome(plan: Plan) -> Outcome:
+    return Outcome(plan.fits, plan.needed, sum(plan.collectives.values()), plan.message)
+
+
+def _candidates(config: ConfigDict, plan: Plan) -> list[str]:
+    """Presets that could make a difference, besides the plan's own."""
+    if len(plan.topology.devices) == 1:
+        return []
+    names = [name for name in ORDER if name in rules.PRESETS and name != plan.preset]
+    sharing = math.gcd(config.model.moe.num_experts, len(plan.topology.devices))
+    if config.model.router.name == "dense" or sharing == 1:
+        names = [name for name in names if name != "fsdp_ep"]
+    if plan.what == "sample":  # zero1 only splits what the update needs
+        names = [name for name in names if name != "zero1"]
+    return names
+
+
+def table(plan: Plan) -> str:
+    """The plan as lines of text."""
+    topology = plan.topology
+    lines = [
+        f"{plan.name}: {plan.what} on {topology.name} ({topology.num_chips} x "
+        f"{topology.devices[0].device_kind}), preset {plan.preset}",
+        f"{plan.batch_size} images in all, {plan.micro_batch} on a chip at a time",
+        "",
+        "memory of a chip",
+    ]
+    lines += [f"  {kind:<22}{amount(size):>10}" for kind, size in plan.memory.items()]
+    lines.append(f"  {'needed':<22}{amount(plan.needed):>10}")
+    if plan.limit is not None:
+        share = f" ({plan.needed / plan.limit:.0%} of it)" if plan.needed else ""
+        verdict = f"fits{share}" if plan.fits else f"does not fit{share}"
+        lines.append(f"  {'limit':<22}{amount(plan.limit):>10}   {verdict}")
+    if plan.message:
+        lines.append(f"  {plan.message}")
+    lines += ["", *_work(plan)]
+    if plan.outcomes:
+        lines += ["", f"{'preset':<12}{'needs':>12}{'sends':>12}"]
+        for name in sorted(plan.outcomes, key=ORDER.index):
+            outcome = plan.outcomes[name]
+            note = outcome.note if outcome.fits else f"does not fit {outcome.note}"
+            line = f"{name:<12}{amount(outcome.needed):>12}{amount(outcome.sent):>12}   {note}"
+            lines.append(line.rstrip())
+        lines.append(f"recommended: {plan.recommended or 'none'}: {plan.reason}")
+    if plan.largest_micro_batch is not None:
+        lines.append(f"largest batch on a chip at a time: {plan.largest_micro_batch} images")
+    return "\n".join(lines)
+
+
+def _work(plan: Plan) -> list[str]:
+    """The lines on FLOPs, collectives, kernels and compilation."""
+    lines = []
+    if plan.flops is None:
+        lines.append("FLOPs of a chip: unknown, the sampler chooses its own steps")
+    else:
+        line = f"{'FLOPs of a chip':<24}{plan.flops / 1e12:>10.3f} TFLOP"
+        if plan.floor_seconds is not None:
+            rate = plan.topology.chip.flops / 1e12
+            line += f", at {rate:g} TFLOP/s no less than {1e3 * plan.floor_seconds:.3g} ms"
+        lines.append(line)
+    lines.append("sent by a chip")
+    lines += [f"  {kind:<22}{amount(size):>10}" for kind, size in plan.collectives.items()]
+    lines.append(f"  {'in all':<22}{amount(sum(plan.collectives.values())):>10}")
+    if plan.dispatch is not None:
+        lines.append(f"dispatch: {plan.dispatch.describe()}")
+    lines.append(f"compiled in {plan.seconds:.1f} s")
+    return lines

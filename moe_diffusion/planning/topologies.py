@@ -1,0 +1,176 @@
+"""Which accelerators a program can be compiled for, what they can do, and their devices.
+
+A topology is written `<kind>:<shape>`: `v5e:4x4` and `v5p:4x4x4` are slices of TPU chips, `h100:8`
+is a host of eight GPUs (`h100:64` eight such hosts), and `local` is what this process sees. None
+but `local` needs the hardware: the devices only describe it, and nothing can run on them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.planning.gpus import memory_bytes, target_config
+
+GIB = 2**30
+GPUS_PER_HOST = 8
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip can do, by its maker's data sheet and by what its compiler grants a program.
+
+    flops: dense bf16 FLOP per second. hbm_bytes: what the compiler lets one device use (less than
+    what is soldered on). dims: axes of a slice's shape. devices: jax devices to a chip.
+    """
+
+    platform: str
+    device_kind: str
+    flops: float
+    hbm_bytes: int
+    dims: int
+    devices: int = 1
+    examples: str = ""
+
+
+def _of_gpu(kind: str) -> int:
+    """Three quarters of its memory, which is what jax takes unless told otherwise."""
+    return memory_bytes(kind) * 3 // 4
+
+
+# FLOP/s: cloud.google.com/tpu/docs and NVIDIA's data sheets (SXM, without sparsity). HBM of TPUs:
+# the limit in libtpu's own out-of-memory messages.
+CHIPS = {
+    "v4": Chip("tpu", "TPU v4", 275e12, int(30.75 * GIB), 3, examples="v4:2x2x1 v4:4x4x4"),
+    "v5e": Chip("tpu", "TPU v5 lite", 197e12, int(15.75 * GIB), 2, examples="v5e:2x2 v5e:16x16"),
+    "v5p": Chip("tpu", "TPU v5", 459e12, int(95.74 * GIB), 3, examples="v5p:2x2x1 v5p:8x8x8"),
+    "v6e": Chip("tpu", "TPU v6 lite", 918e12, int(31.25 * GIB), 2, examples="v6e:2x2 v6e:16x16"),
+    "tpu7x": Chip("tpu", "TPU7x", 2307e12, int(94.75 * GIB), 3, 2, "tpu7x:2x2x1 tpu7x:4x4x4"),
+    "h100": Chip(
+        "cuda", "NVIDIA H100", 989.4e12, int(0.75 * memory_bytes("h100")), 1, examples="h100:8"
+    ),
+    "h200": Chip(
+        "cuda", "NVIDIA H200", 989.4e12, int(0.75 * memory_bytes("h200")), 1, examples="h200:8"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A named set of chips; `chip` is None where nothing is known of the local devices."""
+
+    name: str
+    chip: Chip | None
+    shape: tuple[int, ...]
+    devices: tuple[Any, ...]
+
+    @property
+    def platform(self) -> str:
+        return self.devices[0].platform
+
+    @property
+    def num_chips(self) -> int:
+        return len(self.devices) // self.devices_per_chip
+
+    @property
+    def devices_per_chip(self) -> int:
+        return self.chip.devices if self.chip else 1
+
+    @property
+    def hbm_bytes_per_chip(self) -> int | None:
+        """None where the platform has no fixed limit (a CPU)."""
+        if self.name != "local":
+            return self.chip.hbm_bytes * self.devices_per_chip
+        limit = (self.devices[0].memory_stats() or {}).get("bytes_limit")
+        return limit and limit * self.devices_per_chip
+
+
+def describe(name: str) -> Topology:
+    """The topology of a name. Raises UserError: unknown, impossible, or its compiler is missing."""
+    if name == "local":
+        devices = tuple(jax.devices())
+        kinds = (chip for chip in CHIPS.values() if devices[0].device_kind == chip.device_kind)
+        return Topology(name, next(kinds, None), (len(devices),), devices)
+    kind, shape = parse(name)
+    chip = CHIPS[kind]
+    make = _tpu_devices if chip.platform == "tpu" else _gpu_devices
+    devices = tuple(make(name, kind, shape))
+    if len(devices) != math.prod(shape) * chip.devices:
+        raise UserError(f"--topology {name}: the compiler made {len(devices)} devices of it")
+    return Topology(name, chip, shape, devices)
+
+
+def parse(name: str) -> tuple[str, tuple[int, ...]]:
+    """("v5e", (16, 16)) of "v5e:16x16". Raises UserError, naming what is known."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not match or match[1] not in CHIPS:
+        raise UserError(f"--topology {name!r} is unknown; known are local and shapes of {known()}")
+    kind, shape = match[1], tuple(int(size) for size in match[2].split("x"))
+    chip = CHIPS[kind]
+    if len(shape) != chip.dims or 0 in shape:
+        raise UserError(
+            f"--topology {name!r}: a shape of {kind} has {chip.dims} sizes from 1 on, as in "
+            f"{' or '.join(chip.examples.split())}"
+        )
+    return kind, shape
+
+
+def known() -> str:
+    """The kinds of chips with examples, for messages and help."""
+    return ", ".join(f"{kind} ({', '.join(c.examples.split())})" for kind, c in CHIPS.items())
+
+
+def _tpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology {name} needs the TPU compiler: pip install 'jax[tpu]=={jax.__version__}' "
+            "(a TPU is not needed)"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU VM's metadata
+    # libtpu warns without these two, but goes by the name of the topology.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    options: dict[str, Any] = {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # one device per chip, as jax has it on a v4
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology {name} is no slice of {kind}: {_first_line(error)}") from error
+
+
+def _gpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
+    (gpus,) = shape
+    if gpus > GPUS_PER_HOST and gpus % GPUS_PER_HOST:
+        raise UserError(
+            f"--topology {name}: more than {GPUS_PER_HOST} GPUs are whole hosts of them"
+        )
+    hosts = -(-gpus // GPUS_PER_HOST)
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    if not any(importlib.util.find_spec(plugin) for plugin in plugins):
+        raise UserError(
+            f"--topology {name} needs the CUDA compiler: pip install jax-cuda12-plugin=="
+            f"{jax.__version__} jax-cuda12-pjrt=={jax.__version__} (a GPU is not needed)"
+        )
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda",
+            target_config=target_config(kind),
+            topology=f"1x{hosts}x{gpus // hosts}",
+        ).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise UserError(f"--topology {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_diffusion import config as configs
+from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.models import build
+from moe_diffusion.models.accounting import forward_flops
+from moe_diffusion.planning.flops import flops_per_run, network_evaluations
+
+
+class Counter:
+    """A network that counts how often it runs."""
+
+    num_classes = 10
+
+    def __init__(self):
+        self.calls = 0
+
+    def apply(self, variables, x, t, label, train):
+        jax.debug.callback(self._count)
+        return jnp.concatenate([x, x], axis=-1)
+
+    def _count(self):
+        self.calls += 1
+
+
+def make_config(**sampling):
+    config = configs.default()
+    config.model.learn_sigma = True
+    config.diffusion.path = sampling.pop("path", "flow")
+    config.sampling.update({"steps": 4, "cfg": 1.0, **sampling})
+    return config
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"sampler": "euler"},
+        {"sampler": "heun"},
+        {"sampler": "heun", "final_euler": True},
+        {"sampler": "heun", "cfg": 2.0},
+        {"sampler": "sde"},
+        {"sampler": "sde_heun"},
+        {"sampler": "ddpm", "path": "ddpm"},
+        {"sampler": "ddim", "path": "ddpm", "respacing": "2,3", "cfg": 2.0},
+    ],
+)
+def test_evaluations_are_those_of_the_sampler(sampling):
+    config, network = make_config(**sampling), Counter()
+    z, labels = jnp.zeros((1, 2, 2, 1)), jnp.zeros(1, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 1)
+    jax.block_until_ready(make_sampler(network, config)({}, z, labels, keys))
+    jax.effects_barrier()
+    assert network.calls == network_evaluations(config)
+
+
+def test_an_interval_of_guidance_and_adaptive_steps():
+    config = make_config(sampler="euler", cfg=2.0, cfg_interval=(0.25, 0.75))
+    assert network_evaluations(config) == 4 * 1.5
+    assert network_evaluations(make_config(sampler="dopri5")) is None
+
+
+@pytest.mark.parametrize("remat,passes", [("none", 3), ("full", 4)])
+def test_flops_of_a_step_are_split_over_the_chips(remat, passes):
+    config = configs.load("configs/digits.py", [f"model.remat={remat}", "data.batch_size=64"])
+    model = build(config.model)
+    forward = forward_flops(model, 64)["total"]
+    assert flops_per_run(model, config, "train", 8) == pytest.approx(passes * forward / 8)
+    assert flops_per_run(model, config, "sample", 8) == pytest.approx(
+        2 * 2 * config.sampling.steps * forward / 8  # Heun, guided
+    )

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import jax
+import pytest
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.planning import topologies
+from moe_diffusion.planning.gpus import memory_bytes, target_config
+
+
+@pytest.mark.parametrize(
+    "name,kind,shape",
+    [
+        ("v4:4x4x4", "v4", (4, 4, 4)),
+        ("v5e:16x16", "v5e", (16, 16)),
+        ("v5p:2x2x1", "v5p", (2, 2, 1)),
+        ("v6e:1x1", "v6e", (1, 1)),
+        ("tpu7x:4x4x4", "tpu7x", (4, 4, 4)),
+        ("h200:8", "h200", (8,)),
+    ],
+)
+def test_names(name, kind, shape):
+    assert topologies.parse(name) == (kind, shape)
+
+
+@pytest.mark.parametrize("name", ["v7:2x2", "v5e", "v5e:", "v5e:axb", "v5e-256", "V5E:2x2", ""])
+def test_an_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(UserError, match="is unknown") as caught:
+        topologies.describe(name)
+    assert all(kind in str(caught.value) for kind in (*topologies.CHIPS, "local"))
+
+
+@pytest.mark.parametrize(
+    "name,example", [("v5e:4x4x4", "16x16"), ("v4:4x4", "4x4x4"), ("h100:2x4", "8")]
+)
+def test_a_shape_of_another_kind(name, example):
+    with pytest.raises(UserError, match=f"as in .*{example}"):
+        topologies.describe(name)
+
+
+@pytest.mark.parametrize(
+    "name,command", [("v5e:2x2", f"pip install 'jax[tpu]=={jax.__version__}'")]
+    + [("h100:8", f"pip install jax-cuda12-plugin=={jax.__version__}")],
+)  # fmt: skip
+def test_a_missing_compiler_is_named_with_the_command(monkeypatch, name, command):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=re.escape(command)):
+        topologies.describe(name)
+
+
+def test_gpus_beyond_a_host_are_whole_hosts():
+    with pytest.raises(UserError, match="whole hosts"):
+        topologies.describe("h100:12")
+
+
+def test_local_is_what_is_here():
+    local = topologies.describe("local")
+    assert (local.num_chips, local.platform, local.chip) == (8, "cpu", None)
+    assert local.hbm_bytes_per_chip is None
+
+
+def test_every_chip_has_examples_of_its_own_shape():
+    for kind, chip in topologies.CHIPS.items():
+        for example in chip.examples.split():
+            assert topologies.parse(example)[0] == kind
+
+
+def test_gpu_descriptions_differ_in_memory():
+    texts = {kind: target_config(kind) for kind in ("h100", "h200")}
+    for kind, text in texts.items():
+        assert text.count("{") == text.count("}") == 3
+        assert f"device_memory_size: {memory_bytes(kind)}" in text
+    assert texts["h100"] != texts["h200"]
