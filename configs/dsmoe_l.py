@@ -5,6 +5,7 @@
 
 Argument: experts=48 | 16 (436M and 465M activated parameters as the paper counts, 2^20 to the M).
 48 is the default: with fewer parameters in all, it also trains on a machine of 24 GB.
+Ablations: positions=rope1d | sincos, shared=false, interleave=false, gqa=true.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.dsmoe import dsmoe
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, choices={"experts": (16, 48)}, experts=48)
-    return dsmoe("l", arg.experts)
+    return dsmoe("l", arg, experts=(48, 16))

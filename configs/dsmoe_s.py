@@ -3,6 +3,7 @@
     python -m moe_diffusion.train --config configs/dsmoe_s.py:experts=48 --workdir runs/dsmoe_s
 
 Argument: experts=16 | 48 (33M and 30M activated parameters as the paper counts, 2^20 to the M).
+Ablations: positions=rope1d | sincos, shared=false, interleave=false, gqa=true.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.dsmoe import dsmoe
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, choices={"experts": (16, 48)}, experts=16)
-    return dsmoe("s", arg.experts)
+    return dsmoe("s", arg)

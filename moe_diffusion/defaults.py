@@ -11,7 +11,9 @@ from typing import Any
 DEFAULTS: dict[str, Any] = {
     "name": "dit",
     "seed": 0,
+    "init_from": "",  # workdir or converted folder whose weights a new run begins with
     "model": {
+        "family": "dit",  # dit (and what descends from it) | jit (large patches of pixels)
         "image_size": 32,  # side of the model's input, in pixels or latents
         "channels": 4,
         "patch_size": 2,
@@ -19,17 +21,24 @@ DEFAULTS: dict[str, Any] = {
         "depth": 12,
         "num_heads": 6,
         "num_kv_heads": 0,  # fewer key/value heads (grouped queries); 0 = num_heads
-        "mlp_ratio": 4.0,  # width of the dense blocks' MLP / hidden_size
+        "mlp_ratio": 4.0,  # width of the dense blocks' MLP / hidden_size; jit: * 2 / 3
         "mlp": "gelu",  # dense blocks: gelu (tanh) | silu, two layers; swiglu, gated
         "mlp_bias": True,
         "norm": "layernorm",  # layernorm (no parameters) | rmsnorm (learned scale)
         "qk_norm": False,
-        "positions": "sincos",  # sincos | rope1d | rope2d
+        "qk_norm_kind": "rmsnorm",  # rmsnorm (scale) | layernorm_affine (scale and bias)
+        "positions": "sincos",  # sincos | rope1d | rope2d | rope2d_pairs; jit: and sincos
         "num_classes": 1000,  # label num_classes is the null label of guidance
         "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
+        "reverse_time": False,  # the network's own time is 1 - t, its velocity noise - data
         "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
         "remat": "none",  # recompute in the backward pass: none | full | dots (all but matmuls)
+        # jit only
+        "bottleneck": 128,  # width between the pixels of a patch and its token
+        "in_context_tokens": 32,  # class tokens before those of the image; 0 = none
+        "in_context_start": 4,  # the first block that sees them
+        "dropout": 0.0,  # in training, of attention and dense MLPs in the middle half of the blocks
         "moe": {
             "num_experts": 16,
             "hidden_size": 768,  # width of one expert
@@ -41,14 +50,16 @@ DEFAULTS: dict[str, Any] = {
             "residual_input": False,  # add the layer's input where a shared expert would stand
             "interleave": True,  # MoE in odd blocks only
             "skip_first": 0,  # the first n blocks stay dense
-            "backend": "auto",  # of the dispatch: auto | reference | blocked | capacity
+            "backend": "auto",  # of the dispatch: auto, or one of moe/dispatch.py
+            "transport": "auto",  # to experts on other devices: auto, or one of moe/transport.py
             "capacity_factor": 1.25,  # token choice on backend "capacity": slots / average load
         },
         "router": {
-            "name": "token_choice",  # token_choice | expert_choice | diffmoe | dense (no MoE)
+            # token_choice | expert_choice | diffmoe | promoe_tc | promoe_ec | dense (no MoE)
+            "name": "token_choice",
             # token choice
             "top_k": 2,
-            "scores": "softmax",  # softmax | sigmoid
+            "scores": "softmax",  # softmax | sigmoid | identity (ProMoE: the cosine itself)
             "normalize": False,  # gates of a token sum to 1 (top_k > 1)
             "scale": 1.0,  # multiplies the gates
             "selection_bias": False,  # added to the scores for the choice only, never to the gates
@@ -58,9 +69,13 @@ DEFAULTS: dict[str, Any] = {
             # expert choice and DiffMoE
             "capacity": 1.0,  # experts per token on average
             "scope": "sample",  # experts choose among the tokens of a: sample | shard | batch
+            "threshold": "dynamic",  # DiffMoE inference: dynamic (moving ones) | a constant, 0.4
             "threshold_decay": 0.95,  # of DiffMoE's moving thresholds, per optimizer step
             "max_capacity": 4.0,  # DiffMoE inference: most tokens of an expert / average; 0 = all
-            "kernel_init": "kaiming_normal",  # kaiming_normal | kaiming_uniform | normal_0.006
+            "kernel_init": "kaiming_normal",  # kaiming_{normal,uniform} | normal_{0.006,0.02}
+            # ProMoE
+            "null_expert": True,  # the last expert is for samples without a label, and only them
+            "contrast_temperature": 0.07,  # of the loss "contrast"
         },
     },
     "diffusion": {
@@ -75,17 +90,29 @@ DEFAULTS: dict[str, Any] = {
         "label_dropout": 0.1,
     },
     "sampling": {
-        "sampler": "heun",  # flow: heun | euler | dopri5 | sde; ddpm: ddpm | ddim
-        "steps": 50,
+        "sampler": "heun",  # flow: heun | euler | dopri5 | sde | sde_heun; ddpm: ddpm | ddim
+        "steps": 50,  # dopri5 chooses its own
         "final_euler": False,  # heun: the last step is one of Euler, as JiT's sampler has it
         "cfg": 2.0,  # guidance scale; 1 = off
         "cfg_interval": (0.0, 1.0),  # times at which guidance acts; 0 is noise, 1 is data
+        "cfg_channels": 0,  # guide only the first n channels; 0 = all (not the variance of ddpm)
         "joint": False,  # conditional and unconditional halves in one forward pass
+        "rtol": 1e-3,  # dopri5: error of a step per image, relative and
+        "atol": 1e-6,  # absolute
+        "sde_diffusion": "sigma",  # w(t): sigma | constant | decreasing | increasing_decreasing
+        "sde_norm": 1.0,  # scales w(t)
+        "sde_last_step": "mean",  # without noise: mean (drift of the SDE) | euler (velocity alone)
+        "sde_last_step_size": 0.04,
+        "respacing": "",  # ddpm, ddim: "" = `steps` evenly | 10,15,25 by sections | ddim50
+        "clip": False,  # ddpm, ddim: hold the estimate of the data within [-1, 1]
+        "eta": 0.0,  # ddim: 0 = no noise, 1 = as much as ddpm
     },
     "loss_weights": {},  # name -> weight of the auxiliary losses that the router is asked for
     "data": {
-        "source": "digits",  # digits | synthetic | latents:<folder>
-        "split": "train",
+        "source": "digits",  # digits | synthetic | folder:<path> | tfds:<name> | latents:<path>
+        "split": "train",  # of digits and tfds
+        "skip_broken": False,  # folder: pass over files that are no images, naming them
+        "autoencoder": "",  # weights that decode latents into pictures, see docs/data.md
         "batch_size": 256,  # images per optimizer step, over all devices
         "augment": "none",  # none | flip | dequantize
         "num_workers": 0,
@@ -115,16 +142,21 @@ DEFAULTS: dict[str, Any] = {
         "log_every": 100,
         "sample_every": 0,  # 0 = never
         "samples": 16,
+        "eval_samples": 0,  # judged at those intervals, see evaluation/periodic.py; 0 = none
         "stop_on_nan": True,
     },
     "checkpoint": {"every": 5000, "keep_last": 3, "keep_every": 0, "asynchronous": True},
-    "parallel": {"preset": "dp"},  # dp | zero1 | fsdp
+    "parallel": {
+        "preset": "dp",  # dp | zero1 | fsdp | fsdp_ep
+        "expert": 0,  # fsdp_ep: how many devices share the experts; 0 = all
+    },
     "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
 }
 
 # What may change between two starts in one workdir without making it another run.
 RUN_CONTROL = ("train.", "checkpoint.", "sampling.", "parallel.") + (
     "compile_cache",
+    "data.autoencoder",
     "data.num_workers",
     "data.prefetch",
 )

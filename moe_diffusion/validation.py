@@ -15,56 +15,75 @@ from moe_diffusion.errors import UserError
 _MLPS = ("gelu", "silu", "swiglu")
 
 _CHOICES = {
+    "model.family": ("dit", "jit"),
     "model.mlp": _MLPS,
     "model.norm": ("layernorm", "rmsnorm"),
-    "model.positions": ("sincos", "rope1d", "rope2d"),
+    "model.qk_norm_kind": ("rmsnorm", "layernorm_affine"),
+    "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
     "model.dtype": ("float32", "bfloat16", "auto"),
     "model.remat": ("none", "full", "dots"),
     "model.moe.mlp": _MLPS,
     "model.moe.shared_mlp": _MLPS,
-    "model.moe.backend": ("auto", "reference", "blocked", "capacity"),
-    "model.router.name": ("token_choice", "expert_choice", "diffmoe", "dense"),
-    "model.router.scores": ("softmax", "sigmoid"),
+    "model.moe.backend": (
+        *("auto", "reference", "blocked", "capacity", "tpu", "gpu", "ragged_dot"),
+    ),
+    "model.moe.transport": ("auto", "none", "gather", "a2a_capacity", "ragged_a2a"),
+    "model.router.name": (
+        *("token_choice", "expert_choice", "diffmoe", "promoe_tc", "promoe_ec", "dense"),
+    ),
+    "model.router.scores": ("softmax", "sigmoid", "identity"),
     "model.router.scope": ("sample", "shard", "batch"),
-    "model.router.kernel_init": ("kaiming_normal", "kaiming_uniform", "normal_0.006"),
+    "model.router.kernel_init": (
+        *("kaiming_normal", "kaiming_uniform", "normal_0.006", "normal_0.02"),
+    ),
     "diffusion.path": ("flow", "ddpm"),
     "diffusion.prediction": ("velocity", "data"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
-    "sampling.sampler": ("heun", "euler"),
+    "sampling.sampler": ("heun", "euler", "dopri5", "sde", "sde_heun", "ddpm", "ddim"),
+    "sampling.sde_diffusion": ("sigma", "constant", "decreasing", "increasing_decreasing"),
+    "sampling.sde_last_step": ("mean", "euler"),
     "data.augment": ("none", "flip", "dequantize"),
     "optim.schedule": ("constant", "cosine"),
     "optim.mu_dtype": ("float32", "bfloat16"),
     "optim.decay_mask": ("all", "matrices"),
     "optim.accumulate_reduce": ("mean", "sum"),
     "ema.router_state": ("average", "copy", "live"),
-    "parallel.preset": ("dp", "zero1", "fsdp"),
+    "parallel.preset": ("dp", "zero1", "fsdp", "fsdp_ep"),
 }
 
 _POSITIVE = (
     *(f"model.{k}" for k in ("image_size", "channels", "patch_size", "hidden_size", "depth")),
-    *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale")),
+    *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale", "bottleneck")),
     *(f"model.moe.{k}" for k in ("num_experts", "hidden_size", "capacity_factor")),
     *(f"model.router.{k}" for k in ("top_k", "scale", "n_group", "topk_group", "capacity")),
+    "model.router.contrast_temperature",
     *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale", "time_shift")),
-    *("sampling.steps", "data.batch_size", "optim.learning_rate"),
+    *(f"sampling.{k}" for k in ("steps", "rtol", "atol", "sde_norm", "sde_last_step_size")),
+    *("data.batch_size", "optim.learning_rate"),
     *("optim.eps", "optim.accumulate", "train.num_steps", "train.log_every", "train.samples"),
     *("checkpoint.every", "checkpoint.keep_last"),
 )
 
 _NOT_NEGATIVE = (
+    *("model.in_context_tokens", "model.in_context_start"),
     *("seed", "model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
     *("model.router.bias_update_rate", "model.router.max_capacity", "sampling.cfg"),
-    *("data.num_workers", "data.prefetch", "optim.warmup_steps", "optim.weight_decay"),
-    *("optim.clip_norm", "train.sample_every", "checkpoint.keep_every"),
+    "sampling.cfg_channels",
+    *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
+    "optim.weight_decay",
+    *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),
 )
 
-_FRACTION = ("optim.b1", "optim.b2", "model.router.threshold_decay")  # in [0, 1)
+_FRACTION = ("model.dropout", "optim.b1", "optim.b2", "model.router.threshold_decay")  # in [0, 1)
+_SHARE = ("diffusion.label_dropout", "sampling.eta", "sampling.sde_last_step_size")  # in [0, 1]
 
 # The auxiliary losses that each router can return.
 LOSSES = {
     "token_choice": ("balance", "router_z"),
     "expert_choice": ("router_z",),
     "diffmoe": ("capacity", "router_z"),
+    "promoe_tc": ("contrast",),
+    "promoe_ec": ("contrast",),
     "dense": (),
 }
 
@@ -73,17 +92,26 @@ def validate(config: ConfigDict) -> None:
     """Raises a UserError at the first value or combination that cannot work on any machine."""
     _check_ranges(config)
     _check_transformer(config.model)
+    _check_family(config)
     if config.model.router.name != "dense":
         _check_moe(config.model)
         if config.model.router.name == "token_choice":
             _check_token_choice(config.model)
+        elif config.model.router.name in ("promoe_tc", "promoe_ec"):
+            _check_promoe(config.model)
         else:
             _check_expert_choice(config.model)
             if config.model.router.scope == "sample":
                 _check_capacity(config.model, samples=1)
             elif config.model.router.scope == "batch":
                 _check_capacity(config.model, samples=_micro_batch(config))
+    _require(
+        config.diffusion.path == "flow" or not config.model.reverse_time,
+        "model.reverse_time turns the time of a flow; diffusion.path = ddpm counts its steps from "
+        "the data anyway: set model.reverse_time=false",
+    )
     _check_loss_weights(config)
+    _check_diffusion(config)
     _check_training(config)
 
 
@@ -95,9 +123,21 @@ def validate_devices(config: ConfigDict, num_devices: int) -> None:
         f"data.batch_size / optim.accumulate = {images} images cannot be split evenly over "
         f"{num_devices} devices: make it a multiple of {num_devices}",
     )
-    router = config.model.router
+    router, parallel = config.model.router, config.parallel
     if router.name in ("expert_choice", "diffmoe") and router.scope == "shard":
         _check_capacity(config.model, images // num_devices)
+    if parallel.preset == "fsdp_ep":
+        sharing, experts = parallel.expert or num_devices, config.model.moe.num_experts
+        _require(
+            num_devices % sharing == 0,
+            f"parallel.expert = {sharing} does not divide the {num_devices} devices: choose a "
+            "divisor, or 0 for all",
+        )
+        _require(
+            experts % sharing == 0,
+            f"model.moe.num_experts = {experts} cannot be split evenly over {sharing} devices: set "
+            "parallel.expert to a divisor of both",
+        )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -124,7 +164,7 @@ def _check_ranges(config: ConfigDict) -> None:
         (_POSITIVE, lambda value: value > 0, "positive"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "zero or positive"),
         (_FRACTION, lambda value: 0 <= value < 1, "at least 0 and below 1"),
-        (("diffusion.label_dropout",), lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (_SHARE, lambda value: 0 <= value <= 1, "between 0 and 1"),
     ):
         for key in keys:
             value = attrgetter(key)(config)
@@ -153,12 +193,43 @@ def _check_transformer(model: ConfigDict) -> None:
         ("sincos", "model.hidden_size", model.hidden_size, 4),
         ("rope1d", "model.hidden_size / model.num_heads", head_size, 2),
         ("rope2d", "model.hidden_size / model.num_heads", head_size, 4),
+        ("rope2d_pairs", "model.hidden_size / model.num_heads", head_size, 4),
     ):
         _require(
             model.positions != positions or size % step == 0,
             f"model.positions = {positions} needs {name} = {size} to be a multiple of {step}: "
             "change the width, the heads or the positions",
         )
+
+
+def _check_family(config: ConfigDict) -> None:
+    """What only one of the families can do."""
+    model = config.model
+    if model.family == "dit":
+        _require(
+            model.dropout == 0,
+            f"model.dropout = {model.dropout} is of model.family = jit: set it to 0",
+        )
+        return
+    _require(
+        model.hidden_size % 4 == 0,
+        f"model.family = jit adds a sin-cos table, which needs model.hidden_size = "
+        f"{model.hidden_size} to be a multiple of 4: change the width",
+    )
+    _require(
+        model.in_context_tokens == 0 or model.in_context_start < model.depth,
+        f"model.in_context_start = {model.in_context_start} is beyond the last of model.depth = "
+        f"{model.depth} blocks: start earlier, or set model.in_context_tokens=0",
+    )
+    _require(
+        not model.reverse_time,
+        "model.reverse_time is of model.family = dit: set it to false",
+    )
+    _require(
+        model.dropout == 0 or config.diffusion.path == "flow",
+        f"model.dropout = {model.dropout} is not drawn by diffusion.path = ddpm: set it to 0, or "
+        "diffusion.path=flow",
+    )
 
 
 def _check_moe(model: ConfigDict) -> None:
@@ -199,9 +270,25 @@ def _check_token_choice(model: ConfigDict) -> None:
         "rated by its two best: use fewer groups",
     )
     _require(
+        router.scores != "identity",
+        "model.router.scores = identity is for model.router.name = promoe_tc or promoe_ec; choose "
+        "softmax or sigmoid",
+    )
+    _require(
         router.bias_update_rate == 0 or router.selection_bias,
         f"model.router.bias_update_rate = {router.bias_update_rate} has no bias to move: set "
         "model.router.selection_bias=true, or the rate to 0",
+    )
+
+
+def _check_promoe(model: ConfigDict) -> None:
+    router, experts = model.router, model.moe.num_experts
+    name = "top_k" if router.name == "promoe_tc" else "capacity"
+    _require(
+        router[name] <= experts - router.null_expert,
+        f"model.router.{name} = {router[name]} exceeds the experts of labelled samples, "
+        f"model.moe.num_experts = {experts} less model.router.null_expert = "
+        f"{int(router.null_expert)}: lower it, or add experts",
     )
 
 
@@ -217,6 +304,18 @@ def _check_expert_choice(model: ConfigDict) -> None:
         f"model.router.max_capacity = {router.max_capacity} would drop tokens even at the average "
         "load: use at least 1, or 0 for no bound",
     )
+    _require(
+        router.threshold == "dynamic" or _is_fraction(router.threshold),
+        f"model.router.threshold = {router.threshold!r} must be dynamic or a number at least 0 and "
+        "below 1, like 0.4",
+    )
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
 
 
 def _check_capacity(model: ConfigDict, samples: int) -> None:
@@ -242,6 +341,46 @@ def _check_loss_weights(config: ConfigDict) -> None:
         _require(weight >= 0, f"loss_weights.{name} = {weight} must be zero or positive")
 
 
+def _check_diffusion(config: ConfigDict) -> None:
+    """The samplers fit the path, and their keys fit them."""
+    path, sampling = config.diffusion.path, config.sampling
+    interval, discrete = sampling.cfg_interval, sampling.sampler in ("ddpm", "ddim")
+    _require(
+        discrete == (path == "ddpm"),
+        f"sampling.sampler = {sampling.sampler} does not fit diffusion.path = {path}: choose "
+        + ("ddpm | ddim" if path == "ddpm" else "heun | euler | dopri5 | sde | sde_heun"),
+    )
+    _require(
+        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+        f"sampling.cfg_interval = {interval} must be two times, 0 <= start < end <= 1",
+    )
+    if path == "ddpm":
+        _require(
+            config.model.learn_sigma,
+            "diffusion.path = ddpm trains a variance: set model.learn_sigma=true",
+        )
+        for key, needed in (("prediction", "velocity"), ("noise_scale", 1.0)):
+            _require(
+                config.diffusion[key] == needed,
+                f"diffusion.{key} = {config.diffusion[key]} is for diffusion.path = flow: set it "
+                f"to {needed}",
+            )
+        _require(
+            tuple(interval) == (0, 1),
+            f"sampling.cfg_interval = {interval} is for diffusion.path = flow: set it to (0, 1)",
+        )
+    _require(
+        sampling.sampler not in ("sde", "sde_heun") or sampling.steps >= 2,
+        f"sampling.steps = {sampling.steps} is too few for sampling.sampler = {sampling.sampler}, "
+        "whose last step is one without noise: take at least 2",
+    )
+    for key in ("respacing", "clip"):
+        _require(
+            discrete or not sampling[key],
+            f"sampling.{key} = {sampling[key]} is for diffusion.path = ddpm: leave it out",
+        )
+
+
 def _check_training(config: ConfigDict) -> None:
     _micro_batch(config)
     decays = config.ema.decays
@@ -249,10 +388,9 @@ def _check_training(config: ConfigDict) -> None:
         all(0 < decay < 1 for decay in decays) and len(set(decays)) == len(decays),
         f"ema.decays = {decays} must be different numbers above 0 and below 1",
     )
-    interval = config.sampling.cfg_interval
     _require(
-        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
-        f"sampling.cfg_interval = {interval} must be two times, 0 <= start < end <= 1",
+        config.train.eval_samples != 1,
+        "train.eval_samples = 1 has no covariance: take some hundreds, or 0 for none",
     )
     optim, steps = config.optim, config.train.num_steps
     _require(

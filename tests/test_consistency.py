@@ -1,12 +1,15 @@
 """Lists that stand in two places, because config and validation import nothing else."""
 
 from moe_diffusion.data.pipeline import AUGMENTATIONS
+from moe_diffusion.diffusion import sde
 from moe_diffusion.kernels import mlp
 from moe_diffusion.models.blocks import ROPES
 from moe_diffusion.models.dit import REMAT
 from moe_diffusion.moe.dispatch import BACKENDS
 from moe_diffusion.moe.layer import SCOPES
 from moe_diffusion.moe.routers import INITIALIZERS, ROUTERS
+from moe_diffusion.moe.transport import TRANSPORTS
+from moe_diffusion.parallel.rules import PRESETS
 from moe_diffusion.validation import _CHOICES, LOSSES
 
 
@@ -15,10 +18,13 @@ def test_choices_are_those_of_the_code():
     assert _CHOICES["model.positions"] == ("sincos", *ROPES)
     assert set(_CHOICES["model.remat"]) == {"none", *REMAT}
     assert set(_CHOICES["model.moe.backend"]) == {"auto", *BACKENDS}
+    assert set(_CHOICES["model.moe.transport"]) == {"auto", *TRANSPORTS}
+    assert set(_CHOICES["parallel.preset"]) == set(PRESETS)
     assert set(_CHOICES["model.router.name"]) == {"dense", *ROUTERS}
     assert set(_CHOICES["model.router.kernel_init"]) == set(INITIALIZERS)
     assert _CHOICES["model.router.scope"] == SCOPES
     assert _CHOICES["data.augment"] == AUGMENTATIONS
+    assert _CHOICES["sampling.sde_diffusion"] == tuple(sde.DIFFUSIONS)
 
 
 def test_losses_are_those_of_the_routers():

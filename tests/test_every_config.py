@@ -24,6 +24,23 @@ ROUTERS = ("token_choice", "expert_choice", "diffmoe", "deepseek", "dense")
 SPECS = [f"configs/digits.py:router={router}" for router in ROUTERS]
 SPECS += [f"configs/dsmoe_{size}.py:experts={e}" for size in "sbl" for e in (16, 48)]
 SPECS += ["configs/dsmoe_3b.py"]
+SPECS += [f"configs/promoe_{size}.py" for size in ("s", "b", "l", "xl")]
+SPECS += ["configs/promoe_l.py:routing=expert_choice"]
+SPECS += [f"configs/dit_moe_{size}.py" for size in ("s", "b", "xl", "g")]
+SPECS += [f"configs/jit_{size}{patch}.py" for size in "blhg" for patch in (16, 32)]
+SPECS += [f"configs/jitmoe_{size}16.py" for size in "blh"]
+SPECS += [f"configs/dit_{size}.py:objective=ddpm" for size in ("s", "b", "l", "xl", "xxl", "xxxl")]
+SPECS += [f"configs/diffmoe_{size}.py:experts={e}" for size in ("s", "b", "l") for e in (8, 16)]
+SPECS += ["configs/diffmoe_xl.py", "configs/diffmoe_l.py:experts=2"]
+SPECS += [f"configs/ecdit_{size}.py" for size in "sbl"]
+# These differ little from the others; each takes a compilation of its own.
+SLOW = [f"configs/tcdit_{size}.py" for size in "sbl"]
+SLOW += [f"configs/dit_{size}.py:objective=flow" for size in ("s", "b", "l", "xl", "xxl", "xxxl")]
+SLOW += [f"configs/sit_{size}.py" for size in ("s", "b", "l", "xl")]
+SLOW += ["configs/diffmoe_l.py:objective=ddpm", "configs/tcdit_l.py:objective=ddpm"]
+SLOW += ["configs/dsmoe_s.py:positions=sincos,shared=false"]
+SLOW += ["configs/dsmoe_s.py:positions=rope1d,interleave=false,gqa=true"]
+SPECS += [pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW]
 BATCH = 2
 
 
@@ -43,16 +60,27 @@ def small(spec: str) -> configs.ConfigDict:
         "model.hidden_size": 16,
         "model.num_heads": 2,
         "model.moe.hidden_size": 8,
+        "model.bottleneck": 4,
+        "model.in_context_tokens": 2,
+        "model.in_context_start": 1,
+        "model.dropout": 0,  # its blocks, the middle half, are none of two
         "data.batch_size": BATCH,
         "data.source": "synthetic",
         # No part of a step on one device, and different from size to size:
         "name": "small",
         "parallel.preset": "dp",
         "checkpoint.keep_every": 0,
+        "diffusion.noise_scale": 1.0,
     }
     if configs.load(spec).model.moe.shared_hidden_size:
         sizes["model.moe.shared_hidden_size"] = 8
-    return configs.load(spec, [f"{key}={value}" for key, value in sizes.items()])
+    if configs.load(spec).model.router.name in ("expert_choice", "diffmoe"):
+        sizes["model.moe.num_experts"] = 4  # as many as an image has tokens
+    if configs.load(spec).model.num_kv_heads:
+        sizes["model.num_kv_heads"] = 1
+    config = configs.load(spec, [f"{key}={value}" for key, value in sizes.items()])
+    config.sampling.update(configs.default().sampling)  # no part of a step either
+    return config
 
 
 @functools.cache

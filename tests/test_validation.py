@@ -41,7 +41,27 @@ BAD_COMBINATIONS = [
         {"model.hidden_size": 36, "model.positions": "rope2d"},
         "rope2d needs model.hidden_size / model.num_heads = 6 to be a multiple of 4",
     ),
+    ({"model.router.scores": "identity"}, "identity is for model.router.name = promoe_tc or"),
+    (
+        {"model.router.name": "promoe_tc", "model.router.top_k": 16},
+        "model.router.top_k = 16 exceeds the experts of labelled samples, model.moe.num_experts = "
+        "16 less model.router.null_expert = 1",
+    ),
+    (
+        {"model.router.name": "promoe_ec", "model.router.capacity": 15.5},
+        "model.router.capacity = 15.5 exceeds the experts of labelled samples",
+    ),
+    (
+        {
+            "model.reverse_time": True,
+            "model.learn_sigma": True,
+            "diffusion.path": "ddpm",
+            "sampling.sampler": "ddpm",
+        },
+        "model.reverse_time turns the time of a flow",
+    ),
     ({"model.depth": 1}, "model.depth = 1, model.moe.skip_first = 0 and model.moe.interleave ="),
+    ({"train.eval_samples": 1}, "train.eval_samples = 1 has no covariance: take some hundreds"),
     ({"model.moe.skip_first": 12}, "leave no MoE block: add blocks, skip fewer, or set model.rout"),
     (
         {"model.moe.residual_input": True, "model.moe.shared_hidden_size": 8},

@@ -23,28 +23,49 @@ _DSMOE_SIZES = {
 _DSMOE_ROUTING = {16: (2, 2, 2, 2.0), 48: (5, 1, 1, 2.5)}
 
 
-def dsmoe(size: str, experts: int) -> ConfigDict:
+# The parts that the paper takes out or swaps one by one, with the published choice first.
+_ABLATIONS = {
+    "positions": ("rope2d", "rope1d", "sincos"),
+    "shared": (True, False),
+    "interleave": (True, False),
+    "gqa": (False, True),
+}
+
+
+def dsmoe(size: str, arg: str | None, experts: tuple[int, ...] = (16, 48)) -> ConfigDict:
     """DSMoE for ImageNet 256x256 in latent space (arXiv 2512.01252): one of the seven published.
 
     Args:
       size: "s" | "b" | "l" | "3b".
-      experts: 16 or 48 routed experts; 3b only 16.
+      arg: of the config file: experts (16 or 48 routed ones, 3b only 16), and the ablations
+        positions=rope2d | rope1d | sincos, shared=true | false (a shared expert, or the layer's
+        input in its place), interleave=true | false (MoE in odd blocks, or in all), gqa=false |
+        true (half as many key/value heads).
+      experts: possible numbers, the default first.
     """
+    defaults = {name: values[0] for name, values in _ABLATIONS.items()}
+    choices = {"experts": experts, "positions": _ABLATIONS["positions"]}
+    chosen = configs.parse_arg(arg, choices=choices, experts=experts[0], **defaults)
+    changed = [f"{k}={v}".lower() for k, v in chosen.items() if v != defaults.get(k, v)]
+    experts = chosen.experts
     config = configs.default()
-    config.name = f"dsmoe_{size}_e{experts}"
+    config.name = "_".join([f"dsmoe_{size}_e{experts}", *changed])
 
     model = config.model
     model.depth, model.hidden_size, model.num_heads, width = _DSMOE_SIZES[size, experts]
     model.image_size, model.channels, model.patch_size = 32, 4, 2
     model.num_classes = 1000
     model.learn_sigma = True  # as the checkpoints have it; the flow loss uses the first half
-    model.positions = "rope2d"
+    model.positions = chosen.positions
+    model.num_kv_heads = model.num_heads // 2 if chosen.gqa else 0
     model.mlp = "silu"  # dense blocks, mlp_ratio 4, with bias
     model.dtype = "auto"
 
     model.moe.num_experts = experts
     model.moe.hidden_size = width
-    model.moe.shared_hidden_size = width  # one shared expert, as wide as a routed one
+    model.moe.shared_hidden_size = width if chosen.shared else 0  # one, as wide as a routed one
+    model.moe.residual_input = not chosen.shared
+    model.moe.interleave = chosen.interleave
     model.router.scores = "sigmoid"
     model.router.normalize = True
     model.router.selection_bias = True  # present, but never moved: bias_update_rate stays 0

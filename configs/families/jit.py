@@ -1,0 +1,53 @@
+"""The published JiT (arXiv 2511.13720) and JiTMoE (arXiv 2512.01252): pixels of ImageNet."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from moe_diffusion import config as configs
+from moe_diffusion.interop.jit import configure
+
+STEPS_PER_EPOCH = 1_281_167 // 1024
+
+# size -> guidance scale of the authors' example command; they search it between 1 and 4 for every
+# model, and publish none for L and G, which stand here with that of the nearest size.
+_CFG = {"B": 2.9, "L": 2.9, "H": 2.2, "G": 2.2}
+
+
+def jit(size: str, patch_size: int, experts: int = 0) -> ConfigDict:
+    """JiT for ImageNet at 256 (patches of 16) or 512 pixels (patches of 32).
+
+    Args:
+      size: "B" | "L" | "H" | "G" (2511.13720, Table 9; numbers in interop/jit.py).
+      experts: 16 = JiTMoE (2512.01252), which exists in B, L and H with patches of 16; 0 = dense.
+    """
+    config = configs.default()
+    family = "jitmoe" if experts else "jit"
+    config.name = f"{family}_{size.lower()}{patch_size}"
+    args = {
+        "model": f"JiT-{size}/{patch_size}" + (f"-E{experts}" if experts else ""),
+        "img_size": 16 * patch_size,
+        # Of JiT-H and G (Table 9); the commands of JiTMoE have none.
+        "proj_dropout": 0.2 if size in "HG" and not experts else 0.0,
+        # Twice the side, twice the noise, for about the same ratio of signal to noise (app. A).
+        "noise_scale": patch_size / 16,
+        "cfg": _CFG[size],
+        "interval_min": 0.1,
+        "interval_max": 1.0,
+    }
+    configure(family, args, config)
+    config.model.dtype = "auto"
+
+    # Table 9 and main_jit.py: Adam(0.9, 0.95), 2e-4 (5e-5 x 1024 / 256) after 5 epochs, constant.
+    config.optim.learning_rate, config.optim.b2 = 2e-4, 0.95
+    config.optim.warmup_steps = 5 * STEPS_PER_EPOCH
+    config.optim.decay_mask = "matrices"
+    config.ema.decays, config.ema.router_state = (0.9999, 0.9996), "live"
+    config.data.source = "folder:data/imagenet/train"
+    config.data.augment = "flip"
+    config.data.batch_size = 1024
+    # The published figures of JiTMoE are of 200 epochs (its commands say 600, at the same rate).
+    config.train.num_steps = (200 if experts else 600) * STEPS_PER_EPOCH
+    config.checkpoint.keep_every = 100 * STEPS_PER_EPOCH
+    config.parallel.preset = "dp" if size == "B" else "fsdp"
+    return config

@@ -1,0 +1,16 @@
+"""JiT-H/16 (arXiv 2511.13720, Table 9) on ImageNet at 256 x 256 pixels.
+
+python -m moe_diffusion.train --config configs/jit_h16.py --workdir runs/jit_h16
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.families.jit import jit
+from moe_diffusion.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    parse_arg(arg)
+    return jit("H", 16)

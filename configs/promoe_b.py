@@ -1,0 +1,20 @@
+"""ProMoE-B (arXiv 2510.24711; its authors' 004_ProMoE_B.yaml) on ImageNet 256x256 latents.
+
+    python -m moe_diffusion.train --config configs/promoe_b.py --workdir runs/promoe_b
+
+Arguments: routing=token_choice | expert_choice, objective=flow | ddpm.
+300.4M parameters, 130.4M of them activated.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.families.promoe import promoe
+from moe_diffusion.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    choices = {"routing": ("token_choice", "expert_choice"), "objective": ("flow", "ddpm")}
+    arg = parse_arg(arg, choices=choices, routing="token_choice", objective="flow")
+    return promoe("b", arg.routing, arg.objective)

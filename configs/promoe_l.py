@@ -1,0 +1,20 @@
+"""ProMoE-L (arXiv 2510.24711; its authors' 004_ProMoE_L.yaml) on ImageNet 256x256 latents.
+
+    python -m moe_diffusion.train --config configs/promoe_l.py --workdir runs/promoe_l
+
+Arguments: routing=token_choice | expert_choice, objective=flow | ddpm.
+1,062.4M parameters, 458.0M of them activated.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.families.promoe import promoe
+from moe_diffusion.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    choices = {"routing": ("token_choice", "expert_choice"), "objective": ("flow", "ddpm")}
+    arg = parse_arg(arg, choices=choices, routing="token_choice", objective="flow")
+    return promoe("l", arg.routing, arg.objective)

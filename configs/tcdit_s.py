@@ -1,0 +1,21 @@
+"""TC-DiT-S (as in arXiv 2503.14487, table 3) on ImageNet 256x256 latents.
+
+    python -m moe_diffusion.train --config configs/tcdit_s.py:experts=8 --workdir runs/tcdit_s
+
+Only L was published; this is the same router in DiffMoE-S.
+Arguments: experts=16 | 8 | 4 | 2, objective=flow | ddpm.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.families.diffmoe import diffmoe
+from configs.families.dit import OBJECTIVES
+from moe_diffusion.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    choices = {"experts": (2, 4, 8, 16), "objective": OBJECTIVES}
+    arg = parse_arg(arg, choices=choices, experts=16, objective="flow")
+    return diffmoe("s", arg.experts, arg.objective, router="tcdit")
