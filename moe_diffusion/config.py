@@ -168,13 +168,15 @@ def parse_arg(
 
 
 def _find(path_text: str) -> Path:
-    """The config file, or a UserError that lists the config files in its folder."""
+    """The config file, or a UserError that lists the files in its folder, the likeliest first."""
     for path in (Path(path_text), ROOT / path_text):
         if path.is_file():
             return path
     folder = Path(path_text).parent
     folder = folder if folder.is_dir() and list(folder.glob("*.py")) else ROOT / "configs"
     known = [p.stem for p in sorted(folder.glob("*.py")) if "def get_config(" in p.read_text()]
+    name = Path(path_text).stem
+    known.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
     raise UserError(f"no config file {path_text!r}; in {folder} are: {', '.join(known)}")
 
 

@@ -2,6 +2,7 @@
 
   python -m moe_diffusion.sample --workdir runs/digits --num 64 --cfg 2.0 --sampler heun \\
       --steps 50 --out grid.png
+  python -m moe_diffusion.sample --workdir runs/dsmoe_s --vae sd-vae-ft-ema/ --out grid.png
   python -m moe_diffusion.sample --workdir runs/digits --labels 3,7 --num 32 --out grid.png \\
       --images singles/ --npz samples.npz --config.model.router.top_k=1
 
@@ -24,6 +25,8 @@ from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation.figures import image_grid, save_png, save_pngs
 from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
+from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
+from moe_diffusion.interop import autoencoder as autoencoders
 
 
 def labels_for(text: str, num: int, config: ConfigDict) -> np.ndarray:
@@ -59,20 +62,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--num", type=int, default=64, help="how many images (%(default)s)")
     add("--labels", default="", help="classes, like 3,7 (all)")
     add("--cfg", type=float, help="guidance scale; 1 is none")
-    add("--sampler", help="heun or euler")
+    add("--sampler", help="of a flow: heun, euler, dopri5, sde or sde_heun; of ddpm: ddpm or ddim")
     add("--steps", type=int, help="steps of the sampler")
     add("--ema", help="decay of the average to use, or none (the run's first)")
     add("--step", type=int, help="checkpoint to use (the newest)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add("--batch", type=int, default=64, help="images at a time (%(default)s)")
+    add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--out", default="grid.png", help="picture of all images (%(default)s)")
     add("--images", help="folder for one PNG per image")
     add("--npz", help="file for the images as an array in [-1, 1]")
+    add("--stats", help="JSON file for how experts were used, and a picture (.png) beside it")
     add("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
     if args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1")
-    for path in filter(None, (args.out, args.npz)):
+    for path in filter(None, (args.out, args.npz, args.stats)):
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder: name a file in it")
         check_writable(Path(path).parent)
@@ -85,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.workdir, tuple(overrides), step=args.step, ema=args.ema
     )
     labels = labels_for(args.labels, args.num, config)
+    autoencoder = autoencoders.for_config(config, args.vae)
+    if args.stats:
+        model = RoutingObserver(model)
     sampling = config.sampling
     images = generate(
         make_sampler(model, config),
@@ -95,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=min(args.batch, args.num),
         progress=True,
     )
+    if autoencoder:
+        images = autoencoder.decode(images)
     title = f"{config.name}, step {note['step']}, ema {note['ema']}, cfg {sampling.cfg:g}, "
     save_png(image_grid(images, labels, title=f"{title}{sampling.sampler} {sampling.steps}"),
              args.out)  # fmt: skip
@@ -102,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_pngs(images, args.images)
     if args.npz:
         save_npz(args.npz, images, labels)
+    if args.stats:
+        stats = model.stats()
+        save_stats(stats, args.stats)
+        print(f"experts per token: {stats['c_infer_avg']:.4f} ({args.stats})")
     print(f"{args.num} images: {args.out}")
     if args.json:
         print(json.dumps({"num": args.num, "out": args.out, **note, **sampling.to_dict()}))

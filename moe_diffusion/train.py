@@ -28,8 +28,10 @@ from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.figures import loss_curve
 from moe_diffusion.evaluation.generate import SampleHook
+from moe_diffusion.evaluation.periodic import EvaluationHook
+from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.models import build
-from moe_diffusion.models.accounting import parameter_counts, table
+from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
 from moe_diffusion.parallel import distributed
 from moe_diffusion.training.allocator import keep_freed_memory
 from moe_diffusion.training.loop import train
@@ -39,11 +41,12 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     """Trains the config `spec` (see `config.load`) in `workdir`; returns what it came to."""
     config = configs.load(spec, overrides)
     source = open_source(config.data, config.model)
+    autoencoder = autoencoders.for_config(config)
     model = build(config.model, losses=sorted(config.loss_weights))
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
               f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip
-        print(table(parameter_counts(model)), flush=True)
+        print(table(parameter_counts(model), forward_flops(model)), flush=True)
     with contextlib.ExitStack() as stack:
 
         def open_iterator():
@@ -62,7 +65,10 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
             )
             return stack.enter_context(contextlib.closing(iterator))
 
-        hooks = [SampleHook(config, model, workdir)]
+        decode = autoencoder.decode if autoencoder else None
+        hooks = [SampleHook(config, model, workdir, decode)]
+        if config.train.eval_samples and config.train.sample_every:
+            hooks.append(EvaluationHook(config, model, source))
         loss_fn = make_loss(model, config)
         state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks)
     metrics = Path(workdir) / "metrics.jsonl"

@@ -45,6 +45,7 @@ def digits(router: str = "token_choice", **changes: Any) -> list[str]:
         "train__num_steps": 3,
         "train__log_every": 1,
         "train__sample_every": 0,
+        "train__eval_samples": 0,
         "checkpoint__every": 1,
     } | changes
     keys = [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]

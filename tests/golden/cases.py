@@ -14,9 +14,11 @@ from safetensors.numpy import load_file
 TOLERANCE = 1e-4
 # Stored arrays that are inputs, or intermediates that our modules do not name: not compared.
 NOT_COMPARED = re.compile(
-    r"in/|mid/|(eval|train)/mid/|rope/|buf/|cfg/|(\w+/)?router/.*/(logits|group_scores)$"
-    r"|(train|loss|flow)/(x|x0|x1|z0|t|y|drop_uniform|cotangent|y_effective|layer_idx|zt|xt|ut)$"
-    r"|train/CapacityPred_loss_weight$|sample/(z|y|y_null|cfg)$|sample/.*/eval_t$"
+    r"in/|mid/|(eval|train)/mid/|rope/|buf/|cfg/|(\w+/)?router/.*/(logits|group_scores|cos_sim)$"
+    r"|loss/(z|labels|e_unit)$|sample/(z0_unit|labels|eval_t)$"
+    r"|(train|loss|flow)/(x|x0|x1|x_start|z0|noise|t|t_normal|y|drop_uniform|cotangent)$"
+    r"|(train|loss|flow)/(y_effective|layer_idx|zt|xt|ut)$|train/CapacityPred_loss_weight$"
+    r"|sample/(z|y|y_null|cfg|cfg_scale|step_noise)$|sample/.*/eval_t$|step/(x_t|t_index|y|noise)$"
 )
 
 
@@ -42,7 +44,8 @@ class Case:
     def __init__(self, path: Path):
         self.path = path
         self.config = json.loads((path / "config.json").read_text())
-        self.hparams = self.config.get("model", {})
+        model = self.config.get("model", {})
+        self.hparams = model.get("model", model)
         self._compared: set[str] = set()
 
     @functools.cached_property

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -33,7 +34,15 @@ def loss_weights(case, family: str) -> dict[str, float]:
     """Weights of the auxiliary losses, as the authors train this family."""
     if family == "diffmoe":
         return {"capacity": float(case.hparams["CapacityPred_loss_weight"])}
+    if family in ("promoe_tc", "promoe_ec", "dit_moe"):
+        return dict(interop.config_from_torch(family, case.hparams).loss_weights)
     return LOSS_WEIGHTS.get(family, {})
+
+
+def promoe_family(case) -> str:
+    """The hyperparameters and weights are those of both; what was recorded of the routing tells."""
+    by_expert = any(key.endswith("/cond_token_idx_sorted") for key in case.arrays)
+    return "promoe_ec" if by_expert else "promoe_tc"
 
 
 def build(case, family: str):
@@ -57,6 +66,21 @@ def apply(model, variables, x, t, y, train: bool):
     )
 
 
+def our_time(model, t: np.ndarray) -> np.ndarray:
+    """The time that the authors' network is called with, f32[B], as ours."""
+    if not model.reverse_time:
+        return t.astype(np.float32)
+    return (1 - t.astype(np.float64) / model.time_scale).astype(np.float32)
+
+
+def authors_output(model, output):
+    """Our output [B, H, W, C or 2C] as the authors' network gives it."""
+    if not model.reverse_time:
+        return output
+    channels = model.channels
+    return jnp.concatenate([-output[..., :channels], output[..., channels:]], axis=-1)
+
+
 class Record:
     """What one forward pass left behind, by block number."""
 
@@ -64,7 +88,6 @@ class Record:
         self._places = keymap.block_paths(model)
         self._sown = jax.device_get(sown)
         self._num_experts = model.make_moe().make_router().num_experts if model.make_moe else 0
-        self._num_tokens = batch * (model.image_size // model.patch_size) ** 2
         self._batch = batch
 
     def output(self, block: int, module: str = "") -> Any:
@@ -91,7 +114,8 @@ class Record:
         """Which expert took which token, and with which weight: [G, T, E]; no unused slots."""
         routing = self.output(block, "moe/router")[0]
         groups, slots = routing.token.shape
-        chosen = np.zeros((groups, self._num_tokens // groups, self._num_experts + 1), bool)
+        tokens = self._batch * self.output(block).shape[1]  # class tokens included
+        chosen = np.zeros((groups, tokens // groups, self._num_experts + 1), bool)
         gates = np.zeros(chosen.shape, np.float32)
         where = (np.repeat(np.arange(groups), slots), routing.token.ravel(), routing.expert.ravel())
         chosen[where] = True
@@ -119,6 +143,12 @@ def compare_routing(case, record: Record, prefix: str) -> None:
         elif kind == "gates_sorted":
             gates = np.swapaxes(gates, 1, 2)
             case.compare(key, np.take_along_axis(gates, positions(by_expert), -1))
+        elif kind in ("expert_indices", "router_weights"):  # in the order of the authors' top-k
+            routing = record.output(int(block), "moe/router")[0]
+            ours = routing.expert if kind == "expert_indices" else routing.weight
+            case.compare(key, ours.reshape(case[key].shape))
+        elif kind == "cond_token_idx_sorted":  # without the samples and the expert of no label
+            case.compare(key, positions(by_expert[~chosen[:, 0, -1], :-1]))
         elif kind == "k_per_expert":
             case.compare(key, by_token.sum(0))
         elif kind == "capacity_pred_logits":

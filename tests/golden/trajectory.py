@@ -21,7 +21,7 @@ from moe_diffusion.training import optim, state, step
 
 from . import cases, network, probe
 
-BUFFERS = re.compile(r"pos_embed|.*\.(ema_decay|expert_threshold|e_score_correction_bias)")
+BUFFERS = re.compile(r"(net\.)?pos_embed|.*\.(ema_decay|expert_threshold|e_score_correction_bias)")
 
 
 def check(case, family: str) -> None:
@@ -57,7 +57,8 @@ class Replay(abc.ABC):
             accumulate=training.get("micro_batches", 1),
             accumulate_reduce="sum",
         )
-        config.ema.update(decays=(training["ema_decay"],), router_state="average")
+        decays = tuple(value for name, value in training.items() if name.startswith("ema_decay"))
+        config.ema.update(decays=decays, router_state="average")
         return config
 
     def schedule(self):
@@ -77,7 +78,7 @@ class Replay(abc.ABC):
 
     def compare_averages(self, train_state) -> None:
         """The averages after the last step."""
-        _compare_weights(self, "ema", _exported(self, next(iter(train_state.emas.values()))))
+        compare_weights(self, "ema", exported(self, next(iter(train_state.emas.values()))))
 
     def check(self) -> None:
         train_step, train_state = self._start()
@@ -100,7 +101,7 @@ class Replay(abc.ABC):
                 network.compare_grads(self.case, self.family, self.model, grads)
         _compare_log(self.case, self.log)
         live = {"params": train_state.params, "router_state": train_state.router_state}
-        _compare_weights(self, "final", _exported(self, live))
+        compare_weights(self, "final", exported(self, live))
         self.compare_averages(train_state)
         self.case.assert_all_compared()
 
@@ -180,7 +181,7 @@ def log_routing(replay, record) -> None:
             replay.log[f"router/blocks.{i}/token_idx_sorted"].append(probe.positions(by_token.T))
 
 
-def _exported(replay, variables) -> dict[str, np.ndarray]:
+def exported(replay, variables) -> dict[str, np.ndarray]:
     return interop.export_state_dict(variables, replay.model, replay.family)
 
 
@@ -191,7 +192,8 @@ def _read_norms(replay, params_before, train_state) -> None:
         log["out/clip_coefficient"].append(optim.clip_factor(log["out/grad_norm"][-1], clip_norm))
     family = FAMILIES[replay.family]
     trees = [params_before, train_state.params]
-    trees += [ema["params"] for ema in train_state.emas.values()]
+    # Not as the state lists them: a pytree sorts its keys.
+    trees += [train_state.emas[str(decay)]["params"] for decay in replay.config.ema.decays]
     before, after, *averaged = (
         _flat(case, keymap.export_tree({"params": params}, family, replay.model))
         for params in trees
@@ -239,7 +241,7 @@ def _compare_log(case, log) -> None:
         case.seen(key)
 
 
-def _compare_weights(replay, name: str, ours: dict[str, np.ndarray]) -> None:
+def compare_weights(replay, name: str, ours: dict[str, np.ndarray]) -> None:
     """The weights after the last step: 99 % of the elements closely, all of them loosely."""
     case = replay.case
     tolerance = case.config["suggested_tolerance"]

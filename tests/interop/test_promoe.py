@@ -118,7 +118,7 @@ def test_shapes_tell_the_experts(family):
     widths = told.pop("MoE_config", {})
     assert widths == {key: moe[key] for key in widths} and len(widths) == 3 * (family != "dit_moe")
     expected = hparams | {"learn_sigma": True, "num_classes": 1000, "in_channels": 4}
-    expected |= {"patch_size": 2} | (more if family == "dit_moe" else {})
+    expected |= {"patch_size": 2} | (more if family == "dit_moe" else {"use_swiglu": False})
     del expected["num_heads"]  # no shape tells it
     assert told == expected
 

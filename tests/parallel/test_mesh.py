@@ -3,7 +3,13 @@ from __future__ import annotations
 import jax
 import pytest
 
-from moe_diffusion.parallel.mesh import AXES, batch_axes, make_mesh, num_batch_shards
+from moe_diffusion.parallel.mesh import (
+    AXES,
+    batch_axes,
+    make_mesh,
+    num_batch_shards,
+    num_expert_shards,
+)
 from tests.training import toy
 
 
@@ -15,11 +21,20 @@ def test_a_preset_gives_all_devices_to_one_axis(preset, axis):
     assert num_batch_shards(mesh) == 8
 
 
+@pytest.mark.parametrize(("sharing", "fsdp", "expert"), [(0, 1, 8), (2, 4, 2), (1, 8, 1)])
+def test_expert_parallelism_shares_the_devices_out(sharing, fsdp, expert):
+    config = toy.make_config(parallel__preset="fsdp_ep", parallel__expert=sharing)
+    mesh = make_mesh(config.parallel)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "expert": expert, "seq": 1}
+    with jax.set_mesh(mesh):
+        assert (num_batch_shards(), num_expert_shards()) == (8, expert)
+
+
 def test_batch_shards_of_the_mesh_that_is_set():
     mesh = make_mesh(toy.make_config().parallel, jax.devices()[:4])
     assert (batch_axes(), num_batch_shards()) == ((), 1)
     with jax.set_mesh(mesh):
         shards = jax.jit(lambda: num_batch_shards())
         assert int(shards()) == 4
-        assert batch_axes() == ("data", "fsdp")
+        assert batch_axes() == ("data", "fsdp", "expert")
     assert int(jax.jit(lambda: num_batch_shards())()) == 1
