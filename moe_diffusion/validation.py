@@ -6,91 +6,14 @@ model is checked where it is opened (`data.sources`).
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from ml_collections import ConfigDict
 
-from moe_diffusion.errors import UserError
-
-_MLPS = ("gelu", "silu", "swiglu")
-
-_CHOICES = {
-    "model.family": ("dit", "jit"),
-    "model.mlp": _MLPS,
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.qk_norm_kind": ("rmsnorm", "layernorm_affine"),
-    "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
-    "model.dtype": ("float32", "bfloat16", "auto"),
-    "model.remat": ("none", "full", "dots"),
-    "model.moe.mlp": _MLPS,
-    "model.moe.shared_mlp": _MLPS,
-    "model.moe.backend": (
-        *("auto", "reference", "blocked", "capacity", "tpu", "gpu", "ragged_dot"),
-    ),
-    "model.moe.transport": ("auto", "none", "gather", "a2a_capacity", "ragged_a2a"),
-    "model.router.name": (
-        *("token_choice", "expert_choice", "diffmoe", "promoe_tc", "promoe_ec", "dense"),
-    ),
-    "model.router.scores": ("softmax", "sigmoid", "identity"),
-    "model.router.scope": ("sample", "shard", "batch"),
-    "model.router.kernel_init": (
-        *("kaiming_normal", "kaiming_uniform", "normal_0.006", "normal_0.02"),
-    ),
-    "diffusion.path": ("flow", "ddpm"),
-    "diffusion.prediction": ("velocity", "data"),
-    "diffusion.time_sampling": ("uniform", "logit_normal"),
-    "sampling.sampler": ("heun", "euler", "dopri5", "sde", "sde_heun", "ddpm", "ddim"),
-    "sampling.sde_diffusion": ("sigma", "constant", "decreasing", "increasing_decreasing"),
-    "sampling.sde_last_step": ("mean", "euler"),
-    "data.augment": ("none", "flip", "dequantize"),
-    "optim.schedule": ("constant", "cosine"),
-    "optim.mu_dtype": ("float32", "bfloat16"),
-    "optim.decay_mask": ("all", "matrices"),
-    "optim.accumulate_reduce": ("mean", "sum"),
-    "ema.router_state": ("average", "copy", "live"),
-    "parallel.preset": ("dp", "zero1", "fsdp", "fsdp_ep"),
-}
-
-_POSITIVE = (
-    *(f"model.{k}" for k in ("image_size", "channels", "patch_size", "hidden_size", "depth")),
-    *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale", "bottleneck")),
-    *(f"model.moe.{k}" for k in ("num_experts", "hidden_size", "capacity_factor")),
-    *(f"model.router.{k}" for k in ("top_k", "scale", "n_group", "topk_group", "capacity")),
-    "model.router.contrast_temperature",
-    *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale", "time_shift")),
-    *(f"sampling.{k}" for k in ("steps", "rtol", "atol", "sde_norm", "sde_last_step_size")),
-    *("data.batch_size", "optim.learning_rate"),
-    *("optim.eps", "optim.accumulate", "train.num_steps", "train.log_every", "train.samples"),
-    *("checkpoint.every", "checkpoint.keep_last"),
-)
-
-_NOT_NEGATIVE = (
-    *("model.in_context_tokens", "model.in_context_start"),
-    *("seed", "model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
-    *("model.router.bias_update_rate", "model.router.max_capacity", "sampling.cfg"),
-    "sampling.cfg_channels",
-    *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
-    "optim.weight_decay",
-    *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),
-)
-
-_FRACTION = ("model.dropout", "optim.b1", "optim.b2", "model.router.threshold_decay")  # in [0, 1)
-_SHARE = ("diffusion.label_dropout", "sampling.eta", "sampling.sde_last_step_size")  # in [0, 1]
-
-# The auxiliary losses that each router can return.
-LOSSES = {
-    "token_choice": ("balance", "router_z"),
-    "expert_choice": ("router_z",),
-    "diffmoe": ("capacity", "router_z"),
-    "promoe_tc": ("contrast",),
-    "promoe_ec": ("contrast",),
-    "dense": (),
-}
+from moe_diffusion.ranges import LOSSES, check_ranges, require
 
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError at the first value or combination that cannot work on any machine."""
-    _check_ranges(config)
+    check_ranges(config)
     _check_transformer(config.model)
     _check_family(config)
     if config.model.router.name != "dense":
@@ -105,7 +28,7 @@ def validate(config: ConfigDict) -> None:
                 _check_capacity(config.model, samples=1)
             elif config.model.router.scope == "batch":
                 _check_capacity(config.model, samples=_micro_batch(config))
-    _require(
+    require(
         config.diffusion.path == "flow" or not config.model.reverse_time,
         "model.reverse_time turns the time of a flow; diffusion.path = ddpm counts its steps from "
         "the data anyway: set model.reverse_time=false",
@@ -118,7 +41,7 @@ def validate(config: ConfigDict) -> None:
 def validate_devices(config: ConfigDict, num_devices: int) -> None:
     """Raises a UserError unless a micro-batch splits evenly over the devices of all processes."""
     images = _micro_batch(config)
-    _require(
+    require(
         images % num_devices == 0,
         f"data.batch_size / optim.accumulate = {images} images cannot be split evenly over "
         f"{num_devices} devices: make it a multiple of {num_devices}",
@@ -128,26 +51,21 @@ def validate_devices(config: ConfigDict, num_devices: int) -> None:
         _check_capacity(config.model, images // num_devices)
     if parallel.preset == "fsdp_ep":
         sharing, experts = parallel.expert or num_devices, config.model.moe.num_experts
-        _require(
+        require(
             num_devices % sharing == 0,
             f"parallel.expert = {sharing} does not divide the {num_devices} devices: choose a "
             "divisor, or 0 for all",
         )
-        _require(
+        require(
             experts % sharing == 0,
             f"model.moe.num_experts = {experts} cannot be split evenly over {sharing} devices: set "
             "parallel.expert to a divisor of both",
         )
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def _micro_batch(config: ConfigDict) -> int:
     batch, parts = config.data.batch_size, config.optim.accumulate
-    _require(
+    require(
         batch % parts == 0,
         f"data.batch_size = {batch} cannot be split into optim.accumulate = {parts} micro-batches: "
         "make it a multiple",
@@ -155,34 +73,18 @@ def _micro_batch(config: ConfigDict) -> int:
     return batch // parts
 
 
-def _check_ranges(config: ConfigDict) -> None:
-    """Every value on its own."""
-    for key, allowed in _CHOICES.items():
-        value = attrgetter(key)(config)
-        _require(value in allowed, f"{key} = {value!r} is unknown; choose {' | '.join(allowed)}")
-    for keys, condition, wanted in (
-        (_POSITIVE, lambda value: value > 0, "positive"),
-        (_NOT_NEGATIVE, lambda value: value >= 0, "zero or positive"),
-        (_FRACTION, lambda value: 0 <= value < 1, "at least 0 and below 1"),
-        (_SHARE, lambda value: 0 <= value <= 1, "between 0 and 1"),
-    ):
-        for key in keys:
-            value = attrgetter(key)(config)
-            _require(condition(value), f"{key} = {value} must be {wanted}")
-
-
 def _check_transformer(model: ConfigDict) -> None:
-    _require(
+    require(
         model.image_size % model.patch_size == 0,
         f"model.patch_size = {model.patch_size} does not divide model.image_size = "
         f"{model.image_size}: choose a divisor",
     )
-    _require(
+    require(
         model.hidden_size % model.num_heads == 0,
         f"model.num_heads = {model.num_heads} does not divide model.hidden_size = "
         f"{model.hidden_size}: choose a divisor",
     )
-    _require(
+    require(
         model.num_kv_heads == 0 or model.num_heads % model.num_kv_heads == 0,
         f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = "
         f"{model.num_heads}: choose a divisor, or 0 for as many",
@@ -195,7 +97,7 @@ def _check_transformer(model: ConfigDict) -> None:
         ("rope2d", "model.hidden_size / model.num_heads", head_size, 4),
         ("rope2d_pairs", "model.hidden_size / model.num_heads", head_size, 4),
     ):
-        _require(
+        require(
             model.positions != positions or size % step == 0,
             f"model.positions = {positions} needs {name} = {size} to be a multiple of {step}: "
             "change the width, the heads or the positions",
@@ -206,26 +108,26 @@ def _check_family(config: ConfigDict) -> None:
     """What only one of the families can do."""
     model = config.model
     if model.family == "dit":
-        _require(
+        require(
             model.dropout == 0,
             f"model.dropout = {model.dropout} is of model.family = jit: set it to 0",
         )
         return
-    _require(
+    require(
         model.hidden_size % 4 == 0,
         f"model.family = jit adds a sin-cos table, which needs model.hidden_size = "
         f"{model.hidden_size} to be a multiple of 4: change the width",
     )
-    _require(
+    require(
         model.in_context_tokens == 0 or model.in_context_start < model.depth,
         f"model.in_context_start = {model.in_context_start} is beyond the last of model.depth = "
         f"{model.depth} blocks: start earlier, or set model.in_context_tokens=0",
     )
-    _require(
+    require(
         not model.reverse_time,
         "model.reverse_time is of model.family = dit: set it to false",
     )
-    _require(
+    require(
         model.dropout == 0 or config.diffusion.path == "flow",
         f"model.dropout = {model.dropout} is not drawn by diffusion.path = ddpm: set it to 0, or "
         "diffusion.path=flow",
@@ -235,13 +137,13 @@ def _check_family(config: ConfigDict) -> None:
 def _check_moe(model: ConfigDict) -> None:
     moe = model.moe
     blocks = range(moe.skip_first, model.depth)
-    _require(
+    require(
         any(not moe.interleave or block % 2 for block in blocks),
         f"model.depth = {model.depth}, model.moe.skip_first = {moe.skip_first} and "
         f"model.moe.interleave = {moe.interleave} leave no MoE block: add blocks, skip fewer, or "
         "set model.router.name=dense",
     )
-    _require(
+    require(
         not (moe.residual_input and moe.shared_hidden_size),
         f"model.moe.residual_input stands in for a shared expert, but model.moe.shared_hidden_size "
         f"= {moe.shared_hidden_size}: set one of them to false or 0",
@@ -250,31 +152,31 @@ def _check_moe(model: ConfigDict) -> None:
 
 def _check_token_choice(model: ConfigDict) -> None:
     router, experts = model.router, model.moe.num_experts
-    _require(
+    require(
         router.top_k <= experts,
         f"model.router.top_k = {router.top_k} exceeds model.moe.num_experts = {experts}: lower it",
     )
-    _require(
+    require(
         experts % router.n_group == 0,
         f"model.router.n_group = {router.n_group} does not divide model.moe.num_experts = "
         f"{experts}: choose a divisor",
     )
-    _require(
+    require(
         router.topk_group <= router.n_group,
         f"model.router.topk_group = {router.topk_group} exceeds model.router.n_group = "
         f"{router.n_group}: lower it",
     )
-    _require(
+    require(
         router.n_group == 1 or experts // router.n_group >= 2,
         f"model.router.n_group = {router.n_group} leaves one expert to a group, but a group is "
         "rated by its two best: use fewer groups",
     )
-    _require(
+    require(
         router.scores != "identity",
         "model.router.scores = identity is for model.router.name = promoe_tc or promoe_ec; choose "
         "softmax or sigmoid",
     )
-    _require(
+    require(
         router.bias_update_rate == 0 or router.selection_bias,
         f"model.router.bias_update_rate = {router.bias_update_rate} has no bias to move: set "
         "model.router.selection_bias=true, or the rate to 0",
@@ -284,7 +186,7 @@ def _check_token_choice(model: ConfigDict) -> None:
 def _check_promoe(model: ConfigDict) -> None:
     router, experts = model.router, model.moe.num_experts
     name = "top_k" if router.name == "promoe_tc" else "capacity"
-    _require(
+    require(
         router[name] <= experts - router.null_expert,
         f"model.router.{name} = {router[name]} exceeds the experts of labelled samples, "
         f"model.moe.num_experts = {experts} less model.router.null_expert = "
@@ -294,17 +196,17 @@ def _check_promoe(model: ConfigDict) -> None:
 
 def _check_expert_choice(model: ConfigDict) -> None:
     router, experts = model.router, model.moe.num_experts
-    _require(
+    require(
         router.capacity <= experts,
         f"model.router.capacity = {router.capacity} exceeds model.moe.num_experts = {experts}: "
         "an expert cannot take more tokens than there are, lower it",
     )
-    _require(
+    require(
         router.name != "diffmoe" or router.max_capacity == 0 or router.max_capacity >= 1,
         f"model.router.max_capacity = {router.max_capacity} would drop tokens even at the average "
         "load: use at least 1, or 0 for no bound",
     )
-    _require(
+    require(
         router.threshold == "dynamic" or _is_fraction(router.threshold),
         f"model.router.threshold = {router.threshold!r} must be dynamic or a number at least 0 and "
         "below 1, like 0.4",
@@ -322,7 +224,7 @@ def _check_capacity(model: ConfigDict, samples: int) -> None:
     """An expert takes int(tokens / experts * capacity) tokens of `samples` samples: at least 1."""
     router, experts = model.router, model.moe.num_experts
     tokens = samples * (model.image_size // model.patch_size) ** 2
-    _require(
+    require(
         int(tokens / experts * router.capacity) >= 1,
         f"model.router.capacity = {router.capacity} gives each of model.moe.num_experts = "
         f"{experts} less than one of the {tokens} tokens in model.router.scope = {router.scope}: "
@@ -333,49 +235,49 @@ def _check_capacity(model: ConfigDict, samples: int) -> None:
 def _check_loss_weights(config: ConfigDict) -> None:
     router = config.model.router.name
     for name, weight in config.loss_weights.items():
-        _require(
+        require(
             name in LOSSES[router],
             f"loss_weights.{name} is no loss of model.router.name = {router}, which has "
             f"{' and '.join(LOSSES[router]) or 'none'}: remove it, or clear all: loss_weights={{}}",
         )
-        _require(weight >= 0, f"loss_weights.{name} = {weight} must be zero or positive")
+        require(weight >= 0, f"loss_weights.{name} = {weight} must be zero or positive")
 
 
 def _check_diffusion(config: ConfigDict) -> None:
     """The samplers fit the path, and their keys fit them."""
     path, sampling = config.diffusion.path, config.sampling
     interval, discrete = sampling.cfg_interval, sampling.sampler in ("ddpm", "ddim")
-    _require(
+    require(
         discrete == (path == "ddpm"),
         f"sampling.sampler = {sampling.sampler} does not fit diffusion.path = {path}: choose "
         + ("ddpm | ddim" if path == "ddpm" else "heun | euler | dopri5 | sde | sde_heun"),
     )
-    _require(
+    require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
         f"sampling.cfg_interval = {interval} must be two times, 0 <= start < end <= 1",
     )
     if path == "ddpm":
-        _require(
+        require(
             config.model.learn_sigma,
             "diffusion.path = ddpm trains a variance: set model.learn_sigma=true",
         )
         for key, needed in (("prediction", "velocity"), ("noise_scale", 1.0)):
-            _require(
+            require(
                 config.diffusion[key] == needed,
                 f"diffusion.{key} = {config.diffusion[key]} is for diffusion.path = flow: set it "
                 f"to {needed}",
             )
-        _require(
+        require(
             tuple(interval) == (0, 1),
             f"sampling.cfg_interval = {interval} is for diffusion.path = flow: set it to (0, 1)",
         )
-    _require(
+    require(
         sampling.sampler not in ("sde", "sde_heun") or sampling.steps >= 2,
         f"sampling.steps = {sampling.steps} is too few for sampling.sampler = {sampling.sampler}, "
         "whose last step is one without noise: take at least 2",
     )
     for key in ("respacing", "clip"):
-        _require(
+        require(
             discrete or not sampling[key],
             f"sampling.{key} = {sampling[key]} is for diffusion.path = ddpm: leave it out",
         )
@@ -384,16 +286,16 @@ def _check_diffusion(config: ConfigDict) -> None:
 def _check_training(config: ConfigDict) -> None:
     _micro_batch(config)
     decays = config.ema.decays
-    _require(
+    require(
         all(0 < decay < 1 for decay in decays) and len(set(decays)) == len(decays),
         f"ema.decays = {decays} must be different numbers above 0 and below 1",
     )
-    _require(
+    require(
         config.train.eval_samples != 1,
         "train.eval_samples = 1 has no covariance: take some hundreds, or 0 for none",
     )
     optim, steps = config.optim, config.train.num_steps
-    _require(
+    require(
         optim.schedule == "constant" or optim.warmup_steps < steps,
         f"optim.warmup_steps = {optim.warmup_steps} leaves nothing of train.num_steps = {steps} to "
         "optim.schedule = cosine: lower the warm-up or train longer",

@@ -10,21 +10,21 @@ from moe_diffusion.moe.layer import SCOPES
 from moe_diffusion.moe.routers import INITIALIZERS, ROUTERS
 from moe_diffusion.moe.transport import TRANSPORTS
 from moe_diffusion.parallel.rules import PRESETS
-from moe_diffusion.validation import _CHOICES, LOSSES
+from moe_diffusion.ranges import CHOICES, LOSSES
 
 
 def test_choices_are_those_of_the_code():
-    assert _CHOICES["model.mlp"] == _CHOICES["model.moe.mlp"] == mlp.KINDS
-    assert _CHOICES["model.positions"] == ("sincos", *ROPES)
-    assert set(_CHOICES["model.remat"]) == {"none", *REMAT}
-    assert set(_CHOICES["model.moe.backend"]) == {"auto", *BACKENDS}
-    assert set(_CHOICES["model.moe.transport"]) == {"auto", *TRANSPORTS}
-    assert set(_CHOICES["parallel.preset"]) == set(PRESETS)
-    assert set(_CHOICES["model.router.name"]) == {"dense", *ROUTERS}
-    assert set(_CHOICES["model.router.kernel_init"]) == set(INITIALIZERS)
-    assert _CHOICES["model.router.scope"] == SCOPES
-    assert _CHOICES["data.augment"] == AUGMENTATIONS
-    assert _CHOICES["sampling.sde_diffusion"] == tuple(sde.DIFFUSIONS)
+    assert CHOICES["model.mlp"] == CHOICES["model.moe.mlp"] == mlp.KINDS
+    assert CHOICES["model.positions"] == ("sincos", *ROPES)
+    assert set(CHOICES["model.remat"]) == {"none", *REMAT}
+    assert set(CHOICES["model.moe.backend"]) == {"auto", *BACKENDS}
+    assert set(CHOICES["model.moe.transport"]) == {"auto", *TRANSPORTS}
+    assert set(CHOICES["parallel.preset"]) == set(PRESETS)
+    assert set(CHOICES["model.router.name"]) == {"dense", *ROUTERS}
+    assert set(CHOICES["model.router.kernel_init"]) == set(INITIALIZERS)
+    assert CHOICES["model.router.scope"] == SCOPES
+    assert CHOICES["data.augment"] == AUGMENTATIONS
+    assert CHOICES["sampling.sde_diffusion"] == tuple(sde.DIFFUSIONS)
 
 
 def test_losses_are_those_of_the_routers():

@@ -27,7 +27,7 @@ from moe_diffusion.training.state import TrainState
 from tests import cli
 
 GOLDEN = cli.ROOT / "tests" / "goldens" / "dsmoe_rope2d"
-OTHER = cli.ROOT / "tests" / "goldens" / "tcdit"
+OTHER = cli.ROOT / "tests" / "goldens" / "tcdit_shared"
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +253,7 @@ def test_another_family(capfd, golden):
     message = refused(capfd, golden)
     assert "unknown hyperparameter 'n_shared_experts' in MoE_config" in message
     assert f"{hint}: " in message and "missing: blocks.{i}.attn.k_proj.bias, " in message
-    assert re.search(r"unexpected: blocks.1.mlp.experts.0.fc1.bias, .* more\)$", message)
+    assert re.search(r"unexpected: blocks.1.mlp.experts.0.down_proj.weight, .* more\)$", message)
     assert "unknown family 'vit'; choose one of dit, " in refused(capfd, golden, family="vit")
 
 
@@ -307,8 +307,8 @@ def test_likely_families():
         ("dsmoe_gqa", ["dsmoe"]),
         ("dit", ["dit", "sit"]),
         ("tcdit_shared", ["tcdit"]),
-        ("ecdit", ["ecdit"]),
-        ("diffmoe", ["diffmoe"]),
+        ("ecdit_shared", ["ecdit"]),
+        ("diffmoe_shared", ["diffmoe"]),
         ("dit_moe", ["dit_moe"]),
         ("promoe_ec", ["promoe_tc", "promoe_ec"]),
         ("jit_dense", ["jit"]),

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.config import default
 from moe_diffusion.errors import UserError
-from moe_diffusion.validation import _CHOICES, validate, validate_devices
+from moe_diffusion.ranges import CHOICES
+from moe_diffusion.validation import validate, validate_devices
 
 
 def raises(message: str):
@@ -139,7 +140,7 @@ def test_possible_combinations(changes):
     validate(changed(changes))
 
 
-@pytest.mark.parametrize("key", sorted(_CHOICES))
+@pytest.mark.parametrize("key", sorted(CHOICES))
 def test_unknown_choices(key):
     with raises(f"{key} = 'nonsense' is unknown; choose "):
         validate(changed({key: "nonsense"}))

@@ -35,7 +35,15 @@ from moe_diffusion.kernels.ragged import ragged_dot
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tpu import tpu, tpu_capacity
 from moe_diffusion.moe.routing import Routing, first_come, slots_of
-from moe_diffusion.moe.transport import AXIS, Local, choose, restrict, send
+from moe_diffusion.moe.transport import (
+    AXIS,
+    Local,
+    choose,
+    gather_weights,
+    restrict,
+    send,
+    weight_specs,
+)
 from moe_diffusion.parallel.mesh import (
     batch_axes,
     num_batch_shards,
@@ -91,12 +99,18 @@ def dispatch(
     if x.shape[0] % shards:
         return _over_slots(local, x, routing, params)
     how = transport or _choose_transport(x, routing, params)
-    by_group, by_expert = PartitionSpec(batch_axes()), PartitionSpec(AXIS)
-    if how != "none":
-        local = partial(send, how, local, kind=kind, capacity_factor=capacity_factor)
+    specs = weight_specs(params)
+
+    def on_a_device(x, routing, params):
+        params = gather_weights(params, specs, experts=how == "none")
+        if how == "none":
+            return local(x, routing, params)
+        return send(how, local, x, routing, params, kind=kind, capacity_factor=capacity_factor)
+
+    by_group = PartitionSpec(batch_axes())
     return jax.shard_map(
-        local,
-        in_specs=(by_group, by_group, PartitionSpec() if how == "none" else by_expert),
+        on_a_device,
+        in_specs=(by_group, by_group, specs),
         out_specs=by_group,
         check_vma=False,
     )(x, routing, params)
@@ -118,13 +132,16 @@ def _choose_transport(x: jax.Array, routing: Routing, params: Params) -> str:
 def _over_slots(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:
     """One group over all devices: each takes some experts, and of their slots some."""
     slots, shards, tokens = routing.slots_per_expert, num_batch_shards(), x.shape[1]
-    if slots is None or x.shape[0] > 1 or tokens % shards:
+    uneven = tokens % shards or params["up"].shape[0] % num_expert_shards()
+    if slots is None or x.shape[0] > 1 or uneven:
         return local(x, routing, params)
     axes, num_experts = batch_axes(), params["up"].shape[0]
     others = tuple(axis for axis in axes if axis != AXIS)
     share = -(-slots // (shards // num_expert_shards()))
+    specs = weight_specs(params)
 
     def serve(x, routing, params):
+        params = gather_weights(params, specs, experts=False)
         count = params["up"].shape[0]
         mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
         spare = share * (shards // num_expert_shards()) - slots
@@ -148,7 +165,7 @@ def _over_slots(local: Local, x: jax.Array, routing: Routing, params: Params) ->
     by_token = PartitionSpec(None, axes)
     return jax.shard_map(
         serve,
-        in_specs=(by_token, PartitionSpec(), PartitionSpec(AXIS)),
+        in_specs=(by_token, PartitionSpec(), specs),
         out_specs=by_token,
         check_vma=False,
     )(x, routing, params)

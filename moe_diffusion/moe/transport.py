@@ -24,6 +24,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.mlp import Params
@@ -31,7 +32,8 @@ from moe_diffusion.kernels.rows import combine, gather, plan_rows
 from moe_diffusion.moe.routing import Routing, first_come
 
 TRANSPORTS = ("none", "gather", "a2a_capacity", "ragged_a2a")
-AXIS = "expert"
+AXIS, FSDP = "expert", "fsdp"
+EMBED_AXIS = {"up": 1, "gate": 1, "down": 2}  # where a weight [E, ., .] has the model's width
 RAGGED_BOUND = 2.0  # rows that `ragged_a2a` has room for / a device's average load
 
 # (x [G, T, D], routing of the local experts, their params) -> [G, T, D]
@@ -58,6 +60,37 @@ def choose(
     if fixed_slots:  # C slots for each expert: as many rows as assignments
         elements["a2a_capacity"] = 2 * assignments
     return min(elements, key=elements.get)
+
+
+def weight_specs(params: Params) -> dict[str, PartitionSpec]:
+    """How the experts' weights lie on the mesh (parallel/rules.py), as specs of a shard_map.
+
+    They enter as they lie and are gathered inside (`gather_weights`): the gradient of a gather is
+    a reduce-scatter, where XLA would sum the gradients of whole weights on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    num_experts, width, _ = params["up"].shape
+    experts = AXIS if num_experts % mesh.shape[AXIS] == 0 else None
+    embed = FSDP if width % mesh.shape[FSDP] == 0 else None
+    specs = {}
+    for name, value in params.items():
+        axes = [experts] + [None] * (value.ndim - 1)
+        if name in EMBED_AXIS:
+            axes[EMBED_AXIS[name]] = embed
+        specs[name] = PartitionSpec(*axes)
+    return specs
+
+
+def gather_weights(params: Params, specs: dict[str, PartitionSpec], *, experts: bool) -> Params:
+    """The weights of this device's experts, whole; with `experts` those of all experts."""
+
+    def gather_one(value, spec):
+        for dimension, axis in enumerate(spec):
+            if axis == FSDP or (axis == AXIS and experts):
+                value = lax.all_gather(value, axis, axis=dimension, tiled=True)
+        return value
+
+    return {name: gather_one(value, specs[name]) for name, value in params.items()}
 
 
 def send(

@@ -91,9 +91,8 @@ def train(
         jax.eval_shape(train_step, state, batch, key)  # a wrong loss fails here, nothing written
         writer = _open_workdir(config, workdir, start)
         stack.callback(writer.close)
-        progress.write(
-            f"{'resuming after' if start else 'starting at'} step {start} of {num_steps}"
-        )
+        verb = "resuming after" if start else "starting at"
+        progress.write(f"{verb} step {start} of {num_steps}")
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
             state, metrics = train_step(state, batch, key)
@@ -105,10 +104,7 @@ def train(
                     checkpoints.save(step, state, iterator.get_state())
             if stopping:
                 checkpoints.wait()
-                progress.write(
-                    f"stopped by {stop.name} after step {step} of {num_steps}, which is saved; "
-                    "run the same command again to resume"
-                )
+                progress.write(stop.farewell(step, num_steps))
                 break
             if config.train.sample_every and step % config.train.sample_every == 0:
                 monitor.finish()
@@ -116,8 +112,7 @@ def train(
                     for hook in hooks:
                         _write_outputs(writer, step, hook(step, state) or {})
             if step < num_steps:
-                # Not before the checkpoint, which keeps the iterator where batch step + 1 begins.
-                # The device is still busy with this step.
+                # After the checkpoint, which keeps the iterator where batch step + 1 begins.
                 batch = place(next(iterator))
         return state
 
@@ -202,6 +197,13 @@ class StopSignal:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received
+
+    def farewell(self, step: int, num_steps: int) -> str:
+        """What to tell the user once the state of `step` is saved."""
+        return (
+            f"stopped by {self.name} after step {step} of {num_steps}, which is saved; "
+            "run the same command again to resume"
+        )
 
 
 def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
