@@ -94,7 +94,7 @@ def test_help_shows_how_to_start_and_resume():
 @pytest.mark.parametrize(
     "router, preset",
     [
-        ("token_choice", "fsdp"),
+        pytest.param("token_choice", "fsdp", marks=pytest.mark.slow),
         ("diffmoe", "zero1"),
         ("token_choice", "fsdp_ep"),
         pytest.param("diffmoe", "fsdp_ep", marks=pytest.mark.slow),

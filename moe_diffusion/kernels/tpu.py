@@ -120,6 +120,7 @@ class TPUKernels:
             compiler_params=grid.compiler_params(),
             cost_estimate=grid.cost(x.dtype, len(names) + 1, num_hidden=len(saved)),
             interpret=self.interpret,
+            name="moe_forward",
         )(plan.expert, plan.used, *rows, grid.row_values(weight), *weights)
         return out[0], tuple(out[1:])
 
@@ -161,6 +162,7 @@ class TPUKernels:
             compiler_params=grid.compiler_params(),
             cost_estimate=grid.cost(d_out.dtype, len(names) + 1, num_hidden=2 * len(names) + 1),
             interpret=self.interpret,
+            name="moe_backward",
         )(plan.expert, plan.used, d_out, grid.row_values(weight), *hidden, *weights)
         return d_rows, d_weight.reshape(-1), inner, tuple(d_hidden)
 
@@ -196,6 +198,7 @@ class TPUKernels:
                 transcendentals=0,
             ),
             interpret=self.interpret,
+            name="moe_outer",
         )(plan.expert, plan.used, left, right)
 
 

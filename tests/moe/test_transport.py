@@ -15,6 +15,7 @@ from moe_diffusion.moe.dispatch import dispatch, dropped_share
 from moe_diffusion.moe.routers import ROUTERS
 from moe_diffusion.moe.routing import by_expert, by_token, top_experts, top_tokens
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.planning.topologies import describe
 
 D, H, E, T, G = 8, 12, 8, 16, 8
 QUICK = {"xla_backend_optimization_level": 0}
@@ -160,3 +161,29 @@ def test_the_pool_of_all_devices_orders_equal_scores_by_token():
         found = jax.jit(lambda s: top_tokens(s, 40))(scores)
     np.testing.assert_array_equal(found[0], weight)
     np.testing.assert_array_equal(found[1], token)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("how", ["none", "gather", "a2a_capacity", "ragged_a2a"])
+def test_transports_compile_for_tpus(how):
+    """Forward and backward; the only test of `ragged_a2a`: XLA:CPU has no such collective."""
+    devices = make_mesh(ConfigDict({"preset": "fsdp_ep", "expert": 4}), describe("v5e:2x4").devices)
+    routed, params = routing("token choice"), weights()
+    spec = jax.NamedSharding(devices, jax.P(("data", "fsdp", "expert")))
+    shapes = [jax.ShapeDtypeStruct((G, T, 128), "bfloat16", sharding=spec)]
+    shapes += [jax.ShapeDtypeStruct(routed.weight.shape, "float32", sharding=spec)]
+    whole = jax.NamedSharding(devices, jax.P())
+    wide = {name: (E, 128, 256) if name != "down" else (E, 256, 128) for name in params}
+    shapes += [{n: jax.ShapeDtypeStruct(s, "float32", sharding=whole) for n, s in wide.items()}]
+
+    def gradients(x, weight, params):
+        def layer(x, weight, params):
+            return dispatch(x, routed.replace(weight=weight), params, kind="swiglu", transport=how)
+
+        y, pull = jax.vjp(layer, x, weight, params)
+        return y, pull(y)
+
+    with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
+        text = jax.jit(gradients).lower(*shapes).compile().as_text()
+    assert ("ragged-all-to-all" in text) == (how == "ragged_a2a")
+    assert "tpu_custom_call" in text or how == "a2a_capacity"

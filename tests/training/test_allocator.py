@@ -12,8 +12,8 @@ from moe_diffusion.training.allocator import keep_freed_memory
 import jax, jax.numpy as jnp
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-f = jax.jit(lambda x: jnp.sort(x + 1).sum())
-x = jnp.zeros(4_000_000)
+f = jax.jit(lambda x: (x.reshape(-1, 100) @ jnp.ones((100, 100))).max(0).sum())
+x = jnp.zeros(10_000_000)
 for _ in range(5):
     f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(choice):
-    """Pages that ten steps with 16 MB of temporaries fault in."""
+    """Pages that ten steps with 40 MB of temporaries fault in."""
     command = [sys.executable, "-c", PROGRAM, choice]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
