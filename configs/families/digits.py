@@ -39,8 +39,8 @@ def digits(router: str, size: str) -> ConfigDict:
     config.optim.learning_rate = 1e-3
     config.optim.schedule, config.optim.warmup_steps = "cosine", 100
     config.ema.decays, config.ema.warmup = (0.999,), True
-    config.train.num_steps = 1500
-    config.train.sample_every, config.train.eval_samples = 500, 250
+    config.train.num_steps = 1300
+    config.train.sample_every, config.train.eval_samples = 500, 100
     config.checkpoint.every = 500
     config.sampling.steps = 25
     return config
