@@ -17,8 +17,7 @@ from tqdm import tqdm
 from moe_diffusion.benchmarks.timing import medians
 from moe_diffusion.kernels import tuning
 from moe_diffusion.kernels.gpu import GPUKernels
-from moe_diffusion.kernels.grouped import grouped
-from moe_diffusion.kernels.tiles import plan_tiles
+from moe_diffusion.kernels.grouped import sorted_by_expert
 from moe_diffusion.kernels.tpu import TPUKernels
 from moe_diffusion.parallel.mesh import platform
 
@@ -88,11 +87,11 @@ def _call(sizes: Iterable[int], params: dict[str, jax.Array], tokens: int, top_k
 
     @jax.jit
     def run(x, weight, params):
-        plan = plan_tiles(
-            token, expert, num_tokens=tokens, num_experts=num_experts, slots_per_token=top_k,
-            tile=tile,
-        )  # fmt: skip
-        y, pull = jax.vjp(lambda *args: grouped(kernels, "swiglu", *args, plan), x, weight, params)
+        def layer(x, weight, params):
+            arrays = (x, token, expert, weight)
+            return sorted_by_expert(kernels, tile, *arrays, params, "swiglu", top_k)
+
+        y, pull = jax.vjp(layer, x, weight, params)
         return y, pull(y)
 
     return partial(run, x, weight, params)

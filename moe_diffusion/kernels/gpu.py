@@ -29,9 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.grouped import grouped
+from moe_diffusion.kernels.grouped import sorted_by_expert
 from moe_diffusion.kernels.mlp import Params
-from moe_diffusion.kernels.tiles import plan_tiles
 from moe_diffusion.kernels.tuning import GPUBlocks, gpu_blocks
 
 
@@ -46,17 +45,10 @@ def gpu(
     slots_per_token: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped."""
+    """Token choice, see `grouped.sorted_by_expert`."""
     blocks = gpu_blocks(params, token.shape[0])
-    plan = plan_tiles(
-        token,
-        expert,
-        num_tokens=x.shape[0],
-        num_experts=params["up"].shape[0],
-        slots_per_token=slots_per_token,
-        tile=blocks.rows,
-    )
-    return grouped(GPUKernels(blocks, interpret), kind, x, weight, params, plan)
+    kernels, arrays = GPUKernels(blocks, interpret), (x, token, expert, weight)
+    return sorted_by_expert(kernels, blocks.rows, *arrays, params, kind, slots_per_token)
 
 
 class GPUKernels:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import _combine, no_gradient
-from moe_diffusion.kernels.tiles import TilePlan
+from moe_diffusion.kernels.tiles import TilePlan, plan_tiles
 
 Hidden = tuple[jax.Array, ...]
 
@@ -55,6 +55,29 @@ class Kernels(Protocol):
 
         gather "left" or "right": that one is an array [T, ...] whose rows the plan's tokens name.
         """
+
+
+def sorted_by_expert(
+    kernels: Kernels,
+    tile: int,
+    x: jax.Array,
+    token: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    slots_per_token: int | None,
+) -> jax.Array:
+    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped."""
+    plan = plan_tiles(
+        token,
+        expert,
+        num_tokens=x.shape[0],
+        num_experts=params["up"].shape[0],
+        slots_per_token=slots_per_token,
+        tile=tile,
+    )
+    return grouped(kernels, kind, x, weight, params, plan)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -10,10 +10,11 @@ Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, V = visits o
 weights (1 per expert if H is one block, else 1 per tile):
 
     forward    2 R D + n R H       + V (n + 1) D H     (inference: without n R H)
-    backward   2 R D + (3 n + 1) R H / n + V (n + 1) D H
+    backward   2 R D + (2 n + 1) R H + V (n + 1) D H
     outer      R (I + O) for each block of the other's width, E I O out
 
-The rows are gathered by XLA, which fuses nothing into a kernel: R D more to write and read.
+The rows are gathered by XLA, which fuses nothing into a kernel: R D more to write and read. As an
+option the forward kernel fetches them itself (`TPUKernels(gather=True)`).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.grouped import grouped
+from moe_diffusion.kernels.grouped import grouped, sorted_by_expert
 from moe_diffusion.kernels.mlp import Params
-from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles, plan_tiles
+from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles
 from moe_diffusion.kernels.tpu_bodies import (
     LANES,
     backward_kernel,
@@ -51,17 +52,10 @@ def tpu(
     slots_per_token: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped."""
+    """Token choice, see `grouped.sorted_by_expert`."""
     sizes = tpu_tiles(params, token.shape[0])
-    plan = plan_tiles(
-        token,
-        expert,
-        num_tokens=x.shape[0],
-        num_experts=params["up"].shape[0],
-        slots_per_token=slots_per_token,
-        tile=sizes.rows,
-    )
-    return grouped(TPUKernels(sizes.hidden, interpret=interpret), kind, x, weight, params, plan)
+    kernels, arrays = TPUKernels(sizes.hidden, interpret=interpret), (x, token, expert, weight)
+    return sorted_by_expert(kernels, sizes.rows, *arrays, params, kind, slots_per_token)
 
 
 def tpu_capacity(

@@ -34,7 +34,7 @@ from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.ragged import ragged_dot
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tpu import tpu, tpu_capacity
-from moe_diffusion.moe.routing import Routing, first_come, slots_of
+from moe_diffusion.moe.routing import Routing, expert_slots, flatten, slots_of
 from moe_diffusion.moe.transport import (
     AXIS,
     Local,
@@ -173,27 +173,18 @@ def _over_slots(local: Local, x: jax.Array, routing: Routing, params: Params) ->
 
 def _dispatch(x, routing, params, *, kind, backend, capacity_factor):
     """All groups at once on one device: token ids become unique over the groups."""
-    groups, tokens, width = x.shape
-    offset = jnp.arange(groups, dtype=jnp.int32)[:, None] * tokens
-    token, expert, weight = routing.token + offset, routing.expert, routing.weight
+    tokens, width = x.shape[1:]
     num_experts = params["up"].shape[0]
-    flat = x.reshape(groups * tokens, width)
+    flat = x.reshape(-1, width)
     on_cpu = platform() == "cpu"  # there Pallas kernels are interpreted: slow, for tests
     if backend == "capacity" or (backend == "tpu" and routing.slots_per_expert):
-        token = jnp.where(expert < num_experts, token, groups * tokens)
-        if routing.slots_per_expert:
-            slots = (groups, num_experts, routing.slots_per_expert)
-            token, weight = (
-                a.reshape(slots).swapaxes(0, 1).reshape(num_experts, -1) for a in (token, weight)
-            )
-        else:
-            token, weight = first_come(token, expert, weight, num_experts, capacity_factor)
+        slots = expert_slots(routing, tokens, num_experts, capacity_factor)
         if backend == "tpu":
-            y = tpu_capacity(flat, token, weight, params, kind, interpret=on_cpu)
+            y = tpu_capacity(flat, *slots, params, kind, interpret=on_cpu)
         else:
-            y = capacity(flat, token, weight, params, kind)
+            y = capacity(flat, *slots, params, kind)
         return y.reshape(x.shape)
-    assignments = [a.reshape(-1) for a in (token, expert, weight)]
+    assignments = flatten(routing, tokens)
     if backend == "blocked":
         y = blocked_dispatch(flat, *assignments, params, kind, routing.slots_per_token)
     elif backend in ("tpu", "gpu"):

@@ -130,6 +130,29 @@ def dense_gates(routing: Routing, num_tokens: int, num_experts: int) -> jax.Arra
     return gates.at[groups, routing.token, routing.expert].add(routing.weight)[..., :-1]
 
 
+def flatten(routing: Routing, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """token, expert, weight [G N] of all groups as one; token ids count through all groups."""
+    offset = jnp.arange(routing.token.shape[0], dtype=jnp.int32)[:, None] * tokens
+    return tuple(a.reshape(-1) for a in (routing.token + offset, routing.expert, routing.weight))
+
+
+def expert_slots(
+    routing: Routing, tokens: int, num_experts: int, factor: float
+) -> tuple[jax.Array, jax.Array]:
+    """All groups as slots of the experts: token i32[E, C], weight f32[E, C].
+
+    Token ids are those of `flatten`, past the last in an empty slot. A routing without fixed slots
+    fills them by `first_come` with `factor`.
+    """
+    token, expert, weight = flatten(routing, tokens)
+    if not routing.slots_per_expert:
+        return first_come(token, expert, weight, num_experts, factor)
+    groups = routing.token.shape[0]
+    token = jnp.where(expert < num_experts, token, groups * tokens)
+    slots = (groups, num_experts, routing.slots_per_expert)
+    return tuple(a.reshape(slots).swapaxes(0, 1).reshape(num_experts, -1) for a in (token, weight))
+
+
 def slots_of(num: int, num_experts: int, factor: float) -> int:
     """C = ceil(factor * N / E), the slots of an expert when `capacity` serves N assignments."""
     return min(num, -(-int(factor * num) // num_experts))

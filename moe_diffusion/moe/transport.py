@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
-from moe_diffusion.moe.routing import Routing, first_come
+from moe_diffusion.moe.routing import Routing, expert_slots, flatten
 
 TRANSPORTS = ("none", "gather", "a2a_capacity", "ragged_a2a")
 AXIS, FSDP = "expert", "fsdp"
@@ -109,19 +109,13 @@ def send(
     """
     if transport == "gather":
         return _gather(local, x, routing, params)
-    flat, assignments = _flatten(x, routing)
+    tokens, width = x.shape[1:]
+    flat = x.reshape(-1, width)
     if transport == "ragged_a2a":
-        y = _ragged(local, flat, *assignments, params)
+        y = _ragged(local, flat, *flatten(routing, tokens), params)
     else:
         num_experts = params["up"].shape[0] * lax.axis_size(AXIS)
-        if routing.slots_per_expert:
-            shape = (x.shape[0], num_experts, routing.slots_per_expert)
-            token, expert, weight = assignments
-            token = jnp.where(expert < num_experts, token, flat.shape[0])
-            slots = [a.reshape(shape).swapaxes(0, 1).reshape(num_experts, -1)
-                     for a in (token, weight)]  # fmt: skip
-        else:
-            slots = first_come(*assignments, num_experts, capacity_factor)
+        slots = expert_slots(routing, tokens, num_experts, capacity_factor)
         y = _all_to_all(flat, *slots, params, kind)
     return y.reshape(x.shape)
 
@@ -145,14 +139,6 @@ def restrict(routing: Routing, first: jax.Array, count: int, num_experts: int) -
         weight=jnp.where(mine, routing.weight, 0.0),
         slots_per_expert=slots,
     )
-
-
-def _flatten(x: jax.Array, routing: Routing) -> tuple[jax.Array, list[jax.Array]]:
-    """All groups as one: x[G T, D]; token ids unique over the groups, expert, weight [G N]."""
-    groups, tokens, width = x.shape
-    token = routing.token + jnp.arange(groups, dtype=jnp.int32)[:, None] * tokens
-    flat = [a.reshape(-1) for a in (token, routing.expert, routing.weight)]
-    return x.reshape(-1, width), flat
 
 
 def _gather(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:

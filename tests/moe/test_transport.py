@@ -63,7 +63,9 @@ def run(routing, **options):
 
 
 def assert_close(got, expected):
-    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
     jax.tree.map(compare, got, expected)
 
 
