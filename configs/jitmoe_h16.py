@@ -2,7 +2,7 @@
 
     python -m moe_diffusion.train --config configs/jitmoe_h16.py --workdir runs/jitmoe_h16
 
-In the authors' code, but without a published result; there, its experts have dropout too.
+In the authors' code, but without a published result. The only one with dropout in its experts, 0.2.
 """
 
 from __future__ import annotations

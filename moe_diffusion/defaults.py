@@ -27,13 +27,17 @@ DEFAULTS: dict[str, Any] = {
         "norm": "layernorm",  # layernorm (no parameters) | rmsnorm (learned scale)
         "qk_norm": False,
         "qk_norm_kind": "rmsnorm",  # rmsnorm (scale) | layernorm_affine (scale and bias)
+        "qk_norm_eps": 1e-6,
         "positions": "sincos",  # sincos | rope1d | rope2d | rope2d_pairs; jit: and sincos
         "num_classes": 1000,  # label num_classes is the null label of guidance
         "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
         "reverse_time": False,  # the network's own time is 1 - t, its velocity noise - data
         "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
-        "remat": "none",  # recompute in the backward pass: none | full | dots (all but matmuls)
+        # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
+        # but products with dense weights) | full
+        "remat": "none",
+        "attention": "auto",  # auto, or one of kernels/attention.py
         # jit only
         "bottleneck": 128,  # width between the pixels of a patch and its token
         "in_context_tokens": 32,  # class tokens before those of the image; 0 = none
@@ -50,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
             "residual_input": False,  # add the layer's input where a shared expert would stand
             "interleave": True,  # MoE in odd blocks only
             "skip_first": 0,  # the first n blocks stay dense
+            "dropout": 0.0,  # in training, of the hidden units of all experts
             "backend": "auto",  # of the dispatch: auto, or one of moe/dispatch.py
             "transport": "auto",  # to experts on other devices: auto, or one of moe/transport.py
             "capacity_factor": 1.25,  # token choice on backend "capacity": slots / average load

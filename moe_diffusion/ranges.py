@@ -17,7 +17,8 @@ CHOICES = {
     "model.qk_norm_kind": ("rmsnorm", "layernorm_affine"),
     "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
     "model.dtype": ("float32", "bfloat16", "auto"),
-    "model.remat": ("none", "full", "dots"),
+    "model.remat": ("none", "cheap", "dots", "full"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "model.moe.mlp": _MLPS,
     "model.moe.shared_mlp": _MLPS,
     "model.moe.backend": (
@@ -50,6 +51,7 @@ CHOICES = {
 _POSITIVE = (
     *(f"model.{k}" for k in ("image_size", "channels", "patch_size", "hidden_size", "depth")),
     *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale", "bottleneck")),
+    "model.qk_norm_eps",
     *(f"model.moe.{k}" for k in ("num_experts", "hidden_size", "capacity_factor")),
     *(f"model.router.{k}" for k in ("top_k", "scale", "n_group", "topk_group", "capacity")),
     "model.router.contrast_temperature",
@@ -70,7 +72,10 @@ _NOT_NEGATIVE = (
     *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),
 )
 
-_FRACTION = ("model.dropout", "optim.b1", "optim.b2", "model.router.threshold_decay")  # in [0, 1)
+_FRACTION = (  # in [0, 1)
+    *("model.dropout", "model.moe.dropout", "model.router.threshold_decay"),
+    *("optim.b1", "optim.b2"),
+)
 _SHARE = ("diffusion.label_dropout", "sampling.eta", "sampling.sde_last_step_size")  # in [0, 1]
 
 # The auxiliary losses that each router can return.

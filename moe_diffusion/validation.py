@@ -127,11 +127,6 @@ def _check_family(config: ConfigDict) -> None:
         not model.reverse_time,
         "model.reverse_time is of model.family = dit: set it to false",
     )
-    require(
-        model.dropout == 0 or config.diffusion.path == "flow",
-        f"model.dropout = {model.dropout} is not drawn by diffusion.path = ddpm: set it to 0, or "
-        "diffusion.path=flow",
-    )
 
 
 def _check_moe(model: ConfigDict) -> None:
@@ -147,6 +142,11 @@ def _check_moe(model: ConfigDict) -> None:
         not (moe.residual_input and moe.shared_hidden_size),
         f"model.moe.residual_input stands in for a shared expert, but model.moe.shared_hidden_size "
         f"= {moe.shared_hidden_size}: set one of them to false or 0",
+    )
+    require(
+        moe.dropout == 0 or moe.backend not in ("tpu", "gpu", "ragged_dot"),
+        f"model.moe.backend = {moe.backend} cannot do model.moe.dropout = {moe.dropout}: choose "
+        "auto, blocked or capacity, or set model.moe.dropout=0",
     )
 
 

@@ -213,7 +213,11 @@ def test_training_arguments_tell(tmp_path):
 def test_no_hyperparameters(capfd, golden):
     (golden / "config.json").unlink()
     message = refused(capfd, golden)
-    assert "nothing says the hyperparameters of" in message and "pass --hparams" in message
+    assert "there is no .yaml file beside" in message and "pass --hparams file.yaml" in message
+    # Shapes tell the rest; with rope there is no position table to tell the size of the image.
+    asked = "input_size, num_heads, MoE_config.num_experts_per_tok, MoE_config.n_group, "
+    asked += "MoE_config.topk_group, MoE_config.routed_scaling_factor into"
+    assert f"of family dsmoe: write rope_type, {asked}" in message
     for name in ("a.yaml", "b.yaml"):
         (golden / name).write_text("{}")
     assert "holds a.yaml, b.yaml: choose one with --hparams" in refused(capfd, golden)

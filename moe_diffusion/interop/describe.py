@@ -2,11 +2,12 @@
 
 Hyperparameters come from a file that the user names, else from one beside the weights, else from
 the arguments that the weight file itself remembers. The shapes of the tensors fill what these
-leave out; for DiT and SiT they are enough.
+leave out; for DiT and SiT they are enough, for the others they tell all but what no shape shows.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -42,13 +43,24 @@ def hyperparameters(
     from_args = family.from_args(weights.args) if weights.args else None
     if from_args is not None:
         return merge(told, from_args), f"the training arguments in {path.name}"
-    # The number of heads shapes no tensor: only a family with a table of its models fills it in.
-    if "num_heads" in told:
+    lacking = untold(family, told)
+    if not lacking:
         return told, f"the shapes in {path.name}, and the family's usual number of heads"
     raise UserError(
-        f"nothing says the hyperparameters of {path}: there is no .yaml file beside it and "
-        "its own content does not tell; pass --hparams file.yaml, or --config configs/x.py"
+        f"there is no .yaml file beside {path}, and shapes do not tell all hyperparameters of "
+        f"family {family.name}: write {', '.join(lacking)} into a file and pass --hparams "
+        "file.yaml, or pass --config configs/x.py"
     )
+
+
+def untold(family: Family, told: Mapping[str, Any]) -> list[str]:
+    """Names ("section.key") of what must be known of this family, and is not."""
+
+    def has(name: str) -> bool:
+        *sections, key = name.split(".")
+        return key in functools.reduce(lambda inner, name: inner.get(name, {}), sections, told)
+
+    return [name for name in family.asked if not has(name)]
 
 
 def read_hparams(path: Path) -> dict[str, Any]:

@@ -123,16 +123,33 @@ def _ema_decay(model: nn.Module) -> np.ndarray:
 
 TABLE = (Constant("pos_embed", _pos_embed),)
 _DECAY = (Constant("blocks.{i}.mlp.ema_decay", _ema_decay),)
-# How a checkpoint tells its hyperparameters.
-_DENSE = {"from_args": shapes.dense_from_args, "from_shapes": shapes.dense_from_shapes}
-_EXPERTS = {"from_shapes": shapes.moe_from_shapes}
+
+
+def _asked(*moe: str) -> tuple[str, ...]:
+    return (*shapes.TRUNK, *(f"MoE_config.{name}" for name in ("num_experts", *moe)))
+
+
+# How a checkpoint tells its hyperparameters, and which it must.
+_DENSE = {
+    "from_args": shapes.dense_from_args,
+    "from_shapes": shapes.dense_from_shapes,
+    "asked": shapes.TRUNK,
+}
+_EXPERTS = {"from_shapes": shapes.moe_from_shapes, "asked": _asked("capacity")}
+_DEEPSEEK = {
+    "from_shapes": shapes.dsmoe_from_shapes,
+    "asked": (
+        *("rope_type", *_asked("moe_intermediate_size", "num_experts_per_tok")),
+        *(f"MoE_config.{name}" for name in ("n_group", "topk_group", "routed_scaling_factor")),
+    ),
+}
 
 FAMILIES = {
     name: Family(name, rows, constants, partial(configure, name), **told)
     for name, rows, constants, told in (
         ("dit", TRUNK, TABLE, _DENSE),
         ("sit", TRUNK, TABLE, _DENSE),
-        ("dsmoe", TRUNK + _DSMOE, TABLE, {"from_shapes": shapes.dsmoe_from_shapes}),
+        ("dsmoe", TRUNK + _DSMOE, TABLE, _DEEPSEEK),
         ("tcdit", TRUNK + _TCDIT, TABLE, _EXPERTS),
         ("ecdit", TRUNK + _ECDIT, TABLE, _EXPERTS),
         ("diffmoe", TRUNK + _DIFFMOE, TABLE + _DECAY, _EXPERTS),

@@ -110,15 +110,10 @@ def _from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _from_shapes(tensors: shapes.Shapes) -> dict[str, Any]:
-    """As `trunk_from_shapes`, and the experts and the kind of attention."""
-    found = shapes.trunk_from_shapes(tensors)
-    found["use_flash_attn"] = "blocks.0.attn.Wqkv.weight" in tensors
-    gate = tensors.get("blocks.0.moe.gate.weight", ())
-    expert = tensors.get("blocks.0.moe.experts.0.up_proj.weight", ())
-    if len(gate) == len(expert) == 2:
-        found["num_experts"], found["mlp_ratio"] = gate[0], expert[0] / expert[1]
-    return found
+ASKED = (*shapes.TRUNK, "num_experts", "num_experts_per_tok", "rf")
 
-
-FAMILIES = {"dit_moe": Family("dit_moe", _ROWS, TABLE, configure, _from_args, _from_shapes)}
+FAMILIES = {
+    "dit_moe": Family(
+        "dit_moe", _ROWS, TABLE, configure, _from_args, shapes.dit_moe_from_shapes, ASKED
+    )
+}

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import mmap
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -22,6 +25,9 @@ from moe_diffusion.errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 INDEX = ".safetensors.index.json"
+# Of safetensors, with their names there.
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?"}
+DTYPES |= {f"{sign}{8 * size}": f"<{sign.lower()}{size}" for sign in "IU" for size in (1, 2, 4, 8)}
 # Names of state dicts in the authors' checkpoints, the one that they evaluate first.
 AVERAGES = ("ema", "ema_model_state_dict", "model_ema1", "model_ema", "ema_state_dict")
 LIVE = ("model", "model_state_dict", "state_dict", "module")
@@ -58,17 +64,36 @@ class _Lazy(Mapping):
 
 
 class SafetensorsFiles(_Lazy):
-    """One `.safetensors` file, or the shards of one state dict."""
+    """One `.safetensors` file, or the shards of one state dict, mapped: tensors are views."""
 
     def __init__(self, *paths: str | os.PathLike):
-        self._file = {}
+        self._place = {}
+        self.shapes = {}
         for path in paths:
-            opened = safetensors.safe_open(path, framework="numpy")
-            self._file.update(dict.fromkeys(opened.keys(), opened))
-        self.shapes = {k: tuple(f.get_slice(k).get_shape()) for k, f in self._file.items()}
+            with safetensors.safe_open(path, framework="numpy"):
+                pass  # it checks the header, and that the file is as long as it says
+            with open(path, "rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(start - 8))
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header.pop("__metadata__", None)
+            for key, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    known = ", ".join(DTYPES)
+                    raise UserError(f"{path}: {key} is {entry['dtype']}; readable are {known}")
+                self.shapes[key] = tuple(entry["shape"])
+                begin = start + entry["data_offsets"][0]
+                self._place[key] = mapped, begin, np.dtype(DTYPES[entry["dtype"]])
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self._file[key].get_tensor(key)
+        mapped, begin, dtype = self._place[key]
+        count = math.prod(self.shapes[key])
+        if not count:
+            return np.empty(self.shapes[key], dtype)
+        aligned = begin - begin % mmap.PAGESIZE
+        # The disk starts now, not when the first byte is looked at.
+        mapped.madvise(mmap.MADV_WILLNEED, aligned, begin + count * dtype.itemsize - aligned)
+        return np.frombuffer(mapped, dtype, count, begin).reshape(self.shapes[key])
 
 
 class TorchTensors(_Lazy):

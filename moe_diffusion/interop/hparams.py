@@ -41,6 +41,8 @@ _DSMOE = {
     "sliding_window": 0,
     "enable_gqa": False,
     "norm_type": "layernorm",
+    "use_kda": False,
+    "kda_kwargs": None,
 }
 # Keys of MoE_config; `...` marks those without a default. Some do not shape the weights: how
 # the experts start, and schedules and fields that the code of that family never reads.
@@ -68,6 +70,9 @@ _MOE_CONFIG = {
         "capacity": 1,
         "init_MoeMLP": False,
         "capacity_schedule": None,
+        "use_type": "all",
+        "group_bins": None,
+        "local_top_p": None,
     },
     "tcdit": _TOKEN_OR_EXPERT_CHOICE,
     "ecdit": _TOKEN_OR_EXPERT_CHOICE,
@@ -124,6 +129,8 @@ def _set_dsmoe(model, h, moe, family) -> None:
     """DSMoE: DeepSeek-V3's router, SwiGLU experts, SiLU in the dense blocks' MLP."""
     if h["use_sinks"]:
         raise UserError("use_sinks (attention sinks) is not supported; no published model has it")
+    if h["use_kda"]:
+        raise UserError("use_kda (Kimi delta attention in place of softmax) is not supported")
     if moe["hidden_size"] not in (None, h["hidden_size"]):
         raise UserError(
             f"MoE_config.hidden_size is {moe['hidden_size']}, but hidden_size is {h['hidden_size']}"

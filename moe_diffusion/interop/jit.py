@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from moe_diffusion.errors import UserError
+from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import linear
 from moe_diffusion.interop.hparams import fill
 from moe_diffusion.interop.keymap import (
@@ -165,8 +166,9 @@ SIZES = {
     "H": (32, 1280, 16, 256, 10),
     "G": (40, 1664, 16, 256, 10),
 }
-# size -> depth, width of an expert, of JiTMoE with 16 experts (model_jit.py); the rest as above.
-MOE_SIZES = {"B": (10, 1536), "L": (20, 2048), "H": (28, 2048)}
+# size -> depth, width and dropout of an expert, of JiTMoE with 16 experts (model_jit.py); the rest
+# as above.
+MOE_SIZES = {"B": (10, 1536, 0.0), "L": (20, 2048, 0.0), "H": (28, 2048, 0.2)}
 
 
 def net_of(name: str) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def net_of(name: str) -> dict[str, Any]:
     net = {"num_heads": heads, "bottleneck_dim": bottleneck, "in_context_start": start}
     net |= {"depth": depth, "hidden_size": width, "patch_size": int(patch), "in_context_len": 32}
     if experts:
-        net["depth"], expert_width = MOE_SIZES[size]
+        net["depth"], expert_width, dropout = MOE_SIZES[size]
         net["moe_config"] = {
             "num_experts": 16,
             "moe_intermediate_size": expert_width,
@@ -193,6 +195,7 @@ def net_of(name: str) -> dict[str, Any]:
             "routed_scaling_factor": 2.5,
             "interleave": True,
             "use_shared_expert": True,
+            "proj_drop": dropout,
         }
     return net
 
@@ -268,6 +271,7 @@ def _set_moe(model: ml_collections.ConfigDict, moe: Mapping[str, Any]) -> None:
         shared_mlp="swiglu",
         shared_bias=True,
         residual_input=not shared,
+        dropout=float(moe["proj_drop"]),
     )
     model.router.update(
         name="token_choice",
@@ -300,6 +304,12 @@ def _set_denoiser(config: ml_collections.ConfigDict, denoiser: Mapping[str, Any]
     )
 
 
+# What shapes do not tell of these is asked for: where class tokens begin, how a token chooses, how
+# strong the noise is (2 for 512 pixels).
+_DEFAULTED = ("mlp_ratio", "attn_drop", "proj_drop", "moe_config")
+_ASKED = (*(f"net.{name}" for name in _NET if name not in _DEFAULTED), "denoiser.noise_scale")
+_ASKED_MOE = tuple(f"net.moe_config.{name}" for name, value in _MOE_CONFIG.items() if value is ...)
+
 FAMILIES = {
     name: Family(
         name,
@@ -307,6 +317,11 @@ FAMILIES = {
         (Constant("net.pos_embed", _pos_embed),),
         partial(configure, name),
         from_args,
+        shapes.jit_from_shapes,
+        asked,
     )
-    for name, rows in (("jit", _TRUNK), ("jitmoe", _TRUNK + _MOE))
+    for name, rows, asked in (
+        ("jit", _TRUNK, _ASKED),
+        ("jitmoe", _TRUNK + _MOE, _ASKED + _ASKED_MOE),
+    )
 }

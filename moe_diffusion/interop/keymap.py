@@ -92,6 +92,8 @@ class Family(NamedTuple):
       from_args: arguments of the authors' training script, which their checkpoints may hold under
         "args" -> hyperparameters, or None if these arguments do not tell them.
       from_shapes: key -> shape of a state dict -> those hyperparameters that it tells.
+      asked: names of hyperparameters ("MoE_config.top_k" in a section) that no default stands in
+        for: with a state dict alone, its shapes must tell them.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Family(NamedTuple):
     configure: Callable[[Mapping[str, Any], ConfigDict], None]
     from_args: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda args: None
     from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] = lambda shapes: {}
+    asked: tuple[str, ...] = ()
 
 
 class Entry(NamedTuple):

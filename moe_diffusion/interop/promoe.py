@@ -11,13 +11,18 @@ import ml_collections
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import shapes
-from moe_diffusion.interop.dit import MOE, TABLE, TRUNK, linear
+from moe_diffusion.interop.dit import BLOCK, MOE, TABLE, TRUNK, linear
 from moe_diffusion.interop.hparams import fill
 from moe_diffusion.interop.keymap import LINEAR, SAME, Family, Row
 
 _EXPERT = "blocks.{i}.mlp.experts.{e}"
 _ROWS = (
     *TRUNK,
+    *(
+        Row(f"blocks.{{i}}.attn.{norm}.{theirs}", f"{BLOCK}/attn/{norm}/{ours}", SAME)
+        for norm in ("q_norm", "k_norm")
+        for theirs, ours in (("weight", "scale"), ("bias", "bias"))
+    ),
     Row("blocks.{i}.mlp.cluster_centers", f"{MOE}/router/kernel", LINEAR),
     Row(f"{_EXPERT}.up_proj.weight", f"{MOE}/experts/up", LINEAR),
     Row(f"{_EXPERT}.up_proj.bias", f"{MOE}/experts/up_bias", SAME),
@@ -78,6 +83,8 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
         model[name] = h[name]
     model.mlp_ratio = float(h["mlp_ratio"])
     model.time_scale, model.reverse_time = 1000.0, True
+    if h["qk_norm"]:  # torch.nn.LayerNorm over a head, as it is by default
+        model.update(qk_norm=True, qk_norm_kind="layernorm_affine", qk_norm_eps=1e-5)
     model.moe.update(
         num_experts=moe["num_routed_experts"] + moe["use_uncond_expert"],
         hidden_size=moe["moe_intermediate_size"],
@@ -108,8 +115,10 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
 
 def _refuse(family: str, h: Mapping[str, Any], moe: Mapping[str, Any]) -> None:
     """What no published model has and we have not either."""
-    if h["qk_norm"] or h["use_swiglu"] or moe["init_MoeMLP"]:
-        raise UserError("qk_norm, use_swiglu and init_MoeMLP of ProMoE are not supported")
+    if h["use_swiglu"]:
+        raise UserError("use_swiglu of ProMoE, which renames the dense MLPs, is not supported")
+    if moe["init_MoeMLP"]:
+        raise UserError("init_MoeMLP of ProMoE fails in the authors' code; set it to false")
     if h["head_dim"] not in (None, h["hidden_size"] // h["num_heads"]):
         raise UserError(f"head_dim {h['head_dim']} is not hidden_size / num_heads: unsupported")
     if family == "promoe_ec":
@@ -138,20 +147,17 @@ def _from_yaml(family: str, hparams: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**others, **sizes, **hparams[sections[0]]}
 
 
-def _from_shapes(tensors: shapes.Shapes) -> dict[str, Any]:
-    """As `trunk_from_shapes`, and the experts."""
-    moe = {}
-    for key, shape in tensors.items():
-        if key.endswith(".mlp.cluster_centers"):
-            moe["num_routed_experts"] = shape[0]
-        elif key.endswith(".mlp.experts.0.up_proj.weight"):
-            moe["moe_intermediate_size"] = shape[0]
-        elif key.endswith(".mlp.shared_expert.up_proj.weight"):
-            moe["shared_expert_intermediate_size"] = shape[0]
-    return {**shapes.trunk_from_shapes(tensors), "MoE_config": moe}
-
+_TOLD = ("num_routed_experts", "moe_intermediate_size", "top_k", "router_weight_mode")
+ASKED = (*shapes.TRUNK, *(f"MoE_config.{name}" for name in _TOLD))
 
 FAMILIES = {
-    name: Family(name, _ROWS, TABLE, partial(configure, name), from_shapes=_from_shapes)
+    name: Family(
+        name,
+        _ROWS,
+        TABLE,
+        partial(configure, name),
+        from_shapes=shapes.promoe_from_shapes,
+        asked=ASKED,
+    )
     for name in ("promoe_tc", "promoe_ec")
 }

@@ -1,64 +1,44 @@
 """Token choice without dropping, in plain XLA: sort the assignments by expert, then walk over them.
 
-After the sort an expert's rows lie together, rows[start[e]:end[e]]. The walk takes an expert's
-rows in chunks; a chunk's size comes from a short ladder of static sizes (`lax.switch`), so that an
-expert with 260 rows costs 288 and not 512, and a product has enough rows to be worth its weights:
-below about 128 rows an XLA:CPU product spends its time packing the weight matrix. A chunk may read
-on into the next expert's rows: what it writes there is overwritten when that expert's turn
-comes, and in the gradients of the weights those rows are masked.
+Rows are laid out in tiles (kernels/tiles.py), and XLA wants static shapes, so an expert's tiles are
+taken in chunks: as many chunks of MAX_TILES as it fills, then one of what is left, 1 to MAX_TILES
+tiles. All chunks of one size are one loop, whose body has the size's static shapes; an expert with
+260 rows then costs 288 and not 512. A tile is an eighth of the average load: smaller tiles waste
+fewer rows but mean more loops to compile, and below about 128 rows an XLA:CPU product spends its
+time packing the weight matrix.
 
-The gradient is our own. JAX's would turn the loop inside out and keep a copy of all weights for
-every chunk; this one saves the two hidden pre-activations, and is again one walk.
+Every chunk fetches its own tokens, so that they are still in the cache when they are used, and
+writes rows that are its own. Padding rows hold some token with the gate 0, which keeps
+them out of every sum.
 
-Memory traffic, in elements, forward: 3 N D for the rows, 2-3 N H for the hidden values, and the
-weights once for each chunk of an expert (once altogether when its rows fit a chunk).
+The gradient is our own. JAX's would turn the loops inside out and keep a copy of all weights for
+every chunk; this one saves the hidden pre-activations, and is again one walk.
+
+Memory traffic, in elements, forward: 2 N D for the rows, 2-3 N H for the hidden values, and the
+weights once for each chunk of an expert (once altogether while its load is below 5/4 of the
+average). Backward: 4 N D, 2-3 N H, and the weights and their gradients once for each chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.kernels.mlp import Params
-from moe_diffusion.kernels.rows import RowPlan, _combine, _gather, no_gradient, plan_rows
+from moe_diffusion.kernels.rows import _combine, no_gradient
+from moe_diffusion.kernels.tiles import TilePlan, plan_tiles
 
-# Steps of the ladder. Fewer rows than the first cost as much time on CPU, more than the second
-# gain nothing.
-MIN_STEP, MAX_STEP = 32, 128
-
-
-@flax.struct.dataclass
-class BlockPlan:
-    """Assignments in the experts' order.
-
-    rows:        RowPlan of the sorted rows, followed by one ladder's top of unused rows
-    assignment:  i32[R]  which assignment a row is; N marks an unused row
-    row:         i32[N]  its inverse: where the sort put an assignment
-    end:         i32[E]  rows end[e-1]:end[e] are expert e's
-    """
-
-    rows: RowPlan
-    assignment: jax.Array
-    row: jax.Array
-    end: jax.Array
-
-
-def ladder(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Chunk sizes for experts with num_rows / num_experts rows on average.
-
-    Steps of an eighth of the average (between MIN_STEP and MAX_STEP rows), up to twice the average.
-    """
-    average = -(-num_rows // num_experts)
-    step = min(MAX_STEP, max(MIN_STEP, -(-average // 8)))
-    sizes = [step * k for k in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)]
-    wanted = min(num_rows, 2 * average)
-    enough = next((i for i, size in enumerate(sizes) if size >= wanted), len(sizes) - 1)
-    return tuple(sizes[: enough + 1])
+# Rows of a tile: below the first a product takes as long as with it, above the second padding
+# costs little anyway.
+MIN_TILE, MAX_TILE = 32, 128
+MAX_TILES = 10  # of a chunk
 
 
 def make_plan(
@@ -68,63 +48,72 @@ def make_plan(
     num_tokens: int,
     num_experts: int,
     slots_per_token: int | None,
-) -> BlockPlan:
-    """Sorts assignments (token, expert i32[N]; expert == num_experts is unused) by expert.
-
-    With slots_per_token = K the list is token-major, K assignments each; all are taken to be used.
-    """
-    num = expert.shape[0]
-    spare = ladder(num, num_experts)[-1]
-    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
-    end = jnp.searchsorted(expert[order], jnp.arange(num_experts), side="right").astype(jnp.int32)
-    used = jnp.arange(num) < end[-1]
-    row = jnp.argsort(order).astype(jnp.int32)
-    row_token = jnp.where(used, token[order], num_tokens).astype(jnp.int32)
-    row_token = jnp.pad(row_token, (0, spare), constant_values=num_tokens)
-    if slots_per_token:
-        first = jnp.arange(num_tokens, dtype=jnp.int32) * slots_per_token
-        count = jnp.full(num_tokens, slots_per_token, jnp.int32)
-        rows = RowPlan(row_token, row, first, count, per_token=slots_per_token)
-    else:
-        rows = plan_rows(row_token, num_tokens)
-    return BlockPlan(rows, jnp.pad(order, (0, spare), constant_values=num), row, end)
+) -> TilePlan:
+    """`plan_tiles` with tiles that suit `blocked`."""
+    average = -(-expert.shape[0] // num_experts)
+    return plan_tiles(
+        token,
+        expert,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        slots_per_token=slots_per_token,
+        tile=min(MAX_TILE, max(MIN_TILE, -(-average // 8))),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def blocked(
-    kind: str, x: jax.Array, weight: jax.Array, params: Params, plan: BlockPlan
+    kind: str,
+    x: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    plan: TilePlan,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """x[T, D], weight f32[N], experts `params` -> y[T, D] = sum of weight * expert(x)."""
-    return _forward(kind, x, weight, params, plan)[0]
+    return _forward(kind, x, weight, params, plan, dropout)[0]
 
 
-def _walk(plan: BlockPlan, sizes: tuple[int, ...], chunk, carry):
-    """Chunk by chunk through all rows: carry = chunk(expert, row, rows_left, size_index, carry)."""
-    num_experts = plan.end.shape[0]
+def _walk(plan: TilePlan, chunk: Callable[..., Any], carry: Any) -> Any:
+    """All chunks in turn: carry = chunk(size, is_first, expert, row, carry).
 
-    def body(state):
-        expert, row, carry = state
-        left = plan.end[expert] - row
-        index = jnp.searchsorted(jnp.array(sizes[:-1]), left)
-        carry = chunk(expert, row, left, index, carry)
-        row = row + jnp.clip(left, 0, jnp.array(sizes)[index])
-        done = row >= plan.end[expert]
-        return expert + done.astype(expert.dtype), row, carry
+    An expert's last chunk comes first (is_first), its full ones after those of all experts.
+    """
+    tiles = plan.end - plan.start
+    most = min(MAX_TILES, plan.expert.shape[0] - plan.end.shape[0] + 1)  # tiles that one can have
+    full = (tiles - 1) // most
+    left = tiles - full * most  # 1 to `most`
+    order = jnp.argsort(left)
+    bounds = jnp.searchsorted(left[order], jnp.arange(1, most + 2))
+    for count in range(1, most + 1):
 
-    start = (jnp.int32(0), jnp.int32(0), carry)
-    return lax.while_loop(lambda state: state[0] < num_experts, body, start)[2]
+        def last(n, carry, count=count):
+            expert = order[n]
+            row = (plan.end[expert] - count) * plan.tile
+            return chunk(count * plan.tile, True, expert, row, carry)
+
+        carry = lax.fori_loop(bounds[count - 1], bounds[count], last, carry)
+
+    until = jnp.cumsum(full)
+
+    def another(n, carry):
+        expert = jnp.searchsorted(until, n, side="right")
+        row = (plan.start[expert] + (n - until[expert] + full[expert]) * most) * plan.tile
+        return chunk(most * plan.tile, False, expert, row, carry)
+
+    return lax.fori_loop(0, until[-1], another, carry)
 
 
 def _rows(array, row, size):
     return lax.dynamic_slice_in_dim(array, row, size, axis=0)
 
 
+def _tokens(array, plan, row, size):
+    return jnp.take(array, _rows(plan.rows.token, row, size), axis=0, mode="clip")
+
+
 def _write(array, values, row):
     return lax.dynamic_update_slice_in_dim(array, values.astype(array.dtype), row, axis=0)
-
-
-def _pad(values, size):
-    return jnp.pad(values, ((0, size - values.shape[0]),) + ((0, 0),) * (values.ndim - 1))
 
 
 def _weight_of_rows(weight, plan, dtype):
@@ -135,76 +124,95 @@ def _expert(params, index):
     return {k: lax.dynamic_index_in_dim(v, index, keepdims=False) for k, v in params.items()}
 
 
-def _forward(kind, x, weight, params, plan):
-    sizes = ladder(weight.shape[0], params["up"].shape[0])
-    top = sizes[-1]
-    rows = _gather(x, plan.rows)
+def _joined(params, names):
+    """The projections `names` of one expert as one: kernel [D, n H] and bias [n H] or None.
+
+    One wide product instead of two halves the times that its rows are packed.
+    """
+    kernel = jnp.concatenate([params[name] for name in names], -1)
+    biases = [params[name + "_bias"] for name in names if name + "_bias" in params]
+    return kernel, jnp.concatenate(biases) if biases else None
+
+
+def _between(kind, dropout, token, expert):
+    """What stands between the two projections of rows that hold `token`: [M, n H] -> [M, H]."""
+
+    def between(hidden):
+        inner = mlp.activation(kind)(*jnp.split(hidden, len(mlp.inputs(kind)), -1))
+        return inner if dropout is None else dropout(inner, token, expert)
+
+    return between
+
+
+def _forward(kind, x, weight, params, plan, dropout):
     gate = _weight_of_rows(weight, plan, x.dtype)
     names = mlp.inputs(kind)
 
-    def sized(size, row, params):
-        hidden = [mlp.project(_rows(rows, row, size), params, name) for name in names]
-        out = mlp.project(mlp.activation(kind)(*hidden), params, "down") * _rows(gate, row, size)
-        return [_pad(value, top) for value in (*hidden, out)]
+    def chunk(size, is_first, expert, row, carry):
+        del is_first
+        mine = _expert(params, expert)
+        kernel, bias = _joined(mine, names)
+        hidden = _matmul(_tokens(x, plan, row, size), kernel)
+        hidden = hidden if bias is None else hidden + bias
+        inner = _between(kind, dropout, _rows(plan.rows.token, row, size), expert)(hidden)
+        out = mlp.project(inner, mine, "down") * _rows(gate, row, size)
+        return _write(carry[0], hidden, row), _write(carry[1], out, row)
 
-    def chunk(expert, row, left, index, carry):
-        del left
-        branches = [partial(sized, size) for size in sizes]
-        values = lax.switch(index, branches, row, _expert(params, expert))
-        return [_write(array, value, row) for array, value in zip(carry, values, strict=True)]
-
-    hidden_shape = (rows.shape[0], params["up"].shape[-1])
-    init = [jnp.zeros(hidden_shape, x.dtype) for _ in names] + [jnp.zeros_like(rows)]
-    *hidden, out = _walk(plan, sizes, chunk, init)
-    return _combine(out, plan.rows), (x, weight, params, plan, hidden)
+    num_rows = plan.assignment.shape[0]
+    init = (
+        jnp.zeros((num_rows, len(names) * params["up"].shape[-1]), x.dtype),
+        jnp.zeros((num_rows, x.shape[1]), x.dtype),
+    )
+    hidden, out = _walk(plan, chunk, init)
+    return _combine(out, plan.rows), (x, weight, params, plan, dropout, hidden)
 
 
 def _backward(kind, residuals, d_y):
-    x, weight, params, plan, hidden = residuals
-    sizes = ladder(weight.shape[0], params["up"].shape[0])
-    top = sizes[-1]
-    names = mlp.inputs(kind)
+    x, weight, params, plan, dropout, hidden = residuals
     gate = _weight_of_rows(weight, plan, x.dtype)
-    operands = (_gather(x, plan.rows), _gather(d_y, plan.rows), gate, *hidden)
+    names = mlp.inputs(kind)
 
-    def sized(size, row, left, params):
-        rows, d_out, gate, *hidden = (_rows(array, row, size) for array in operands)
-        gate = jnp.where((jnp.arange(size) < left)[:, None], gate, 0)
-        inner, pull = jax.vjp(mlp.activation(kind), *hidden)
-        d_inner = _matmul(d_out, params["down"].T)
-        # The gate's gradient before the gate is applied: <d_out, down(inner)> without down(inner).
-        d_gate = (d_inner * inner).astype(jnp.float32).sum(-1)
-        grads = {"down": _matmul((gate * inner).T, d_out, jnp.float32)}
-        if "down_bias" in params:
-            d_gate += (d_out * params["down_bias"]).astype(jnp.float32).sum(-1)
-            grads["down_bias"] = (gate * d_out).astype(jnp.float32).sum(0)
-        d_rows = 0.0
-        for name, d_hidden in zip(names, pull(gate * d_inner), strict=True):
-            grads[name] = _matmul(rows.T, d_hidden, jnp.float32)
-            if name + "_bias" in params:
-                grads[name + "_bias"] = d_hidden.astype(jnp.float32).sum(0)
-            d_rows += _matmul(d_hidden, params[name].T, jnp.float32)
-        return _pad(d_rows.astype(rows.dtype), top), _pad(d_gate, top), grads
-
-    def chunk(expert, row, left, index, carry):
+    def chunk(size, is_first, expert, row, carry):
         d_rows, d_gate, d_params = carry
-        branches = [partial(sized, size) for size in sizes]
-        new_rows, new_gate, grads = lax.switch(index, branches, row, left, _expert(params, expert))
-        sums = {name: old + grads[name] for name, old in _expert(d_params, expert).items()}
+        mine = _expert(params, expert)
+        tokens, d_out = (_tokens(array, plan, row, size) for array in (x, d_y))
+        gates, inputs = (_rows(array, row, size) for array in (gate, hidden))
+        between = _between(kind, dropout, _rows(plan.rows.token, row, size), expert)
+        inner, pull = jax.vjp(between, inputs)
+        d_inner = _matmul(d_out, mine["down"].T)
+        # The gate's gradient before the gate is applied: <d_out, down(inner)> without down(inner).
+        d_gates = (d_inner * inner).astype(jnp.float32).sum(-1)
+        (d_hidden,) = pull(gates * d_inner)
+        kernel, bias = _joined(mine, names)
+        d_kernel = jnp.split(_matmul(tokens.T, d_hidden, jnp.float32), len(names), -1)
+        grads = {"down": _matmul((gates * inner).T, d_out, jnp.float32)}
+        grads |= dict(zip(names, d_kernel, strict=True))
+        if bias is not None:
+            d_bias = jnp.split(d_hidden.astype(jnp.float32).sum(0), len(names))
+            grads |= {name + "_bias": grad for name, grad in zip(names, d_bias, strict=True)}
+        if "down_bias" in mine:
+            d_gates += (d_out * mine["down_bias"]).astype(jnp.float32).sum(-1)
+            grads["down_bias"] = (gates * d_out).astype(jnp.float32).sum(0)
+        if not is_first:
+            sums = _expert(d_params, expert)
+            grads = {name: sums[name] + grad for name, grad in grads.items()}
         d_params = {
-            name: lax.dynamic_update_index_in_dim(array, sums[name], expert, 0)
+            name: lax.dynamic_update_index_in_dim(array, grads[name], expert, 0)
             for name, array in d_params.items()
         }
-        return _write(d_rows, new_rows, row), _write(d_gate, new_gate, row), d_params
+        d_tokens = _matmul(d_hidden, kernel.T)
+        return _write(d_rows, d_tokens, row), _write(d_gate, d_gates, row), d_params
 
+    num_rows = plan.assignment.shape[0]
     init = (
-        jnp.zeros((plan.assignment.shape[0], x.shape[1]), x.dtype),
-        jnp.zeros(plan.assignment.shape[0], jnp.float32),
+        jnp.zeros((num_rows, x.shape[1]), x.dtype),
+        jnp.zeros(num_rows, jnp.float32),
         {name: jnp.zeros(array.shape, jnp.float32) for name, array in params.items()},
     )
-    d_rows, d_gate, d_params = _walk(plan, sizes, chunk, init)
+    d_rows, d_gate, d_params = _walk(plan, chunk, init)
     d_params = {name: array.astype(params[name].dtype) for name, array in d_params.items()}
-    return _combine(d_rows, plan.rows), d_gate[plan.row], d_params, no_gradient(plan)
+    d_weight = jnp.take(d_gate, plan.row, mode="fill", fill_value=0)
+    return _combine(d_rows, plan.rows), d_weight, d_params, *no_gradient((plan, dropout))
 
 
 def _matmul(a, b, dtype=None):

@@ -6,19 +6,31 @@ values, 2-3 E D H for the weights, N = E C. Nothing is sorted; what XLA batches,
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
 
 
 def capacity(
-    x: jax.Array, token: jax.Array, weight: jax.Array, params: Params, kind: str
+    x: jax.Array,
+    token: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """x[T, D] -> [T, D] for token i32[E, C] (T marks an empty slot) and weight f32[E, C]."""
     num_experts, slots = token.shape
     plan = plan_rows(token.reshape(-1), num_tokens=x.shape[0])
     rows = gather(x, plan).reshape(num_experts, slots, x.shape[1])
-    out = mlp.apply(rows, params, kind) * weight[..., None].astype(x.dtype)
+    drop = None
+    if dropout is not None:
+        drop = partial(dropout, token=token, expert=jnp.arange(num_experts)[:, None])
+    out = mlp.apply(rows, params, kind, drop) * weight[..., None].astype(x.dtype)
     return combine(out.reshape(num_experts * slots, x.shape[1]), plan)

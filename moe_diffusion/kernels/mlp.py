@@ -43,7 +43,18 @@ def project(x: jax.Array, params: Params, name: str) -> jax.Array:
     return y if bias is None else y + jnp.expand_dims(bias, -2)
 
 
-def apply(x: jax.Array, params: Params, kind: str) -> jax.Array:
-    """One expert, x[M, D] -> [M, D]; with stacked parameters all, x[E, M, D] -> [E, M, D]."""
-    hidden = activation(kind)(*(project(x, params, name) for name in inputs(kind)))
+def apply(
+    x: jax.Array,
+    params: Params,
+    kind: str,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """One expert, x[M, D] -> [M, D]; with stacked parameters all, x[E, M, D] -> [E, M, D].
+
+    drop: dropout of the hidden values [..., M, H], drawn again in the backward pass.
+    """
+    between = activation(kind)
+    if drop is not None:
+        between = jax.checkpoint(lambda *hidden: drop(activation(kind)(*hidden)))
+    hidden = between(*(project(x, params, name) for name in inputs(kind)))
     return project(hidden, params, "down")

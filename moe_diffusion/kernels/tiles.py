@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from moe_diffusion.kernels.rows import RowPlan, plan_rows
+from moe_diffusion.kernels.rows import RowPlan, plan_rows, stable_order
 
 
 @flax.struct.dataclass
@@ -58,7 +58,7 @@ def plan_tiles(
     """
     num = expert.shape[0]
     total = num_tiles(num, num_experts, tile)
-    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    order = stable_order(expert, num_experts + 1)
     ids = jnp.arange(num_experts, dtype=jnp.int32)
     bounds = jnp.searchsorted(expert[order], jnp.append(ids, num_experts)).astype(jnp.int32)
     first, count = bounds[:-1], jnp.diff(bounds)
@@ -75,7 +75,7 @@ def plan_tiles(
     assignment = jnp.where(filled, order[place], num)
     row_token = jnp.where(filled, token[order[place]], num_tokens).astype(jnp.int32)
 
-    rank = jnp.argsort(order).astype(jnp.int32)  # the place of an assignment among the sorted
+    rank = stable_order(order, num)  # the place of an assignment among the sorted
     owner_of = jnp.minimum(expert, num_experts - 1)
     row = start[owner_of] * tile + rank - first[owner_of]
     row = jnp.where(expert < num_experts, row, total * tile).astype(jnp.int32)

@@ -59,6 +59,7 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         num_kv_heads=config.num_kv_heads or config.num_heads,
         qk_norm=config.qk_norm,
         qk_norm_kind=config.qk_norm_kind,
+        qk_norm_eps=config.qk_norm_eps,
         norm=config.norm,
         positions=config.positions,
         learn_sigma=config.learn_sigma,
@@ -68,6 +69,7 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         make_mlp=mlp,
         make_moe=None if dense else _moe(config, tuple(losses), dtype),
         remat=config.remat,
+        attention=None if config.attention == "auto" else config.attention,
         dtype=dtype,
     )
 
@@ -110,6 +112,7 @@ def _moe(config: ConfigDict, losses: tuple[str, ...], dtype) -> partial:
         backend=None if moe.backend == "auto" else moe.backend,
         transport=None if moe.transport == "auto" else moe.transport,
         capacity_factor=moe.capacity_factor,
+        dropout=moe.dropout,
         name="moe",
     )
 

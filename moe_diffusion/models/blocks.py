@@ -17,6 +17,8 @@ import numpy as np
 from flax import linen as nn
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.attention import attend
+from moe_diffusion.parallel.weights import with_whole_weights
 
 Dtype = Any
 ROPES = ("rope1d", "rope2d", "rope2d_pairs")
@@ -49,13 +51,21 @@ class Linear(nn.Module):
 
         init = nn.with_logical_partitioning(init, self.axes)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        y = jnp.tensordot(
-            x.astype(self.dtype).reshape(-1, *inputs), kernel.astype(self.dtype), self.contract
-        ).reshape(*lead, *self.features)
+        weights = {"kernel": kernel.astype(self.dtype)}
         if self.use_bias:
             init = nn.with_logical_partitioning(ZEROS, self.axes[self.contract :])
-            y += self.param("bias", init, self.features, jnp.float32).astype(self.dtype)
-        return y
+            bias = self.param("bias", init, self.features, jnp.float32)
+            weights["bias"] = bias.astype(self.dtype)
+
+        def apply(x, weights):
+            rows = x.reshape(-1, *inputs)
+            y = jnp.tensordot(rows, weights["kernel"], self.contract)
+            if self.use_bias:
+                y += weights["bias"]
+            return y.reshape(*x.shape[: len(lead)], *self.features)
+
+        axes = {"kernel": self.axes, "bias": self.axes[self.contract :]}
+        return with_whole_weights(apply, x.astype(self.dtype), weights, axes)
 
 
 def linear(features: int | Sequence[int], axes: Sequence[str | None], **options) -> Linear:
@@ -170,28 +180,42 @@ def unpatchify(x: jax.Array, patch: int) -> jax.Array:
 
 class Norm(nn.Module):
     """`layernorm` without parameters, `layernorm_affine` with scale and bias, or `rmsnorm` with a
-    scale; eps 1e-6, computed in f32."""
+    scale; computed in f32. Then adaLN: scaled by 1 + scale and shifted by shift.
+
+    Only x is kept for the backward pass: in f32 the rest is three times as much.
+    """
 
     kind: str = "layernorm"
+    eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x):
-        y = x.astype(jnp.float32)
-        if self.kind != "rmsnorm":
-            y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
-        if self.kind != "layernorm":
-            init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-            y *= self.param("scale", init, x.shape[-1:], jnp.float32)
-        if self.kind == "layernorm_affine":
-            init = nn.with_logical_partitioning(ZEROS, (None,))
-            y += self.param("bias", init, x.shape[-1:], jnp.float32)
-        return y.astype(x.dtype)
+    def __call__(self, x, modulation: Sequence[jax.Array] | None = None):
+        """x [.., D]; with modulation = (shift, scale), [B, D] each, x is [B, S, D]."""
+        weights = {}
+        for name, init in (("scale", nn.initializers.ones), ("bias", ZEROS)):
+            if name in _NORM_WEIGHTS[self.kind]:
+                init = nn.with_logical_partitioning(init, (None,))
+                weights[name] = self.param(name, init, x.shape[-1:], jnp.float32)
+        return jax.checkpoint(partial(_normalize, self.kind, self.eps))(x, weights, modulation)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """adaLN: x [B, S, D] scaled by 1 + scale [B, D] and shifted by shift [B, D]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+_NORM_WEIGHTS = {"layernorm": (), "layernorm_affine": ("scale", "bias"), "rmsnorm": ("scale",)}
+
+
+def _normalize(kind, eps, x, weights, modulation):
+    y = x.astype(jnp.float32)
+    if kind != "rmsnorm":
+        y -= y.mean(-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if "scale" in weights:
+        y *= weights["scale"]
+    if "bias" in weights:
+        y += weights["bias"]
+    y = y.astype(x.dtype)
+    if modulation is not None:
+        shift, scale = modulation
+        y = y * (1 + scale[:, None]) + shift[:, None]
+    return y
 
 
 def drop(x: jax.Array, rate: float) -> jax.Array:
@@ -217,26 +241,13 @@ class MLP(nn.Module):
         return make(x.shape[-1], ("mlp", "embed"), name="down")(drop(inner, self.dropout))
 
 
-@jax.checkpoint
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v for q [B, heads, S, d] and k, v [B, kv_heads, S, d].
-
-    The S x S weights, in f32, are computed again in the backward pass: cheaper than to keep them.
-    """
-    b, heads, s, d = q.shape
-    q = q.reshape(b, k.shape[1], -1, d) * d**-0.5  # the queries of one key head side by side
-    scores = jnp.einsum("bgrd,bgtd->bgrt", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    return jnp.einsum("bgrt,bgtd->bgrd", weights, v).reshape(b, heads, s, d)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, [B, S, D] -> [B, S, D].
 
     num_kv_heads < num_heads groups the queries: key head j serves query heads j * r .. j * r + r-1.
     With qk_norm, queries and keys pass a `Norm` before rope. positions: one of ROPES turns them
     on a square grid of tokens, anything else does not. The first `context` tokens stand before the
-    grid and are not turned. dropout: of the result.
+    grid and are not turned. dropout: of the result. implementation: see kernels/attention.py.
     """
 
     num_heads: int
@@ -245,8 +256,10 @@ class Attention(nn.Module):
     positions: str
     dtype: Dtype
     qk_norm_kind: str = "rmsnorm"
+    qk_norm_eps: float = 1e-6
     context: int = 0
     dropout: float = 0.0
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x):
@@ -258,13 +271,15 @@ class Attention(nn.Module):
             return linear((*number, head_dim), axes, name=name, dtype=self.dtype)(x)
 
         if self.num_kv_heads == self.num_heads:
-            q, k, v = heads("qkv", 3, self.num_heads).transpose(2, 0, 3, 1, 4)
+            qkv = heads("qkv", 3, self.num_heads).transpose(2, 0, 3, 1, 4)
+            # The gradient of a split is one concatenation, that of indexing three padded sums.
+            q, k, v = (part[0] for part in jax.lax.split(qkv, (1, 1, 1)))
         else:
             q = heads("q", self.num_heads).swapaxes(1, 2)
             k = heads("k", self.num_kv_heads).swapaxes(1, 2)
             v = heads("v", self.num_kv_heads).swapaxes(1, 2)
         if self.qk_norm:
-            norm = partial(Norm, self.qk_norm_kind)
+            norm = partial(Norm, self.qk_norm_kind, self.qk_norm_eps)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if self.positions in ROPES:
             grid = int((x.shape[1] - self.context) ** 0.5)
@@ -272,6 +287,6 @@ class Attention(nn.Module):
             angles = np.pad(angles, ((self.context, 0), (0, 0), (0, 0)))
             turn = partial(rotate, angles=angles, interleaved=self.positions == "rope2d_pairs")
             q, k = turn(q), turn(k)
-        out = attend(q, k, v).swapaxes(1, 2)
+        out = attend(q, k, v, self.implementation).swapaxes(1, 2)
         proj = linear(width, ("heads", None, "embed"), name="proj", dtype=self.dtype, contract=2)
         return drop(proj(out), self.dropout)

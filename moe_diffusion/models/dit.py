@@ -25,16 +25,31 @@ from moe_diffusion.models.blocks import (
     Norm,
     TimeEmbed,
     linear,
-    modulate,
     patchify,
     sincos_table,
     unpatchify,
 )
 
 COLLECTIONS = ("params", "router_state", "losses", "metrics", "router_stats", "intermediates")
+# What `cheap` keeps besides products: kernels, loops and orders, moved rows, attention's result.
+_EXPENSIVE = frozenset(
+    ("pallas_call", "while", "scan", "cond", "sort", "top_k", "cumsum", "gather", "all_to_all")
+    + ("ragged_all_to_all", "reduce_scatter", "name")
+)
+
+
+def _is_expensive(primitive, *_, **params) -> bool:
+    """Not elementwise, and no product of attention, which has two batch dimensions."""
+    if primitive.name == "dot_general":
+        _, (batch_dimensions, _) = params["dimension_numbers"]
+        return len(batch_dimensions) < 2
+    return primitive.name in _EXPENSIVE
+
+
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "cheap": _is_expensive,
 }
 
 
@@ -73,9 +88,9 @@ class Block(nn.Module):
         axes, width = ("embed", "mlp"), 6 * x.shape[-1]
         adaln = linear(width, axes, name="adaLN", dtype=self.dtype, kernel_init=ZEROS)(nn.silu(c))
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
-        h = modulate(Norm(self.norm, name="norm1")(x), shift_a, scale_a)
+        h = Norm(self.norm, name="norm1")(x, (shift_a, scale_a))
         x += gate_a[:, None] * self.make_attention(name="attn")(h)
-        h = modulate(Norm(self.norm, name="norm2")(x), shift_f, scale_f)
+        h = Norm(self.norm, name="norm2")(x, (shift_f, scale_f))
         return x + gate_f[:, None] * self.make_ffn()(h, *ffn_args)
 
 
@@ -110,7 +125,7 @@ class FinalLayer(nn.Module):
     def __call__(self, x, c):
         make = partial(linear, dtype=self.dtype, kernel_init=ZEROS)
         adaln = make(2 * x.shape[-1], ("embed", "mlp"), name="adaLN")(nn.silu(c))
-        x = modulate(Norm(self.norm, name="norm")(x), *jnp.split(adaln, 2, axis=-1))
+        x = Norm(self.norm, name="norm")(x, jnp.split(adaln, 2, axis=-1))
         return make(self.features, ("embed", None), name="linear")(x)
 
 
@@ -124,7 +139,10 @@ class DiT(nn.Module):
       data (0) to noise (1) and its velocity is noise - data: it sees time_scale * (1 - t), and its
       velocity changes sign (not the second half of learn_sigma).
     moe_pattern: True where a block has experts.
-    remat: `none`, `dots` (keeps the results of weight products) or `full` (keeps nothing).
+    remat: what the backward pass computes again: `none`; `cheap`, what is elementwise, attention
+      weights, and gathered weights are gathered again; `dots`, all but products with dense
+      weights; `full`, everything.
+    attention: None or one of kernels/attention.py.
     """
 
     image_size: int
@@ -136,6 +154,7 @@ class DiT(nn.Module):
     num_kv_heads: int
     qk_norm: bool
     qk_norm_kind: str
+    qk_norm_eps: float
     norm: str
     positions: str
     learn_sigma: bool
@@ -145,6 +164,7 @@ class DiT(nn.Module):
     make_mlp: Callable[..., nn.Module]
     make_moe: Callable[..., nn.Module] | None
     remat: str
+    attention: str | None
     dtype: Dtype
 
     @property
@@ -192,10 +212,12 @@ class DiT(nn.Module):
             num_kv_heads=self.num_kv_heads,
             qk_norm=self.qk_norm,
             qk_norm_kind=self.qk_norm_kind,
+            qk_norm_eps=self.qk_norm_eps,
             positions=self.positions,
             dtype=self.dtype,
             context=context,
             dropout=dropout,
+            implementation=self.attention,
         )
         make_block = partial(Block, norm=self.norm, make_attention=attention, dtype=self.dtype)
         body = Period

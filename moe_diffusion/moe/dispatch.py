@@ -16,6 +16,9 @@ its own. Experts may be split over the axis `expert`, and then tokens or weights
 (moe/transport.py). Of a group that spans devices (scope `batch`) with fixed slots, every device
 serves its experts, and of each its share of the slots, for all tokens; without fixed slots such a
 group is left to XLA's partitioner: correct, not fast.
+
+Dropout inside the experts is done by `reference`, `blocked` and `capacity`, which then are the
+default on every platform, as on CPU.
 """
 
 from __future__ import annotations
@@ -29,38 +32,33 @@ from jax.sharding import PartitionSpec
 
 from moe_diffusion.kernels.blocked import blocked, make_plan
 from moe_diffusion.kernels.capacity import capacity
+from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.kernels.gpu import gpu
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.ragged import ragged_dot
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tpu import tpu, tpu_capacity
 from moe_diffusion.moe.routing import Routing, expert_slots, flatten, slots_of
-from moe_diffusion.moe.transport import (
-    AXIS,
-    Local,
-    choose,
-    gather_weights,
-    restrict,
-    send,
-    weight_specs,
-)
+from moe_diffusion.moe.transport import AXIS, EXPERT_AXES, Local, choose, restrict, send
 from moe_diffusion.parallel.mesh import (
     batch_axes,
     num_batch_shards,
     num_expert_shards,
     platform,
 )
+from moe_diffusion.parallel.weights import gather, weight_specs
 
 BACKENDS = ("reference", "blocked", "capacity", "tpu", "gpu", "ragged_dot")
+WITH_DROPOUT = BACKENDS[:3]
 
 
-def default_backend(platform: str, routing: Routing) -> str:
+def default_backend(platform: str, routing: Routing, dropout: bool = False) -> str:
     """The table above, for the platform of the mesh: "cpu", "tpu" or "cuda" / "gpu"."""
-    if platform == "tpu":
+    if platform == "tpu" and not dropout:
         return "tpu"
     if routing.slots_per_expert:
         return "capacity"
-    return "blocked" if platform == "cpu" else "gpu"
+    return "blocked" if platform == "cpu" or dropout else "gpu"
 
 
 def dispatch(
@@ -72,6 +70,7 @@ def dispatch(
     backend: str | None = None,
     capacity_factor: float = 1.25,
     transport: str | None = None,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """Sends tokens to experts and adds up what comes back.
 
@@ -79,41 +78,43 @@ def dispatch(
     "gelu", "silu" or "swiglu". backend None chooses by the table above. capacity_factor counts
     where `capacity` serves a routing without fixed slots: an expert then has
     C = factor * N / E slots and what comes later in the list is dropped. transport None chooses by
-    `transport.choose`.
+    `transport.choose`. dropout acts between the experts' projections; its masks depend on how
+    many devices there are.
 
     Returns [G, T, D]; gradients flow to x, routing.weight and params. Raises ValueError for an
-    unknown backend.
+    unknown backend, or one without dropout.
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"unknown dispatch backend {backend!r}; known: {', '.join(BACKENDS)}")
+    backend = backend or default_backend(platform(), routing, dropout is not None)
+    if dropout is not None and backend not in WITH_DROPOUT:
+        raise ValueError(f"backend {backend!r} has no dropout; {', '.join(WITH_DROPOUT)} have")
     params = {name: value.astype(x.dtype) for name, value in params.items()}
-    local = partial(
-        _dispatch,
-        kind=kind,
-        backend=backend or default_backend(platform(), routing),
-        capacity_factor=capacity_factor,
-    )
+    local = partial(_dispatch, kind=kind, backend=backend, capacity_factor=capacity_factor)
     shards = num_batch_shards()
     if shards == 1:
-        return local(x, routing, params)
+        return local(x, routing, params, dropout=dropout)
     if x.shape[0] % shards:
-        return _over_slots(local, x, routing, params)
+        return _over_slots(local, x, routing, params, dropout)
     how = transport or _choose_transport(x, routing, params)
-    specs = weight_specs(params)
+    specs = weight_specs(params, EXPERT_AXES)
 
-    def on_a_device(x, routing, params):
-        params = gather_weights(params, specs, experts=how == "none")
+    def on_a_device(x, routing, params, dropout):
+        params = gather(params, specs, keep="" if how == "none" else AXIS)
+        dropout = dropout and dropout.fold_in(lax.axis_index(batch_axes()))
+        mine = partial(local, dropout=dropout)
         if how == "none":
-            return local(x, routing, params)
-        return send(how, local, x, routing, params, kind=kind, capacity_factor=capacity_factor)
+            return mine(x, routing, params)
+        options = {"kind": kind, "capacity_factor": capacity_factor, "dropout": dropout}
+        return send(how, mine, x, routing, params, **options)
 
     by_group = PartitionSpec(batch_axes())
     return jax.shard_map(
         on_a_device,
-        in_specs=(by_group, by_group, specs),
+        in_specs=(by_group, by_group, specs, PartitionSpec()),
         out_specs=by_group,
         check_vma=False,
-    )(x, routing, params)
+    )(x, routing, params, dropout)
 
 
 def _choose_transport(x: jax.Array, routing: Routing, params: Params) -> str:
@@ -129,19 +130,22 @@ def _choose_transport(x: jax.Array, routing: Routing, params: Params) -> str:
     )
 
 
-def _over_slots(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:
+def _over_slots(
+    local: Local, x: jax.Array, routing: Routing, params: Params, dropout: Dropout | None
+) -> jax.Array:
     """One group over all devices: each takes some experts, and of their slots some."""
     slots, shards, tokens = routing.slots_per_expert, num_batch_shards(), x.shape[1]
     uneven = tokens % shards or params["up"].shape[0] % num_expert_shards()
     if slots is None or x.shape[0] > 1 or uneven:
-        return local(x, routing, params)
+        return local(x, routing, params, dropout=dropout)
     axes, num_experts = batch_axes(), params["up"].shape[0]
     others = tuple(axis for axis in axes if axis != AXIS)
     share = -(-slots // (shards // num_expert_shards()))
-    specs = weight_specs(params)
+    specs = weight_specs(params, EXPERT_AXES)
 
-    def serve(x, routing, params):
-        params = gather_weights(params, specs, experts=False)
+    def serve(x, routing, params, dropout):
+        dropout = dropout and dropout.fold_in(lax.axis_index(axes))
+        params = gather(params, specs, keep=AXIS)
         count = params["up"].shape[0]
         mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
         spare = share * (shards // num_expert_shards()) - slots
@@ -159,19 +163,19 @@ def _over_slots(local: Local, x: jax.Array, routing: Routing, params: Params) ->
             slots_per_expert=share,
         )
         everything = lax.all_gather(x, axes, axis=1, tiled=True)
-        partial_sums = local(everything, mine, params)
+        partial_sums = local(everything, mine, params, dropout=dropout)
         return lax.psum_scatter(partial_sums, axes, scatter_dimension=1, tiled=True)
 
     by_token = PartitionSpec(None, axes)
     return jax.shard_map(
         serve,
-        in_specs=(by_token, PartitionSpec(), specs),
+        in_specs=(by_token, PartitionSpec(), specs, PartitionSpec()),
         out_specs=by_token,
         check_vma=False,
-    )(x, routing, params)
+    )(x, routing, params, dropout)
 
 
-def _dispatch(x, routing, params, *, kind, backend, capacity_factor):
+def _dispatch(x, routing, params, *, dropout, kind, backend, capacity_factor):
     """All groups at once on one device: token ids become unique over the groups."""
     tokens, width = x.shape[1:]
     num_experts = params["up"].shape[0]
@@ -182,22 +186,24 @@ def _dispatch(x, routing, params, *, kind, backend, capacity_factor):
         if backend == "tpu":
             y = tpu_capacity(flat, *slots, params, kind, interpret=on_cpu)
         else:
-            y = capacity(flat, *slots, params, kind)
+            y = capacity(flat, *slots, params, kind, dropout)
         return y.reshape(x.shape)
     assignments = flatten(routing, tokens)
     if backend == "blocked":
-        y = blocked_dispatch(flat, *assignments, params, kind, routing.slots_per_token)
+        slots = routing.slots_per_token
+        y = blocked_dispatch(flat, *assignments, params, kind, slots, dropout)
     elif backend in ("tpu", "gpu"):
         kernel = tpu if backend == "tpu" else gpu
         slots = routing.slots_per_token
         y = kernel(flat, *assignments, params, kind, slots_per_token=slots, interpret=on_cpu)
+    elif backend == "reference":
+        y = reference(flat, *assignments, params, kind, dropout)
     else:
-        oracle = reference if backend == "reference" else ragged_dot
-        y = oracle(flat, *assignments, params, kind)
+        y = ragged_dot(flat, *assignments, params, kind)
     return y.reshape(x.shape)
 
 
-def blocked_dispatch(flat, token, expert, weight, params, kind, slots_per_token):
+def blocked_dispatch(flat, token, expert, weight, params, kind, slots_per_token, dropout):
     plan = make_plan(
         token,
         expert,
@@ -205,7 +211,7 @@ def blocked_dispatch(flat, token, expert, weight, params, kind, slots_per_token)
         num_experts=params["up"].shape[0],
         slots_per_token=slots_per_token,
     )
-    return blocked(kind, flat, weight, params, plan)
+    return blocked(kind, flat, weight, params, plan, dropout)
 
 
 def dropped_share(routing: Routing, num_experts: int, factor: float) -> jax.Array:

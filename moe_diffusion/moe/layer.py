@@ -9,20 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.moe.dispatch import dispatch, dropped_share
 from moe_diffusion.moe.routers import Router
 from moe_diffusion.moe.routing import expert_load
+from moe_diffusion.moe.transport import EXPERT_AXES, ragged_dropped_share
 from moe_diffusion.parallel.mesh import num_batch_shards
 
 SCOPES = ("sample", "shard", "batch")
-EXPERT_AXES = {
-    "up": ("expert", "embed", "mlp"),
-    "gate": ("expert", "embed", "mlp"),
-    "down": ("expert", "mlp", "embed"),
-    "up_bias": ("expert", "mlp"),
-    "gate_bias": ("expert", "mlp"),
-    "down_bias": ("expert", "embed"),
-}
 
 
 class Experts(nn.Module):
@@ -64,6 +58,9 @@ class MoE(nn.Module):
     `sample`, of a device's `shard` of the batch (what DiffMoE's code does), or of the whole
     `batch`. Routers of token choice do not care. Sown: what the router returns, and the load of
     the experts as metrics (`load_max` and `load_min` relative to the mean, so 1 is balanced).
+
+    dropout: in training, of the hidden units of routed and shared experts; draws from the random
+    stream "dropout".
     """
 
     make_router: Callable[..., Router]
@@ -74,6 +71,7 @@ class MoE(nn.Module):
     backend: str | None = None
     transport: str | None = None
     capacity_factor: float = 1.25
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, is_null: jax.Array, train: bool) -> jax.Array:
@@ -84,6 +82,7 @@ class MoE(nn.Module):
         is_null = jnp.repeat(is_null, tokens).reshape(groups, -1)
         router, experts = self.make_router(name="router"), self.make_experts(name="experts")
 
+        rate = self.dropout if train else 0.0
         routing, aux = router(grouped, is_null, train)
         y = dispatch(
             grouped,
@@ -93,9 +92,10 @@ class MoE(nn.Module):
             backend=self.backend,
             transport=self.transport,
             capacity_factor=self.capacity_factor,
+            dropout=Dropout(self.make_rng("dropout"), rate) if rate else None,
         ).reshape(x.shape)
         if self.make_shared:
-            y += self.make_shared(name="shared")(x)
+            y += self.make_shared(name="shared", dropout=rate)(x)
         if self.residual_input:
             y += x
 
@@ -104,6 +104,8 @@ class MoE(nn.Module):
         drops = self.backend == "capacity" or self.transport == "a2a_capacity"
         if drops and routing.slots_per_expert is None:
             metrics["dropped"] = dropped_share(routing, experts.num_experts, self.capacity_factor)
+        elif self.transport == "ragged_a2a":
+            metrics["dropped"] = ragged_dropped_share(routing, experts.num_experts)
         self._sow("losses", aux.losses)
         self._sow("metrics", metrics | aux.metrics)
         for name, value in aux.stats.items():

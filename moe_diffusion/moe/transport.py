@@ -20,21 +20,31 @@ gathered anyway where parameters are sharded, and that hides behind computation 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
 from moe_diffusion.moe.routing import Routing, expert_slots, flatten
+from moe_diffusion.parallel.mesh import num_batch_shards, num_expert_shards
 
 TRANSPORTS = ("none", "gather", "a2a_capacity", "ragged_a2a")
-AXIS, FSDP = "expert", "fsdp"
-EMBED_AXIS = {"up": 1, "gate": 1, "down": 2}  # where a weight [E, ., .] has the model's width
+AXIS = "expert"
 RAGGED_BOUND = 2.0  # rows that `ragged_a2a` has room for / a device's average load
+
+EXPERT_AXES = {  # logical axes of the experts' weights
+    "up": ("expert", "embed", "mlp"),
+    "gate": ("expert", "embed", "mlp"),
+    "down": ("expert", "mlp", "embed"),
+    "up_bias": ("expert", "mlp"),
+    "gate_bias": ("expert", "mlp"),
+    "down_bias": ("expert", "embed"),
+}
 
 # (x [G, T, D], routing of the local experts, their params) -> [G, T, D]
 Local = Callable[[jax.Array, Routing, Params], jax.Array]
@@ -62,37 +72,6 @@ def choose(
     return min(elements, key=elements.get)
 
 
-def weight_specs(params: Params) -> dict[str, PartitionSpec]:
-    """How the experts' weights lie on the mesh (parallel/rules.py), as specs of a shard_map.
-
-    They enter as they lie and are gathered inside (`gather_weights`): the gradient of a gather is
-    a reduce-scatter, where XLA would sum the gradients of whole weights on every device.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    num_experts, width, _ = params["up"].shape
-    experts = AXIS if num_experts % mesh.shape[AXIS] == 0 else None
-    embed = FSDP if width % mesh.shape[FSDP] == 0 else None
-    specs = {}
-    for name, value in params.items():
-        axes = [experts] + [None] * (value.ndim - 1)
-        if name in EMBED_AXIS:
-            axes[EMBED_AXIS[name]] = embed
-        specs[name] = PartitionSpec(*axes)
-    return specs
-
-
-def gather_weights(params: Params, specs: dict[str, PartitionSpec], *, experts: bool) -> Params:
-    """The weights of this device's experts, whole; with `experts` those of all experts."""
-
-    def gather_one(value, spec):
-        for dimension, axis in enumerate(spec):
-            if axis == FSDP or (axis == AXIS and experts):
-                value = lax.all_gather(value, axis, axis=dimension, tiled=True)
-        return value
-
-    return {name: gather_one(value, specs[name]) for name, value in params.items()}
-
-
 def send(
     transport: str,
     local: Local,
@@ -102,6 +81,7 @@ def send(
     *,
     kind: str,
     capacity_factor: float,
+    dropout: Dropout | None,
 ) -> jax.Array:
     """x[G, T, D] of this device, routed to any of the E experts -> [G, T, D].
 
@@ -116,7 +96,7 @@ def send(
     else:
         num_experts = params["up"].shape[0] * lax.axis_size(AXIS)
         slots = expert_slots(routing, tokens, num_experts, capacity_factor)
-        y = _all_to_all(flat, *slots, params, kind)
+        y = _all_to_all(flat, *slots, params, kind, dropout)
     return y.reshape(x.shape)
 
 
@@ -151,7 +131,7 @@ def _gather(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax
     return lax.psum_scatter(partial_sums, AXIS, scatter_dimension=0, tiled=True)
 
 
-def _all_to_all(flat, token, weight, params, kind):
+def _all_to_all(flat, token, weight, params, kind, dropout):
     """flat[T, D]; slots of every expert in the world: token, weight [E, C] -> [T, D]."""
     devices, count = lax.axis_size(AXIS), params["up"].shape[0]
     slots, width = token.shape[1], flat.shape[1]
@@ -159,7 +139,12 @@ def _all_to_all(flat, token, weight, params, kind):
     rows = gather(flat, plan).reshape(devices, count, slots, width)
     rows = lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0)  # source device first
     rows = rows.swapaxes(0, 1).reshape(count, devices * slots, width)
-    out = mlp.apply(rows, params, kind).reshape(count, devices, slots, width).swapaxes(0, 1)
+    drop = None
+    if dropout is not None:  # a row stands for its token
+        row, expert = jnp.arange(devices * slots), jnp.arange(count)[:, None]
+        drop = partial(dropout, token=row, expert=expert)
+    out = mlp.apply(rows, params, kind, drop)
+    out = out.reshape(count, devices, slots, width).swapaxes(0, 1)
     out = lax.all_to_all(out, AXIS, split_axis=0, concat_axis=0)
     out = out.reshape(-1, width) * weight.reshape(-1, 1).astype(flat.dtype)
     return combine(out, plan)
@@ -227,3 +212,15 @@ def ragged_sizes(counts: jax.Array, devices: int, room: int) -> tuple[jax.Array,
     before = jnp.cumsum(flat, axis=1) - flat
     kept = jnp.clip(room - before, 0, flat).reshape(wanted.shape).swapaxes(0, 1)
     return kept.sum(-1, keepdims=True), kept
+
+
+def ragged_dropped_share(routing: Routing, num_experts: int) -> jax.Array:
+    """The share of assignments that `ragged_a2a` leaves at home for want of room, f32[]."""
+    shards, devices = num_batch_shards(), num_expert_shards()
+    if routing.expert.shape[0] % shards:  # a group of several devices takes another way
+        return jnp.float32(0)
+    one_hot = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.int32)
+    counts = one_hot.reshape(shards // devices, devices, -1, num_experts).sum(2)
+    room = int(RAGGED_BOUND * (routing.expert.size // shards))
+    kept = jax.vmap(lambda counts: ragged_sizes(counts, devices, room)[1])(counts)
+    return 1 - kept.sum() / jnp.maximum(counts.sum(), 1)

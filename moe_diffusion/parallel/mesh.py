@@ -1,8 +1,8 @@
-"""The device mesh: four axes, of which a preset gives all devices to one or two.
+"""The device mesh: four axes; a preset gives all devices to one or two.
 
 | axis     | splits                                                       |
 |----------|--------------------------------------------------------------|
-| `data`   | the batch                                                    |
+| `data`   | the batch (preset `fsdp`: and parameters, as `fsdp`)         |
 | `fsdp`   | the batch, and parameters and optimizer state with it        |
 | `expert` | the batch, and experts with it (moe/transport.py)            |
 | `seq`    | tokens of a sample (size 1 in all of today's presets)        |
@@ -24,8 +24,9 @@ BATCH_AXES = ("data", "fsdp", "expert")
 def make_mesh(parallel_config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over `devices` (default: all of all processes) for `parallel_config.preset`.
 
-    `dp` and `zero1` lay the devices along `data`, `fsdp` along `fsdp`, and `fsdp_ep` along `fsdp`
-    and, `parallel.expert` of them (0: all), along `expert`; other axes have size 1.
+    `dp` and `zero1` lay the devices along `data`, `fsdp` along `fsdp` and, on a torus of TPU chips,
+    `data` (`_ring`), and `fsdp_ep` along `fsdp` and, `parallel.expert` of them (0: all), `expert`;
+    other axes have size 1.
     """
     devices = jax.devices() if devices is None else devices
     shape = dict.fromkeys(AXES, 1)
@@ -33,9 +34,24 @@ def make_mesh(parallel_config: Any, devices: Sequence[jax.Device] | None = None)
         shape["expert"] = parallel_config.expert or len(devices)
         shape["fsdp"] = len(devices) // shape["expert"]
     else:
-        shape["fsdp" if parallel_config.preset == "fsdp" else "data"] = len(devices)
+        shape["fsdp"] = _ring(devices) if parallel_config.preset == "fsdp" else 1
+        shape["data"] = len(devices) // shape["fsdp"]
     sizes = list(shape.values())
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _ring(devices: Sequence[jax.Device]) -> int:
+    """Devices along the longest side of a slice of TPU chips; of anything else, all of them.
+
+    XLA:TPU reduce-scatters along a ring. For a group that fills a torus it sums whole arrays on all
+    devices instead and then takes a part, which sends twice as much.
+    """
+    if devices[0].platform != "tpu":
+        return len(devices)
+    sides = sorted(len({device.coords[axis] for device in devices}) for axis in range(3))
+    chips = len({tuple(device.coords) for device in devices})
+    is_torus = sides[1] > 2 and math.prod(sides) == chips
+    return sides[-1] if is_torus else len(devices)
 
 
 def batch_axes(mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:

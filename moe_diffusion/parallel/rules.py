@@ -8,12 +8,14 @@ is only touched by the update (optimizer state and EMAs):
 |-----------|-----------------------|-----------------------|--------------------------------------|
 | `dp`      | whole                 | whole                 | 5 P on each device                   |
 | `zero1`   | whole                 | `embed` over `data`   | 2 P + 3 P / devices                  |
-| `fsdp`    | `embed` over `fsdp`   | `embed` over `fsdp`   | 5 P / devices + a layer              |
+| `fsdp`    | `embed` over `fsdp`,  | as the parameters     | 5 P / devices + a layer              |
+|           | `data`                |                       |                                      |
 | `fsdp_ep` | `expert` over         | as the parameters     | 5 P / devices + a layer's dense part |
 |           | `expert`, `embed`     |                       | and a device's own experts           |
 |           | over what is left     |                       |                                      |
 
-The batch is split over all devices in each of them.
+The batch is split over all devices in each of them. Where nothing is recomputed (model.remat =
+none), `fsdp` and `fsdp_ep` also keep the weights that they gathered, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_diffusion.parallel.mesh import batch_axes
 
@@ -42,7 +44,7 @@ _EP = {"expert": ("expert",), "embed": ("fsdp", "expert")}
 PRESETS = {
     "dp": Rules(params={}, update={}),
     "zero1": Rules(params={}, update={"embed": ("data",)}),
-    "fsdp": Rules(params={"embed": ("fsdp",)}, update={"embed": ("fsdp",)}),
+    "fsdp": Rules(params={"embed": ("fsdp", "data")}, update={"embed": ("fsdp", "data")}),
     "fsdp_ep": Rules(params=_EP, update=_EP),
 }
 
@@ -71,7 +73,7 @@ def state_shardings(mesh: Mesh, preset: str, abstract_state: Any, logical_axes: 
         table = rules.params if names[0] == "params" else rules.update
         tails = (names[start:] for start in range(len(names)))
         axes = next((axes_of[tail] for tail in tails if tail in axes_of), ())
-        return NamedSharding(mesh, _spec(leaf.shape, axes, table, mesh))
+        return NamedSharding(mesh, spec_of(leaf.shape, axes, table, mesh))
 
     return jax.tree_util.tree_map_with_path(shard, abstract_state)
 
@@ -83,19 +85,22 @@ def update_shardings(mesh: Mesh, preset: str, abstract_params: Any, logical_axes
 
     def shard(path: tuple, leaf: Any) -> NamedSharding:
         axes = axes_of[tuple(_name(key) for key in path)]
-        return NamedSharding(mesh, _spec(leaf.shape, axes, table, mesh))
+        return NamedSharding(mesh, spec_of(leaf.shape, axes, table, mesh))
 
     return jax.tree_util.tree_map_with_path(shard, abstract_params)
 
 
-def _spec(
-    shape: tuple[int, ...], axes: LogicalAxes, table: dict[str, tuple[str, ...]], mesh: Mesh
+def spec_of(
+    shape: tuple[int, ...],
+    axes: LogicalAxes,
+    table: dict[str, tuple[str, ...]],
+    mesh: Mesh | AbstractMesh,
 ) -> PartitionSpec:
     """Splits each dimension as the table says, unless it does not divide or the axis is taken."""
     spec: list[str | tuple[str, ...] | None] = []
     taken: set[str] = set()
     for size, name in zip(shape, axes, strict=False):
-        free = tuple(axis for axis in table.get(name, ()) if axis not in taken)
+        free = tuple(a for a in table.get(name, ()) if a not in taken and mesh.shape[a] > 1)
         fits = size % math.prod(mesh.shape[axis] for axis in free) == 0
         used = free if fits else ()
         taken.update(used)

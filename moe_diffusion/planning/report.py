@@ -190,6 +190,8 @@ def remedies(config: ConfigDict, what: str) -> list[str]:
     """What makes a run smaller, most effective first."""
     found = ["take more chips"]
     if what == "train":
+        if config.model.remat == "none":
+            found.append("--config.model.remat=cheap")
         if config.model.remat != "full":
             found.append("--config.model.remat=full")
         found.append(f"--config.optim.accumulate={2 * config.optim.accumulate}")

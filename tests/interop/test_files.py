@@ -55,6 +55,27 @@ def test_errors(tmp_path):
         files.read_state_dict(whole)
 
 
+def test_every_dtype_is_read_as_it_is(tmp_path):
+    dtypes = [np.dtype(dtype) for dtype in files.DTYPES.values()]
+    values = np.array([[0, 1, 100], [2, 3, 1]])
+    state = {dtype.name: values.astype(dtype) for dtype in dtypes}
+    path = tmp_path / "w.safetensors"
+    files.write_state_dict(state | {"empty": np.empty((0, 3), np.float32)}, path)
+    found = files.read_state_dict(path)
+    for name, array in state.items():
+        assert found[name].dtype == name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert found["empty"].shape == (0, 3)
+
+
+def test_a_dtype_that_numpy_has_not(tmp_path):
+    path = tmp_path / "w.safetensors"
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match="a is F8_E4M3; readable are F64, F32, F16"):
+        files.read_state_dict(path)
+
+
 def test_shards_are_one_state_dict(tmp_path):
     files.write_state_dict({"a.weight": STATE["a.weight"]}, tmp_path / "w-1.safetensors")
     files.write_state_dict({"b": STATE["b"]}, tmp_path / "w-2.safetensors")

@@ -47,6 +47,12 @@ def test_dsmoe_options():
         assert build("dsmoe", DSMOE, {"skip_first2": skip}).moe.skip_first == first
 
 
+def test_dsmoe_keys_without_effect():
+    """Of the authors' older yaml files; their code does not read them."""
+    older = {"use_type": "all", "group_bins": 8, "local_top_p": 4}
+    assert build("dsmoe", DSMOE, older, use_kda=False) == build("dsmoe", DSMOE)
+
+
 def test_token_choice():
     model = build("tcdit", CHOICE, {"n_shared_experts": 2})
     router, moe = model.router, model.moe
@@ -99,6 +105,7 @@ def test_flow_or_ddpm():
         ("dsmoe", DSMOE, {"n_groups": 8}, {}, "'n_groups' in MoE_config; the nearest is 'n_group'"),
         ("dsmoe", DSMOE, {}, {"MoE_config": {"num_experts": 8}}, "lacks.*num_experts_per_tok"),
         ("dsmoe", DSMOE, {}, {"use_sinks": True}, "use_sinks"),
+        ("dsmoe", DSMOE, {}, {"use_kda": True, "kda_kwargs": {"mode": "chunk"}}, "use_kda .Kimi"),
         ("dsmoe", DSMOE, {}, {"rope_type": "3d"}, "rope_type is '3d'"),
         ("dsmoe", DSMOE, {"hidden_size": 32}, {}, "MoE_config.hidden_size is 32"),
         ("tcdit", CHOICE, {}, {"head_dim": 5}, "head_dim 5"),

@@ -52,6 +52,11 @@ def test_jitmoe():
     )
     assert (moe.num_experts, moe.hidden_size, moe.mlp, moe.bias) == (4, 6, "swiglu", True)
     assert (moe.shared_hidden_size, moe.shared_bias) == (6, True) and not moe.residual_input
+    assert moe.dropout == 0
+    for rate in (0.0, 0.3):
+        net = {"net": NET | {"moe_config": MOE | {"proj_drop": rate}}}
+        model = interop.model_config_from_torch("jitmoe", net)
+        assert (model.moe.dropout, model.dropout) == (rate, 0)
     alone = {"net": NET | {"moe_config": MOE | {"use_shared_expert": False}}}
     moe = interop.model_config_from_torch("jitmoe", alone).moe
     assert moe.shared_hidden_size == 0 and moe.residual_input

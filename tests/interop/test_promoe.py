@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from moe_diffusion import config as configs
 from moe_diffusion import interop, models
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop.families import FAMILIES
-from moe_diffusion.models.blocks import Norm
+from moe_diffusion.models.blocks import Attention, Norm, sincos_table
 
 # 004_ProMoE_XL.yaml, without the keys of its training script.
 MOE = {
@@ -73,7 +74,12 @@ def test_the_authors_arguments_are_our_config(config, args, more):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("promoe_tc", {"qk_norm": True}, "qk_norm"),
+        ("promoe_tc", {"use_swiglu": True}, "use_swiglu of ProMoE, which renames"),
+        (
+            "promoe_tc",
+            {"MoE_config": MOE | {"init_MoeMLP": True}},
+            "init_MoeMLP .* to false",
+        ),
         ("promoe_ec", {"head_dim": 7}, "head_dim 7"),
         ("promoe_tc", {"MoE_config": MOE | {"load_balance_loss_coef": 0.01}}, "load_balance"),
         (
@@ -103,26 +109,6 @@ def test_other_arguments_tell_nothing_of_a_dit_moe(args):
     assert FAMILIES["dit_moe"].from_args(args) is None
 
 
-@pytest.mark.parametrize("family", ["promoe_tc", "promoe_ec", "dit_moe"])
-def test_shapes_tell_the_experts(family):
-    moe = MOE | {"num_routed_experts": 3, "moe_intermediate_size": 6}
-    moe |= {"shared_expert_intermediate_size": 5}
-    hparams = {"hidden_size": 16, "depth": 2, "num_heads": 2, "input_size": 4, "mlp_ratio": 2}
-    more = (
-        {"num_experts": 3, "use_flash_attn": True} if family == "dit_moe" else {"MoE_config": moe}
-    )
-    model = models.build(interop.model_config_from_torch(family, hparams | more))
-    params = _zeros(models.abstract_variables(model)["params"])
-    state = interop.export_state_dict({"params": params}, model, family)
-    told = FAMILIES[family].from_shapes({key: value.shape for key, value in state.items()})
-    widths = told.pop("MoE_config", {})
-    assert widths == {key: moe[key] for key in widths} and len(widths) == 3 * (family != "dit_moe")
-    expected = hparams | {"learn_sigma": True, "num_classes": 1000, "in_channels": 4}
-    expected |= {"patch_size": 2} | (more if family == "dit_moe" else {"use_swiglu": False})
-    del expected["num_heads"]  # no shape tells it
-    assert told == expected
-
-
 def test_names_of_dit_moe_with_flash_attention():
     hparams = {"hidden_size": 16, "depth": 1, "num_heads": 2, "input_size": 4}
     names = {}
@@ -143,6 +129,81 @@ def test_names_of_dit_moe_with_flash_attention():
         **{"out_proj.weight": (16, 16), "out_proj.bias": (16,)},
         **{f"{q}_norm.{leaf}": (8,) for q in "qk" for leaf in ("weight", "bias")},
     }
+
+
+def state_by_hand(qk_norm):
+    """A state dict of ProMoE as its modules define it: 2 blocks, the second with experts."""
+    width, heads, hidden, classes, patch = 8, 2, 16, 3, 2
+    experts, expert_width = 3, 6
+
+    def linear(name, inputs, outputs):
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    shapes = {"pos_embed": (1, 4, width), "y_embedder.embedding_table.weight": (classes + 1, width)}
+    shapes |= {"x_embedder.proj.weight": (width, 4, patch, patch), "x_embedder.proj.bias": (width,)}
+    shapes |= linear("t_embedder.mlp.0", 256, width) | linear("t_embedder.mlp.2", width, width)
+    for block in ("blocks.0", "blocks.1"):
+        shapes |= linear(f"{block}.attn.qkv", width, 3 * width)
+        if qk_norm:
+            for norm in (f"{block}.attn.q_norm", f"{block}.attn.k_norm"):
+                shapes |= {f"{norm}.weight": (width // heads,), f"{norm}.bias": (width // heads,)}
+        shapes |= linear(f"{block}.attn.proj", width, width)
+        shapes |= linear(f"{block}.adaLN_modulation.1", width, 6 * width)
+    shapes |= linear("blocks.0.mlp.fc1", width, hidden) | linear("blocks.0.mlp.fc2", hidden, width)
+    shapes["blocks.1.mlp.cluster_centers"] = (experts, width)
+    names = [f"experts.{i}" for i in range(experts + 1)] + ["shared_expert"]
+    for name in (f"blocks.1.mlp.{name}" for name in names):
+        shapes |= linear(f"{name}.up_proj", width, expert_width)
+        shapes |= linear(f"{name}.down_proj", expert_width, width)
+    shapes |= linear("final_layer.linear", width, patch * patch * 8)
+    shapes |= linear("final_layer.adaLN_modulation.1", width, 2 * width)
+    rng = np.random.default_rng(0)
+    state = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    return state | {"pos_embed": sincos_table(2, width)[None]}
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("family", ["promoe_tc", "promoe_ec"])
+def test_q_and_k_norm(family, qk_norm):
+    state = state_by_hand(qk_norm)
+    told = FAMILIES[family].from_shapes({key: value.shape for key, value in state.items()})
+    moe = {"top_k": 1, "router_weight_mode": "identity", **told.pop("MoE_config")}
+    config = interop.config_from_torch(family, told | {"num_heads": 2, "MoE_config": moe})
+    assert (config.model.qk_norm, config.model.num_heads) == (qk_norm, 2)
+    model = models.build(config.model)
+    variables = interop.import_state_dict(state, model, family)
+    back = interop.export_state_dict(variables, model)
+    assert back.keys() == state.keys()
+    for key, tensor in state.items():
+        np.testing.assert_array_equal(back[key], tensor, err_msg=key)
+
+    # Small queries and keys, so that the 1e-5 of torch.nn.LayerNorm can be told from 1e-6.
+    x = np.random.default_rng(1).normal(0, 1e-3, (2, 4, 8)).astype(np.float32)
+    layer = jax.tree.map(lambda leaf: leaf[0], variables["params"]["layers_0"]["block_0"]["attn"])
+    layer["qkv"]["bias"] = np.zeros_like(layer["qkv"]["bias"])
+    norm = {"qk_norm": model.qk_norm, "qk_norm_kind": model.qk_norm_kind}
+    attention = Attention(2, 2, positions="sincos", dtype="float32", **norm,
+                          qk_norm_eps=model.qk_norm_eps)  # fmt: skip
+    got = attention.apply({"params": layer}, x)
+    np.testing.assert_allclose(got, attention_by_hand(state, x, qk_norm), rtol=1e-4, atol=1e-6)
+
+
+def attention_by_hand(state, x, qk_norm):
+    """ProMoE's Attention of block 0 with two heads, in numpy; its qkv without bias."""
+    own = {key.removeprefix("blocks.0.attn."): np.float64(value) for key, value in state.items()}
+    qkv = (x @ own["qkv.weight"].T).reshape(2, 4, 3, 2, 4).transpose(2, 0, 3, 1, 4)
+    q, k, v = qkv
+    if qk_norm:
+
+        def norm(x, name):
+            x = x - x.mean(-1, keepdims=True)
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+            return x * own[f"{name}.weight"] + own[f"{name}.bias"]
+
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    weights = np.exp(q @ k.swapaxes(-1, -2) / 2)
+    out = weights / weights.sum(-1, keepdims=True) @ v
+    return out.swapaxes(1, 2).reshape(2, 4, 8) @ own["proj.weight"].T + own["proj.bias"]
 
 
 def test_layernorm_with_scale_and_bias():

@@ -70,25 +70,6 @@ def test_networks_of_the_authors_hyperparameters(family, name):
     check(entry, parameter_counts(build(interop.model_config_from_torch(family, hparams))))
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "spec"),
-    [
-        ("promoe", "ProMoE_TC_S", "promoe_s.py"),
-        ("promoe", "ProMoE_TC_B", "promoe_b.py"),
-        ("promoe", "ProMoE_TC_L", "promoe_l.py"),
-        ("promoe", "ProMoE_EC_L", "promoe_l.py:routing=expert_choice"),
-        ("promoe", "ProMoE_TC_XL", "promoe_xl.py"),
-        ("dit_moe", "DiT-MoE-S/2-8E2A", "dit_moe_s.py"),
-        ("dit_moe", "DiT-MoE-B/2-8E2A", "dit_moe_b.py"),
-        # The file counts the attention without normalised queries and keys.
-        ("dit_moe", "DiT-MoE-XL/2-8E2A", "dit_moe_xl.py:qk_norm=false"),
-        ("dit_moe", "DiT-MoE-G/2-16E2A", "dit_moe_g.py:qk_norm=false"),
-    ],
-)
-def test_networks_of_our_configs(family, name, spec):
-    check(FAMILIES[family][name], parameter_counts(build(configs.load(f"configs/{spec}").model)))
-
-
 @pytest.mark.parametrize("experts, millions", [(2, 571.2), (4, 772.7), (8, 1175.7), (16, 1981.7)])
 def test_experts_of_diffmoe_l(experts, millions):
     """arXiv 2503.14487, table 9."""

@@ -14,13 +14,6 @@ TINY = AutoencoderKL(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def autoencoder():
     """Takes one image per device at once."""

@@ -78,3 +78,20 @@ def test_grouped_queries_share_a_key_head():
     np.testing.assert_allclose(
         grouped.apply({"params": params}, x), make(4).apply({"params": full}, x), atol=1e-5
     )
+
+
+def test_a_norm_modulates_and_keeps_only_its_input_for_the_backward_pass():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    shift, scale = jax.random.normal(jax.random.key(1), (2, 2, 8))
+
+    def norm(x, shift, scale):
+        return blocks.Norm().apply({}, x, (shift, scale))
+
+    y, pull = jax.vjp(norm, x, shift, scale)
+    plain = blocks.Norm().apply({}, x)
+    np.testing.assert_allclose(y, plain * (1 + scale[:, None]) + shift[:, None], rtol=1e-5)
+    _, of_shift, of_scale = pull(jnp.ones_like(y))
+    np.testing.assert_allclose(of_shift, np.full((2, 8), 3.0))  # of three tokens each
+    np.testing.assert_allclose(of_scale, plain.sum(1), rtol=1e-4, atol=1e-5)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape]
+    assert len(kept) == 1 and kept[0] is x

@@ -1,5 +1,7 @@
 """DiT as a whole: segments of layers, its start at zero, remat, precision, router state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,9 +57,13 @@ def inputs(batch=4):
     return x, t, jnp.arange(batch, dtype=jnp.int32)
 
 
+def initial(model):
+    return nn.meta.unbox(jax.jit(lambda: model.init(jax.random.key(0), *inputs(), False))())
+
+
 def variables_of(model, scale=0.1):
     """Initial variables with noise on everything, since a new DiT puts out zeros."""
-    variables = nn.meta.unbox(model.init(jax.random.key(0), *inputs(), False))
+    variables = initial(model)
     leaves, tree = jax.tree.flatten(variables["params"])
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [
@@ -71,7 +77,7 @@ def variables_of(model, scale=0.1):
 def test_a_new_model_puts_out_zeros():
     config = tiny()
     model = build(config.model)
-    variables = nn.meta.unbox(model.init(jax.random.key(0), *inputs(), False))
+    variables = initial(model)
     out = model.apply(variables, *inputs(), False)
     assert out.shape == (4, 8, 8, 1) and out.dtype == jnp.float32
     np.testing.assert_array_equal(out, 0)
@@ -79,26 +85,28 @@ def test_a_new_model_puts_out_zeros():
 
 def test_learn_sigma_doubles_the_channels():
     model = build(tiny(learn_sigma="true").model)
-    variables = nn.meta.unbox(model.init(jax.random.key(0), *inputs(), False))
+    variables = initial(model)
     assert model.apply(variables, *inputs(), False).shape == (4, 8, 8, 2)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["cheap", "dots", "full"])
 def test_remat_changes_no_number(remat):
-    plain, saving = (build(tiny(remat=kind).model) for kind in ("none", remat))
-    variables = variables_of(plain)
-
-    def gradients(model):
-        def loss(params):
-            return (model.apply(variables | {"params": params}, *inputs(), True) ** 2).sum()
-
-        return jax.jit(jax.value_and_grad(loss))(variables["params"])
-
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        gradients(saving),
-        gradients(plain),
+        gradients(remat),
+        gradients("none"),
     )
+
+
+@functools.cache
+def gradients(remat):
+    model = build(tiny(remat=remat).model)
+    variables = variables_of(model)
+
+    def loss(params):
+        return (model.apply(variables | {"params": params}, *inputs(), True) ** 2).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
 
 def test_bfloat16_keeps_weights_and_output_in_float32():
@@ -107,11 +115,12 @@ def test_bfloat16_keeps_weights_and_output_in_float32():
     full, half = (build(tiny("dense", dtype=dtype).model) for dtype in ("float32", "bfloat16"))
     variables = variables_of(full)
     assert config.model.dtype == "float32"
-    expected, got = (m.apply(variables, *inputs(), False) for m in (full, half))
+    expected, got = (
+        jax.jit(lambda v, m=m: m.apply(v, *inputs(), False))(variables) for m in (full, half)
+    )
     assert got.dtype == jnp.float32
     assert 0 < jnp.abs(got - expected).max() < 0.05 * jnp.abs(expected).max()
-    initial = nn.meta.unbox(half.init(jax.random.key(0), *inputs(), False))
-    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial(half))} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("router", ["token_choice", "expert_choice", "diffmoe", "deepseek"])
@@ -119,9 +128,9 @@ def test_router_state_moves_only_by_its_rule(router):
     config = tiny(router)
     model = build(config.model, losses=sorted(config.loss_weights))
     variables = variables_of(model)
-    out, sown = model.apply(
-        variables, *inputs(), True, mutable=["losses", "metrics", "router_stats"]
-    )
+    sown = ["losses", "metrics", "router_stats"]
+    run = jax.jit(lambda variables: model.apply(variables, *inputs(), True, mutable=sown))
+    out, sown = run(variables)
     assert np.isfinite(out).all()
     state = model.update_router_state(variables["router_state"], sown.get("router_stats", {}))
     changed = [

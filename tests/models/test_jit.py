@@ -113,6 +113,7 @@ def test_dropout_acts_in_training_only():
     np.testing.assert_allclose(apply(model, variables), apply(without, plain), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_recomputation_draws_the_same_dropout():
     batch = {"image": inputs()[0], "label": inputs()[2] % 3}
     found = []

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_diffusion.kernels.blocked import ladder
 from moe_diffusion.moe.dispatch import BACKENDS, dispatch, dropped_share
 from moe_diffusion.moe.routing import Routing, by_expert, by_token
 from moe_diffusion.parallel.mesh import make_mesh
@@ -195,13 +194,3 @@ def test_gradients_scatter_nothing_and_keep_no_copy_of_the_weights(name):
     if name == "uniform":
         rows = G * T * K
         assert f"{E}x{rows}x" not in text
-
-
-@pytest.mark.parametrize(
-    ("rows", "experts"), [(4096, 16), (48, 8), (1, 4), (100_000, 16), (2048, 48)]
-)
-def test_ladder_is_short_and_reaches_twice_the_average(rows, experts):
-    sizes = ladder(rows, experts)
-    assert len(sizes) <= 12 and list(sizes) == sorted(set(sizes))
-    assert sizes[-1] >= min(rows, 2 * rows / experts, 2048)
-    assert sizes[0] <= max(32, rows / experts / 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.moe import transport
 from moe_diffusion.moe.dispatch import dispatch, dropped_share
+from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import ROUTERS
 from moe_diffusion.moe.routing import by_expert, by_token, top_experts, top_tokens
 from moe_diffusion.parallel.mesh import make_mesh
@@ -118,6 +120,56 @@ def test_ragged_sizes_by_hand():
     # Device 0 gets 1 + 2 from itself and has room for 2 of 2 + 1; device 1 gets 3, and 2 of 4.
     assert sizes[..., 0].tolist() == [[3, 3], [2, 2]]
     assert kept.tolist() == [[[1, 2], [0, 3]], [[2, 0], [2, 0]]]
+
+
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *,
+                      axis_name):  # fmt: skip
+    """What lax.ragged_all_to_all does, which XLA:CPU lacks: everybody sees everything."""
+    operands, starts, sizes, places = (
+        jax.lax.all_gather(a, axis_name)
+        for a in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    me, row = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
+    for sender in range(operands.shape[0]):
+        ours = row - places[sender, me]
+        sent = (ours >= 0) & (ours < sizes[sender, me])
+        found = jnp.take(operands[sender], starts[sender, me] + ours, axis=0, mode="clip")
+        output = jnp.where(sent[:, None], found, output)
+    return output
+
+
+def test_ragged_rows_have_the_numbers_of_one_device(monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    # Every other token wants expert 5 first, whose device then has 1.4 times its share.
+    second = jax.random.permutation(jax.random.key(4), jnp.arange(G * T) % 5).reshape(G, T)
+    first = jnp.broadcast_to(5 + jnp.arange(T) % 2, (G, T))
+    expert = jnp.stack([first, second], axis=-1)
+    routed = by_token(expert, jax.random.uniform(jax.random.key(5), expert.shape))
+    expected = run(routed)
+    with jax.set_mesh(mesh()):
+        assert transport.ragged_dropped_share(routed, E) == 0
+        assert_close(run(routed, transport="ragged_a2a"), expected)
+
+
+def test_ragged_rows_without_room_are_dropped_and_counted(monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    # All want expert 0: four devices send 16 rows each to one that has room for 2 * 16.
+    routed = by_token(jnp.zeros((G, T, 1), jnp.int32), jnp.ones((G, T, 1)))
+    with jax.set_mesh(mesh()):
+        y = run(routed, transport="ragged_a2a")[0]
+        np.testing.assert_allclose(transport.ragged_dropped_share(routed, E), 0.5)
+        # The first two devices of four have their rows served, in both groups of devices.
+        assert (np.abs(y) > 0).any(-1).mean(-1).tolist() == [1, 1, 0, 0] * 2
+
+
+def test_a_layer_tells_what_ragged_rows_were_dropped():
+    make_router = partial(ROUTERS["token_choice"], num_experts=E)
+    layer = MoE(make_router, partial(Experts, E, H), compete_in="shard", transport="ragged_a2a")
+    x, is_null = jax.ShapeDtypeStruct((G, T, D), "float32"), jax.ShapeDtypeStruct((G,), "bool")
+    with jax.set_mesh(mesh()):
+        init = partial(layer.init, train=True)
+        metrics = jax.eval_shape(init, jax.random.key(0), x, is_null)["metrics"]
+    assert metrics["dropped"].shape == ()
 
 
 def test_restricted_to_some_experts():

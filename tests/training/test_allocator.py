@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests import cli
+
 PROGRAM = """
 import resource, sys
 from moe_diffusion.training.allocator import keep_freed_memory
@@ -26,7 +28,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def page_faults(choice):
     """Pages that ten steps with 40 MB of temporaries fault in."""
     command = [sys.executable, "-c", PROGRAM, choice]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = cli.environment(1, optimize=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(result.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")

@@ -1,0 +1,142 @@
+"""Attention's implementations agree, values and gradients, and compile where they are meant to."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_diffusion.kernels import attention
+from moe_diffusion.parallel.mesh import BATCH_AXES
+from moe_diffusion.planning.topologies import describe
+
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def inputs(batch=1, heads=2, kv_heads=2, tokens=128, head_dim=8, dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(batch, n, tokens, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return [jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
+
+
+def value_and_gradients(implementation, *arrays):
+    def both(q, k, v, cotangent):
+        y, pull = jax.vjp(lambda *a: attention.attend(*a, implementation), q, k, v)
+        return y, pull(cotangent)
+
+    return jax.jit(both, compiler_options=QUICK)(*arrays)
+
+
+def by_hand(q, k, v):
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = np.exp(np.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1]))
+    return np.einsum("bhst,bhtd->bhsd", scores / scores.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_xla_by_hand(kv_heads):
+    q, k, v, _ = inputs(2, 4, kv_heads, tokens=9)
+    np.testing.assert_allclose(
+        attention.attend(q, k, v, "xla"), by_hand(*map(np.asarray, (q, k, v))), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tokens", "head_dim"), [(4, 4, 128, 72), (4, 2, 256, 64)]
+)
+def test_splash_has_the_values_and_gradients_of_xla(heads, kv_heads, tokens, head_dim):
+    arrays = inputs(2, heads, kv_heads, tokens, head_dim)
+    assert attention.can_run("splash", arrays[0])
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(
+        compare, value_and_gradients("splash", *arrays), value_and_gradients("xla", *arrays)
+    )
+
+
+def test_on_a_mesh_every_device_attends_to_its_own_images():
+    arrays = inputs(batch=4)
+    expected = value_and_gradients("xla", *arrays)
+    mesh = jax.make_mesh((2, 2, 1), BATCH_AXES, (jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        place = jax.NamedSharding(mesh, jax.P(BATCH_AXES))
+        got = value_and_gradients("splash", *jax.device_put(arrays, place))
+    assert not got[0].sharding.is_fully_replicated
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+
+
+def test_what_a_kernel_cannot_take_is_left_to_xla():
+    odd = inputs(tokens=96)  # no multiple of 128
+    half = inputs(dtype="bfloat16")  # cuDNN's type, but there is no GPU
+    for name, (q, k, v, _) in (("splash", odd), ("cudnn", half)):
+        assert not attention.can_run(name, q)
+        np.testing.assert_array_equal(
+            attention.attend(q, k, v, name), attention.attend(q, k, v, "xla")
+        )
+
+
+@pytest.mark.parametrize(
+    ("platform", "there", "dtype", "head_dim", "runs"),
+    [
+        ("cuda", "gpu", "bfloat16", 72, True),
+        ("cuda", "gpu", "float32", 64, False),
+        ("cuda", "gpu", "bfloat16", 36, False),
+        ("cuda", "gpu", "float16", 256, False),
+        ("cuda", "cpu", "bfloat16", 64, False),  # planned for, not there
+    ],
+)
+def test_when_cudnn_runs(monkeypatch, platform, there, dtype, head_dim, runs):
+    monkeypatch.setattr(attention, "platform", lambda: platform)
+    monkeypatch.setattr(jax, "default_backend", lambda: there)
+    q = jax.ShapeDtypeStruct((2, 4, 256, head_dim), dtype)
+    assert attention.can_run("cudnn", q) == runs
+
+
+def lowered(topology, implementation, shape, kv_heads, dtype="bfloat16"):
+    place = jax.sharding.SingleDeviceSharding(describe(topology).devices[0])
+    heads = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    kv = jax.ShapeDtypeStruct((shape[0], kv_heads, *shape[2:]), dtype, sharding=place)
+    mesh = jax.sharding.Mesh(np.array(describe(topology).devices[:1]), ("data",)).abstract_mesh
+
+    def both(q, k, v, cotangent):
+        y, pull = jax.vjp(lambda *a: attention.attend(*a, implementation), q, k, v)
+        return y, pull(cotangent)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(both).lower(heads, kv, kv, heads)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    ("shape", "kv_heads"),
+    [((2, 8, 256, 64), 8), ((2, 8, 256, 64), 2), ((1, 16, 1024, 72), 16), ((1, 2, 384, 128), 2)],
+)
+def test_splash_compiles_for_tpus(topology, shape, kv_heads):
+    text = lowered(topology, "splash", shape, kv_heads).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2  # forward and backward
+
+
+@pytest.mark.tpu_aot
+def test_a_plan_for_absent_gpus_has_attention_in_xla():
+    """cuDNN's calls are made while tracing, by a library that is not there."""
+    text = lowered("h100:1", None, (2, 8, 256, 64), 8).compile().as_text()
+    assert "cudnn" not in text.lower()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 16, 64), (16, 4, 72)])
+def test_cudnn_has_the_values_and_gradients_of_xla(heads, kv_heads, head_dim):
+    arrays = inputs(2, heads, kv_heads, 256, head_dim, "bfloat16")
+    assert attention.can_run("cudnn", arrays[0])
+
+    def compare(a, b):
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.05, atol=0.02
+        )
+
+    def gradients(implementation):
+        y, pull = jax.vjp(lambda *a: attention.attend(*a, implementation), *arrays[:3])
+        return y, pull(arrays[3])
+
+    jax.tree.map(compare, gradients("cudnn"), gradients("xla"))
