@@ -54,7 +54,8 @@ def digits(router: str = "token_choice", **changes: Any) -> list[str]:
 
 def environment(devices: int, optimize: bool = False) -> dict[str, str]:
     """Of a child. Compilation is most of the time of a small run, hence no optimization."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = count if optimize else f"{os.environ['XLA_FLAGS']} {count}"  # the last one counts
     quickly = str(int(not optimize))
     return os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": quickly}
 

@@ -3,13 +3,21 @@
 import os
 from pathlib import Path
 
+import pytest
+
 # Run the GPU tests with JAX_PLATFORMS=cuda.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Eight devices on one CPU, so that sharding is tested everywhere.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flag = "--xla_force_host_platform_device_count=8"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+# Eight devices on one CPU, so that sharding is tested everywhere. XLA's older emitters and an
+# undivided module compile four times as fast, and what is compiled here runs only a few times.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+given = os.environ.get("XLA_FLAGS", "")
+added = [flag for flag in FLAGS if flag.split("=")[0] not in given]
+os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *added]))
 
 # Compiled programs survive between runs, small ones too: compiling is most of the suite's time.
 cache = Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
@@ -20,3 +28,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # The workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """LLVM's polish costs more than it saves in programs that run a few times."""
+    import jax
+
+    for_accelerators = any(item.iter_markers("gpu")) or any(item.iter_markers("tpu_aot"))
+    jax.config.update("jax_disable_most_optimizations", not for_accelerators)

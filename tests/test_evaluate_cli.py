@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,13 +23,6 @@ def get_protocol(arg):
     protocol.sampling, protocol.cfg = {"sampler": "euler", "steps": 2}, (1.0, 1.5)
     return protocol
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +80,7 @@ def test_a_run_on_digits_needs_nothing_else(trained, capsys):
     assert json.loads(kept[-1]) == result
 
 
+@pytest.mark.slow
 def test_a_sweep_draws_a_curve(trained, tmp_path, capsys):
     flags = ["--cfg", "1.0,2.0", "--ema", "0.9,none", "--num", 64, "--plot", tmp_path / "a.png"]
     swept, lines = measure(capsys, "--workdir", trained, *flags)
@@ -115,6 +108,7 @@ def test_a_protocol_fixes_everything_and_tells_what_differs(trained, tmp_path, c
     assert other["metrics"]["fd_digits"] == pytest.approx(first["metrics"]["fd_digits"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_images_features_and_statistics_agree(weights, tmp_path, capsys, small_inception):
     ours, theirs = pictures(0), pictures(1)
     np.savez(tmp_path / "ours.npz", arr_0=ours / np.float32(127.5) - 1)

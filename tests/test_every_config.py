@@ -1,9 +1,7 @@
-"""Every config file, made narrow and shallow, trains a step; DSMoE-L does so as it is."""
+"""Every config file lowers a training step as it is and takes one when made narrow and shallow."""
 
 from __future__ import annotations
 
-import functools
-import json
 import time
 
 import jax
@@ -15,40 +13,50 @@ from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.models import build
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.planning.compile import lower_train
 from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import TrainState, create_state
+from moe_diffusion.training.state import create_state
 from moe_diffusion.training.step import make_train_step
 from tests import cli
+from tests.test_config_files import every_stem
 
-ROUTERS = ("token_choice", "expert_choice", "diffmoe", "deepseek", "dense")
-SPECS = [f"configs/digits.py:router={router}" for router in ROUTERS]
-SPECS += [f"configs/dsmoe_{size}.py:experts={e}" for size in "sbl" for e in (16, 48)]
-SPECS += ["configs/dsmoe_3b.py"]
-SPECS += [f"configs/promoe_{size}.py" for size in ("s", "b", "l", "xl")]
-SPECS += ["configs/promoe_l.py:routing=expert_choice"]
-SPECS += [f"configs/dit_moe_{size}.py" for size in ("s", "b", "xl", "g")]
-SPECS += [f"configs/jit_{size}{patch}.py" for size in "blhg" for patch in (16, 32)]
-SPECS += [f"configs/jitmoe_{size}16.py" for size in "blh"]
-SPECS += [f"configs/dit_{size}.py:objective=ddpm" for size in ("s", "b", "l", "xl", "xxl", "xxxl")]
-SPECS += [f"configs/diffmoe_{size}.py:experts={e}" for size in ("s", "b", "l") for e in (8, 16)]
-SPECS += ["configs/diffmoe_xl.py", "configs/diffmoe_l.py:experts=2"]
-SPECS += [f"configs/ecdit_{size}.py" for size in "sbl"]
-# These differ little from the others; each takes a compilation of its own.
-SLOW = [f"configs/tcdit_{size}.py" for size in "sbl"]
-SLOW += [f"configs/dit_{size}.py:objective=flow" for size in ("s", "b", "l", "xl", "xxl", "xxxl")]
-SLOW += [f"configs/sit_{size}.py" for size in ("s", "b", "l", "xl")]
-SLOW += ["configs/diffmoe_l.py:objective=ddpm", "configs/tcdit_l.py:objective=ddpm"]
-SLOW += ["configs/dsmoe_s.py:positions=sincos,shared=false"]
-SLOW += ["configs/dsmoe_s.py:positions=rope1d,interleave=false,gqa=true"]
-SPECS += [pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW]
+# Each line is one program when small: its specs differ in size alone.
+QUICK = [
+    ["digits.py:router=token_choice"],
+    ["dsmoe_l.py:experts=48"],
+    [f"promoe_{size}.py" for size in ("l", "s", "b", "xl")],
+    ["dit_moe_xl.py"],
+    [f"jitmoe_{size}16.py" for size in "bl"],
+    [f"dit_{size}.py:objective=ddpm" for size in ("l", "s", "b", "xl", "xxl", "xxxl")],
+    [f"diffmoe_{size}.py:experts={e}" for size in "lsb" for e in (8, 16)]
+    + ["diffmoe_xl.py", "diffmoe_l.py:experts=2"],
+    [f"ecdit_{size}.py" for size in "lsb"],
+]
+# Their blocks, routers and objectives are those of the above in other combinations.
+SLOW = [
+    *([f"digits.py:router={name}"] for name in ("expert_choice", "diffmoe", "deepseek", "dense")),
+    *([f"dsmoe_{size}.py:experts={e}" for size in "sb"] for e in (16, 48)),
+    ["dsmoe_l.py:experts=16", "dsmoe_3b.py"],
+    ["dsmoe_s.py:positions=sincos,shared=false"],
+    ["dsmoe_s.py:positions=rope1d,interleave=false,gqa=true"],
+    ["promoe_l.py:routing=expert_choice"],
+    [f"dit_moe_{size}.py" for size in "sb"],
+    ["dit_moe_g.py"],
+    [f"jit_{size}{patch}.py" for size in "blhg" for patch in (16, 32)],
+    ["jitmoe_h16.py"],
+    [f"dit_{size}.py:objective=flow" for size in ("s", "b", "l", "xl", "xxl", "xxxl")]
+    + [f"sit_{size}.py" for size in ("s", "b", "l", "xl")],
+    ["diffmoe_l.py:objective=ddpm"],
+    [f"tcdit_{size}.py" for size in "sbl"],
+    ["tcdit_l.py:objective=ddpm"],
+]
+FIRST = [specs[0] for specs in QUICK]
+OTHERS = [spec for specs in QUICK + SLOW for spec in specs if spec not in FIRST]
 BATCH = 2
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def slow(values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def small(spec: str) -> configs.ConfigDict:
@@ -72,22 +80,27 @@ def small(spec: str) -> configs.ConfigDict:
         "checkpoint.keep_every": 0,
         "diffusion.noise_scale": 1.0,
     }
-    if configs.load(spec).model.moe.shared_hidden_size:
+    model = configs.load(f"configs/{spec}").model
+    if model.moe.shared_hidden_size:
         sizes["model.moe.shared_hidden_size"] = 8
-    if configs.load(spec).model.router.name in ("expert_choice", "diffmoe"):
+    if model.router.name in ("expert_choice", "diffmoe"):
         sizes["model.moe.num_experts"] = 4  # as many as an image has tokens
-    if configs.load(spec).model.num_kv_heads:
+    if model.num_kv_heads:
         sizes["model.num_kv_heads"] = 1
-    config = configs.load(spec, [f"{key}={value}" for key, value in sizes.items()])
+    config = configs.load(f"configs/{spec}", [f"{key}={value}" for key, value in sizes.items()])
     config.sampling.update(configs.default().sampling)  # no part of a step either
     return config
 
 
-@functools.cache
-def first_step(config_json: str) -> tuple[TrainState, dict[str, float]]:
-    """On one device. Some models of DSMoE differ in size alone and are the same when small."""
-    config = configs.default()
-    config.update(json.loads(config_json))
+def test_every_config_file_is_listed_above():
+    assert {spec.split(".")[0] for spec in FIRST + OTHERS} == every_stem()
+
+
+@pytest.mark.parametrize("specs", QUICK + slow(SLOW), ids=lambda specs: specs[0])
+def test_takes_a_step(specs):
+    """On one device."""
+    config = small(specs[0])
+    assert all(small(spec) == config for spec in specs[1:])
     model = build(config.model, losses=sorted(config.loss_weights))
     optimizer = make_optimizer(config.optim)
     train_step = make_train_step(
@@ -101,14 +114,7 @@ def first_step(config_json: str) -> tuple[TrainState, dict[str, float]]:
     with jax.set_mesh(make_mesh(config.parallel, jax.devices()[:1])):
         state = create_state(model, optimizer, config, jax.sharding.get_mesh(), config.seed)
         state, metrics = train_step(state, batch, jax.random.key(config.seed))
-    return state, {name: float(value) for name, value in metrics.items()}
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_takes_a_step(spec):
-    config = small(spec)
-    state, metrics = first_step(config.to_json())
-    metrics = dict(metrics)
+    metrics = {name: float(value) for name, value in metrics.items()}
     assert metrics.pop("finite") == 1 and np.isfinite(list(metrics.values())).all()
     assert metrics["loss"] > 0.1 and metrics["grad_norm"] > 0.01
     assert metrics.keys() >= set(config.loss_weights)
@@ -117,7 +123,19 @@ def test_takes_a_step(spec):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("spec", FIRST + slow(OTHERS))
+def test_lowers_a_step_as_it_is(spec):
+    """At full size, without its memory: shapes in are shapes out."""
+    config = configs.load(f"configs/{spec}", [f"data.batch_size={BATCH}"])
+    lowered = lower_train(config, jax.devices()[:1])
+    before, (after, metrics) = lowered.args_info[0][0], lowered.out_info
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), after
+    )
+    assert metrics["loss"].shape == () and metrics.keys() >= set(config.loss_weights)
+
+
+@pytest.mark.alone
 def test_dsmoe_l_as_it_is_takes_its_first_step_soon(tmp_path):
     """Compilation included; takes 23 GB of memory."""
     args = ["--config", "configs/dsmoe_l.py", "--workdir", tmp_path / "run"]

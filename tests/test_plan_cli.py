@@ -2,21 +2,12 @@ from __future__ import annotations
 
 import json
 
-import jax
 import pytest
 
 from moe_diffusion.plan import main
 from tests import cli
 
 
-@pytest.fixture
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("compile_quickly")
 def test_plans_for_what_is_here_and_ends_with_json(capsys):
     args = cli.digits("expert_choice", ema__decays="()")
     main([*args, "--topology", "local", "--own-preset", "--json"])

@@ -9,21 +9,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
 from moe_diffusion import prepare
 from moe_diffusion.data.latents import Latents
 from tests import cli, pictures
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """As the child processes do, for equal bits."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +52,7 @@ def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
     assert 0.01 < batch["image"].std() < 1
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again(inputs, undisturbed, tmp_path):
     """With kill -9, on one device: in the end the folder that eight devices made undisturbed."""
     out = tmp_path / "latents"

@@ -84,6 +84,7 @@ def check_killed(workdir: Path, least: int) -> int:
     return newest
 
 
+@pytest.mark.slow
 def test_a_terminated_run_resumes(tmp_path, undisturbed):
     # Writing at some later steps makes the run long enough to be caught in the middle.
     slow = {"checkpoint__every": 7, "checkpoint__asynchronous": "false"}

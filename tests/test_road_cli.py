@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,13 +17,6 @@ from tests import cli, pictures
 from tests.golden.inception import recipe
 
 STEPS = 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,13 +29,6 @@ def trained(tmp_path_factory):
     )
     cli.succeed("train", *args, "--workdir", workdir)
     return workdir
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from moe_diffusion import sample, thresholds, train
 from tests import cli
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ def test_dispatch_ends_with_one_line_of_json(capsys, tmp_path):
     assert kept["results"][0]["rho_fwd"] == result["rho_fwd"]
 
 
+@pytest.mark.slow
 def test_zipf_prefers_the_first_experts():
     options = {"tokens": 256, "repeats": 1}
     even, uneven = (
@@ -36,7 +37,7 @@ def test_zipf_prefers_the_first_experts():
     assert even["load_max"] < 2 < uneven["load_max"]
 
 
-@pytest.mark.parametrize("what", ["train", "sample"])
+@pytest.mark.parametrize("what", ["train", pytest.param("sample", marks=pytest.mark.slow)])
 def test_steps_of_a_config(what, capsys):
     args = [what, "--config", "configs/digits.py", "--repeats", "1", "--json"]
     changes = ["data.batch_size=2", "model.depth=2", "model.hidden_size=16", "sampling.steps=1"]

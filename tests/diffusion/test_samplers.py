@@ -126,13 +126,6 @@ def test_adaptive():
 MEAN, STD = 0.5, 0.4
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class GaussianFlow(nn.Module):
     """The exact velocity for data N(MEAN, STD^2) and noise of standard deviation `scale`."""
 

@@ -28,13 +28,6 @@ def file(state, tmp_path):
     return write
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_the_tensors_are_those_of_the_published_file():
     shapes = inception.tensor_shapes()
     assert len(shapes) == 94 * 5 + 2
@@ -99,6 +92,7 @@ def test_features_have_the_published_sizes(weights):
     assert shapes["pool"].shape == (2, 2048) and shapes["spatial"].shape == (2, 2023)
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_company(weights, monkeypatch):
     """Each of eight devices takes its share, and what fills up the last batch is cut off."""
     monkeypatch.setattr(inception, "SIZE", 107)  # a tenth of the work, the same network

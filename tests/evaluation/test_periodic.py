@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
-import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion import train
@@ -15,13 +13,6 @@ from moe_diffusion.evaluation import periodic
 from moe_diffusion.evaluation.periodic import PooledFeatures
 from moe_diffusion.models import build
 from tests import cli
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_pooled_features_by_hand():

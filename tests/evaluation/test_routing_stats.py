@@ -25,13 +25,6 @@ from moe_diffusion.models import abstract_variables, build
 LABELS, HALF = np.array([0, 1, 1], np.int32), np.full(3, 0.5, np.float32)
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make(router: str, *overrides: str):
     """Config, model and random variables of three blocks, one and two of them MoE, width 16."""
     config = configs.load(

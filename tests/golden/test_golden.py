@@ -55,8 +55,16 @@ HANDLERS = (
     (r"\w+/models/models_DiffMoE\.py: DiT.*", "diffmoe", network.check),
 )
 
+# Long to compile; others check the same code with other routers. `-m golden` runs them, too.
+SLOW = (
+    ("jitmoe", jit.check),
+    ("jitmoe", trajectory_jit.check),
+    ("promoe_tc", trajectory_promoe.check),
+    ("diffmoe", trajectory.check),
+    ("tcdit", trajectory.check),
+)
+
 pytestmark = pytest.mark.golden
-every_case = pytest.mark.parametrize("path", cases.find(), ids=lambda path: path.name)
 
 
 def test_cases_are_found():
@@ -73,23 +81,29 @@ def _handler(case):
 
 def _open(path):
     case = cases.Case(path)
-    if handler := _handler(case):
+    if handler := HANDLED[path]:
         return case, *handler
     pytest.fail(f"no handler for the golden case '{path.name}' ({case.config['source']})")
 
 
-@every_case
+HANDLED = {path: _handler(cases.Case(path)) for path in cases.find()}
+
+
+def _each(paths):
+    """For every path a test."""
+    marks = {path: pytest.mark.slow if HANDLED[path] in SLOW else () for path in paths}
+    values = [pytest.param(path, marks=mark, id=path.name) for path, mark in marks.items()]
+    return pytest.mark.parametrize("path", values)
+
+
+@_each(HANDLED)
 def test_parity(path):
     case, family, check = _open(path)
     with jax.default_matmul_precision("highest"):
         check(case, family)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in cases.find() if (_handler(cases.Case(path)) or (None,))[0]],
-    ids=lambda path: path.name,
-)
+@_each(path for path, handler in HANDLED.items() if handler and handler[0])
 def test_import_then_export_keeps_every_bit(path, tmp_path):
     case, family, _ = _open(path)
     for name in ("weights", "final"):
