@@ -3,6 +3,7 @@
 from moe_diffusion.data.pipeline import AUGMENTATIONS
 from moe_diffusion.diffusion import sde
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.attention import IMPLEMENTATIONS
 from moe_diffusion.models.blocks import ROPES
 from moe_diffusion.models.dit import REMAT
 from moe_diffusion.moe.dispatch import BACKENDS
@@ -17,6 +18,7 @@ def test_choices_are_those_of_the_code():
     assert CHOICES["model.mlp"] == CHOICES["model.moe.mlp"] == mlp.KINDS
     assert CHOICES["model.positions"] == ("sincos", *ROPES)
     assert set(CHOICES["model.remat"]) == {"none", *REMAT}
+    assert CHOICES["model.attention"] == ("auto", *IMPLEMENTATIONS)
     assert set(CHOICES["model.moe.backend"]) == {"auto", *BACKENDS}
     assert set(CHOICES["model.moe.transport"]) == {"auto", *TRANSPORTS}
     assert set(CHOICES["parallel.preset"]) == set(PRESETS)

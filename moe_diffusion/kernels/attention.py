@@ -2,13 +2,14 @@
 
     softmax(q k^T / sqrt(d)) v
 
-| implementation | what it does                                                  | runs on        |
-|----------------|---------------------------------------------------------------|----------------|
-| `xla`          | two batched products, softmax in f32                          | everything     |
-| `splash`       | Pallas, jax's kernel: scores stay on the chip, both ways      | TPU, any dtype |
-| `cudnn`        | cuDNN's fused kernel                                          | GPU, 16 bits   |
+| implementation | what it does                                | default for                       |
+|----------------|---------------------------------------------|-----------------------------------|
+| `xla`          | two batched products, softmax in f32        | CPU; TPU below 1,024 tokens       |
+| `splash`       | jax's Pallas kernel: scores stay on chip    | TPU from 1,024 tokens on          |
+| `cudnn`        | cuDNN's fused kernel                        | GPU                               |
 
-Every one takes grouped queries. What a kernel cannot take (`can_run`) is left to `xla`.
+Every one takes grouped queries. What a kernel cannot take (`can_run`) is left to `xla`. The
+defaults on TPU follow compiled programs (docs/benchmarks); they were never timed on a chip.
 """
 
 from __future__ import annotations
@@ -27,27 +28,32 @@ from moe_diffusion.parallel.mesh import by_group, platform
 
 _SEQ_MINOR = splash_attention_kernel.QKVLayout.SEQ_MINOR
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+_SPLASH_FROM = 1024  # tokens; below, XLA keeps the scores on the chip too
 _SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens of a tile: the largest that divides their number
 
 
-def default_implementation(platform: str) -> str:
-    """Of a mesh's platform: "cpu", "tpu" or "cuda" / "gpu"."""
-    return {"cuda": "cudnn", "gpu": "cudnn"}.get(platform, "xla")
+def default_implementation(platform: str, tokens: int) -> str:
+    """The table above, for the platform of the mesh: "cpu", "tpu" or "cuda" / "gpu"."""
+    if platform == "tpu":
+        return "splash" if tokens >= _SPLASH_FROM else "xla"
+    return "xla" if platform == "cpu" else "cudnn"
 
 
 def can_run(name: str, q: jax.Array) -> bool:
     """Whether an implementation takes queries [B, heads, S, d] of this shape and type here.
 
     `splash` needs S a multiple of 128 and, on anything but a TPU, is interpreted (for tests).
-    `cudnn` needs a GPU that is there, f16 or bf16, and d a multiple of 8 up to 128.
+    `cudnn` needs a GPU that is there, Ampere or later, 16 bits, and d a multiple of 8 up to 128.
     """
     tokens, head_dim = q.shape[2:]
     if name == "splash":
         return tokens % _SPLASH_BLOCKS[-1] == 0 and platform() in ("tpu", "cpu")
     if name == "cudnn":
         # cuDNN is asked for its version while tracing: no program for absent GPUs can hold it.
-        here = jax.default_backend() == "gpu" and platform() in ("cuda", "gpu")
-        return here and q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+        if jax.default_backend() != "gpu" or platform() not in ("cuda", "gpu"):
+            return False
+        ampere = float(jax.local_devices()[0].compute_capability) >= 8
+        return ampere and q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
     return True
 
 
@@ -59,7 +65,7 @@ def attend(
     Key head j serves query heads j * r .. j * r + r - 1, r = heads / kv_heads. implementation None
     chooses by the platform of the mesh. The result is named "attention" for remat policies.
     """
-    name = implementation or default_implementation(platform())
+    name = implementation or default_implementation(platform(), q.shape[2])
     if not can_run(name, q):
         name = "xla"
     function = {"xla": _xla, "splash": partial(by_group, _splash), "cudnn": _cudnn}[name]

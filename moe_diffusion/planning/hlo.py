@@ -92,7 +92,6 @@ def _traffic(program: Program, name: str, known: dict[str, Counter]) -> Counter:
         return known[name]
     body = program.computations[name]
     total: Counter[str] = Counter()
-    channels: set[str] = set()
     for instruction in body.values():
         if instruction.opcode == "while":
             loop = re.search(r"body=%?([\w.-]+)", instruction.text)[1]
@@ -104,7 +103,7 @@ def _traffic(program: Program, name: str, known: dict[str, Counter]) -> Counter:
             branches = [_traffic(program, b, known) for b in _branches(instruction.text)]
             total += max(branches, key=lambda sent: sum(sent.values()), default=Counter())
         elif instruction.opcode == "fusion":
-            total += _sent_in_fusion(program, _CALLED.search(instruction.text)[1], channels)
+            total += _sent_in_fusion(program, instruction)
         elif instruction.opcode.removesuffix("-start") in COLLECTIVES:
             total += _sent(instruction)
         elif not instruction.opcode.endswith(("-done", "-update")):
@@ -149,24 +148,25 @@ def _branches(text: str) -> list[str]:
     return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", text)
 
 
-def _sent_in_fusion(program: Program, name: str, channels: set[str]) -> Counter:
+def _sent_in_fusion(program: Program, fusion: Instruction) -> Counter:
     """Bytes of the collectives that the TPU compiler has put into a fusion.
 
     It writes a reduce-scatter as an all-reduce of which a part is taken. Other collectives it runs
     in pieces beside other work: the start, each piece and the end stand in a fusion of their own
-    and look like the whole, so of one channel only the first counts.
+    and look like the whole, so only the start counts.
     """
+    name = _CALLED.search(fusion.text)[1]
+    if fusion.name.startswith("async-collective-done") or name.startswith("async_collective_"):
+        return Counter()
     total: Counter[str] = Counter()
     for inner in program.computations[name].values():
         if inner.opcode == "fusion":
-            total += _sent_in_fusion(program, _CALLED.search(inner.text)[1], channels)
+            total += _sent_in_fusion(program, inner)
         elif inner.opcode.removesuffix("-start") in COLLECTIVES:
-            channel = re.search(r"channel_id=\d+", inner.text)
+            sent = _sent(inner)
             if name.startswith("all-reduce-scatter"):
-                total["reduce-scatter"] += _sent(inner)["all-reduce"] / 2
-            elif channel is None or channel[0] not in channels:
-                total += _sent(inner)
-                channels |= {channel[0]} if channel else set()
+                sent = Counter({"reduce-scatter": sent["all-reduce"] / 2})
+            total += sent
     return total
 
 

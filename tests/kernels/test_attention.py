@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,12 @@ def test_on_a_mesh_every_device_attends_to_its_own_images():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
+def test_defaults():
+    choose = attention.default_implementation
+    assert [choose("tpu", tokens) for tokens in (256, 1024)] == ["xla", "splash"]
+    assert [choose(name, 1024) for name in ("cpu", "cuda", "gpu")] == ["xla", "cudnn", "cudnn"]
+
+
 def test_what_a_kernel_cannot_take_is_left_to_xla():
     odd = inputs(tokens=96)  # no multiple of 128
     half = inputs(dtype="bfloat16")  # cuDNN's type, but there is no GPU
@@ -76,18 +84,22 @@ def test_what_a_kernel_cannot_take_is_left_to_xla():
 
 
 @pytest.mark.parametrize(
-    ("platform", "there", "dtype", "head_dim", "runs"),
+    ("there", "capability", "dtype", "head_dim", "runs"),
     [
-        ("cuda", "gpu", "bfloat16", 72, True),
-        ("cuda", "gpu", "float32", 64, False),
-        ("cuda", "gpu", "bfloat16", 36, False),
-        ("cuda", "gpu", "float16", 256, False),
-        ("cuda", "cpu", "bfloat16", 64, False),  # planned for, not there
+        ("gpu", "8.0", "bfloat16", 72, True),
+        ("gpu", "10.0", "float16", 64, True),
+        ("gpu", "7.5", "bfloat16", 64, False),  # Turing
+        ("gpu", "9.0", "float32", 64, False),
+        ("gpu", "9.0", "bfloat16", 36, False),
+        ("gpu", "9.0", "float16", 256, False),
+        ("cpu", "", "bfloat16", 64, False),  # planned for GPUs that are not there
     ],
 )
-def test_when_cudnn_runs(monkeypatch, platform, there, dtype, head_dim, runs):
-    monkeypatch.setattr(attention, "platform", lambda: platform)
+def test_when_cudnn_runs(monkeypatch, there, capability, dtype, head_dim, runs):
+    monkeypatch.setattr(attention, "platform", lambda: "cuda")
     monkeypatch.setattr(jax, "default_backend", lambda: there)
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     q = jax.ShapeDtypeStruct((2, 4, 256, head_dim), dtype)
     assert attention.can_run("cudnn", q) == runs
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 
 from moe_diffusion.parallel.mesh import (
     AXES,
+    _ring,
     batch_axes,
     make_mesh,
     num_batch_shards,
@@ -28,6 +32,23 @@ def test_expert_parallelism_shares_the_devices_out(sharing, fsdp, expert):
     assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "expert": expert, "seq": 1}
     with jax.set_mesh(mesh):
         assert (num_batch_shards(), num_expert_shards()) == (8, expert)
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices_per_chip", "ring"),
+    [
+        ((4, 4, 1), 1, 4),
+        ((16, 8, 1), 1, 16),
+        ((4, 4, 4), 2, 4),
+        ((2, 4, 1), 1, 8),
+        ((2, 2, 4), 1, 16),
+    ],
+)
+def test_parameters_are_split_along_a_ring_of_a_torus_of_tpus(shape, devices_per_chip, ring):
+    """Of a slice at most two chips wide all devices lie on one ring."""
+    places = [place for place in np.ndindex(shape) for _ in range(devices_per_chip)]
+    assert _ring([SimpleNamespace(platform="tpu", coords=place) for place in places]) == ring
+    assert _ring([SimpleNamespace(platform="cuda")] * 16) == 16
 
 
 def test_batch_shards_of_the_mesh_that_is_set():

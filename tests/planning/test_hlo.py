@@ -102,11 +102,22 @@ ENTRY %main (x: bf16[2,4]) -> bf16[8,4] {
 
 
 def test_pieces_of_one_collective_in_fusions_count_once():
-    """As the TPU compiler writes them, layouts with parentheses included."""
+    """As the TPU compiler writes them, layouts with parentheses and pieces in a loop included."""
     text = """
-%piece (a: f32[2,128]) -> f32[8,128] {
+%fused_computation.1 (a: f32[2,128]) -> f32[8,128] {
   %a = f32[2,128]{1,0:T(8,128)} parameter(0)
-  ROOT %g = f32[8,128]{1,0:T(8,128)} all-gather(%a), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %g = f32[8,128]{1,0:T(8,128)} all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}
+}
+
+%async_collective_fusion.5 (a.5: f32[2,128]) -> f32[8,128] {
+  %a.5 = f32[2,128]{1,0:T(8,128)} parameter(0)
+  ROOT %g.5 = f32[8,128]{1,0:T(8,128)} all-gather(%a.5), channel_id=1, replica_groups={{0,1,2,3}}
+}
+
+%body (y: f32[2,128]) -> f32[2,128] {
+  %y = f32[2,128]{1,0:T(8,128)} parameter(0)
+  %f5 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%y), kind=kCustom, calls=%async_collective_fusion.5
+  ROOT %z = f32[2,128]{1,0:T(8,128)} copy(%y)
 }
 
 %all-reduce-scatter.1 (b: f32[8,128]) -> f32[2,128] {
@@ -117,15 +128,17 @@ def test_pieces_of_one_collective_in_fusions_count_once():
 
 ENTRY %main (x: f32[2,128]) -> f32[2,128] {
   %x = f32[2,128]{1,0:T(8,128)} parameter(0)
-  %f1 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kCustom, calls=%piece
-  %f2 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kCustom, calls=%piece
-  %f3 = f32[2,128]{1,0:T(8,128)} fusion(%f1), kind=kCustom, calls=%all-reduce-scatter.1
-  ROOT %f4 = f32[2,128]{1,0:T(8,128)} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.1
+  %async-collective-start.1 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), calls=%fused_computation.1
+  %async-collective-start.2 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), calls=%fused_computation.1
+  %w = f32[2,128]{1,0:T(8,128)} while(%x), body=%body, backend_config={"known_trip_count":{"n":"9"}}
+  %async-collective-done.1 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%w), calls=%fused_computation.1
+  %f3 = f32[2,128]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %f4 = f32[2,128]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
     whole = 8 * 128 * 4 * 3 / 4
     sent = hlo.collective_bytes(hlo.parse(text))
-    assert sent == {"all-gather": whole, "reduce-scatter": 2 * whole}
+    assert sent == {"all-gather": 2 * whole, "reduce-scatter": 2 * whole}
 
 
 def test_a_compiled_scan_over_sharded_weights_gathers_every_layer():
