@@ -81,7 +81,7 @@ def _handler(case):
 
 def _open(path):
     case = cases.Case(path)
-    if handler := HANDLED[path]:
+    if handler := _handler(case):
         return case, *handler
     pytest.fail(f"no handler for the golden case '{path.name}' ({case.config['source']})")
 
