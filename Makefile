@@ -33,8 +33,9 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# Few and long ones: a worker without work takes another's, or one would run alone for minutes.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not alone and not gpu and not tpu_aot"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not alone and not gpu and not tpu_aot"
 
 # The last, with 23 GB of memory, wants the machine for itself.
 test-all: test test-slow

@@ -4,12 +4,13 @@
 
 | implementation | what it does                                | default for                       |
 |----------------|---------------------------------------------|-----------------------------------|
-| `xla`          | two batched products, softmax in f32        | CPU; TPU below 1,024 tokens       |
-| `splash`       | jax's Pallas kernel: scores stay on chip    | TPU from 1,024 tokens on          |
+| `xla`          | two batched products, softmax in f32        | CPU; TPU, few scores              |
+| `splash`       | jax's Pallas kernel: scores stay on chip    | TPU, 64 MB of scores on a device  |
 | `cudnn`        | cuDNN's fused kernel                        | GPU                               |
 
 Every one takes grouped queries. What a kernel cannot take (`can_run`) is left to `xla`. The
-defaults on TPU follow compiled programs (docs/benchmarks); they were never timed on a chip.
+defaults on TPU follow compiled programs (docs/benchmarks): few scores stay on the chip in XLA too.
+They were never timed.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from moe_diffusion.parallel.mesh import by_group, platform
+from moe_diffusion.parallel.mesh import by_group, num_batch_shards, platform
 
 _SEQ_MINOR = splash_attention_kernel.QKVLayout.SEQ_MINOR
 IMPLEMENTATIONS = ("xla", "splash", "cudnn")
-_SPLASH_FROM = 1024  # tokens; below, XLA keeps the scores on the chip too
+_SPLASH_FROM = 2**26  # bytes of scores in f32
 _SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens of a tile: the largest that divides their number
 
 
-def default_implementation(platform: str, tokens: int) -> str:
-    """The table above, for the platform of the mesh: "cpu", "tpu" or "cuda" / "gpu"."""
+def default_implementation(platform: str, scores: int) -> str:
+    """The table above, for a mesh of "cpu", "tpu" or "cuda" / "gpu" and the scores of a device."""
     if platform == "tpu":
-        return "splash" if tokens >= _SPLASH_FROM else "xla"
+        return "splash" if 4 * scores >= _SPLASH_FROM else "xla"
     return "xla" if platform == "cpu" else "cudnn"
 
 
@@ -65,7 +66,8 @@ def attend(
     Key head j serves query heads j * r .. j * r + r - 1, r = heads / kv_heads. implementation None
     chooses by the platform of the mesh. The result is named "attention" for remat policies.
     """
-    name = implementation or default_implementation(platform(), q.shape[2])
+    scores = q.size // q.shape[3] * q.shape[2] // num_batch_shards()
+    name = implementation or default_implementation(platform(), scores)
     if not can_run(name, q):
         name = "xla"
     function = {"xla": _xla, "splash": partial(by_group, _splash), "cudnn": _cudnn}[name]

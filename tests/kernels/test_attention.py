@@ -69,8 +69,9 @@ def test_on_a_mesh_every_device_attends_to_its_own_images():
 
 def test_defaults():
     choose = attention.default_implementation
-    assert [choose("tpu", tokens) for tokens in (256, 1024)] == ["xla", "splash"]
-    assert [choose(name, 1024) for name in ("cpu", "cuda", "gpu")] == ["xla", "cudnn", "cudnn"]
+    few, many = 2 * 16 * 256**2, 16 * 1024**2
+    assert [choose("tpu", scores) for scores in (few, many)] == ["xla", "splash"]
+    assert [choose(name, many) for name in ("cpu", "cuda", "gpu")] == ["xla", "cudnn", "cudnn"]
 
 
 def test_what_a_kernel_cannot_take_is_left_to_xla():
@@ -127,6 +128,13 @@ def lowered(topology, implementation, shape, kv_heads, dtype="bfloat16"):
 def test_splash_compiles_for_tpus(topology, shape, kv_heads):
     text = lowered(topology, "splash", shape, kv_heads).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2  # forward and backward
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("images", "kernels"), [(2, 0), (64, 2)])
+def test_what_tpus_do_unless_told(images, kernels):
+    text = lowered("v5e:2x2", None, (images, 16, 256, 64), 16).compile().as_text()
+    assert text.count("splash_mha") >= kernels and ("splash_mha" in text) == bool(kernels)
 
 
 @pytest.mark.tpu_aot
