@@ -37,6 +37,8 @@ DEFAULTS: dict[str, Any] = {
         # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
         # but products with dense weights) | full
         "remat": "none",
+        # Periods of layers per step of the scan; 0: on CPU all, if at most 6 and remat none, else 1
+        "unroll": 0,
         "attention": "auto",  # auto, or one of kernels/attention.py
         # jit only
         "bottleneck": 128,  # width between the pixels of a patch and its token

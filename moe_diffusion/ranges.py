@@ -18,7 +18,7 @@ CHOICES = {
     "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
     "model.dtype": ("float32", "bfloat16", "auto"),
     "model.remat": ("none", "cheap", "dots", "full"),
-    "model.attention": ("auto", "xla", "splash", "cudnn"),
+    "model.attention": ("auto", "xla", "own_gradient", "splash", "cudnn"),
     "model.moe.mlp": _MLPS,
     "model.moe.shared_mlp": _MLPS,
     "model.moe.backend": (
@@ -63,7 +63,7 @@ _POSITIVE = (
 )
 
 _NOT_NEGATIVE = (
-    *("model.in_context_tokens", "model.in_context_start"),
+    *("model.unroll", "model.in_context_tokens", "model.in_context_start"),
     *("seed", "model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
     *("model.router.bias_update_rate", "model.router.max_capacity", "sampling.cfg"),
     "sampling.cfg_channels",

@@ -69,6 +69,7 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         make_mlp=mlp,
         make_moe=None if dense else _moe(config, tuple(losses), dtype),
         remat=config.remat,
+        unroll=config.unroll,
         attention=None if config.attention == "auto" else config.attention,
         dtype=dtype,
     )

@@ -29,7 +29,9 @@ from moe_diffusion.models.blocks import (
     sincos_table,
     unpatchify,
 )
+from moe_diffusion.parallel.mesh import platform
 
+_MOST_UNROLLED = 6
 COLLECTIONS = ("params", "router_state", "losses", "metrics", "router_stats", "intermediates")
 # What `cheap` keeps besides products: kernels, loops and orders, moved rows, attention's result.
 _EXPENSIVE = frozenset(
@@ -72,6 +74,16 @@ def layer_segments(pattern: tuple[bool, ...]) -> tuple[tuple[tuple[bool, ...], i
         segments.append(best)
         start += len(best[0]) * best[1]
     return tuple(segments)
+
+
+def periods_at_once(repeats: int, remat: str, platform: str) -> int:
+    """How many periods a step of the scan holds by default.
+
+    XLA:CPU copies every layer's weights and saved values out of and into stacked arrays, an eighth
+    of a step of DSMoE-S: there all, while that makes the program at most six times as long. Not
+    if anything is to be computed again: outside of a loop XLA:CPU keeps it instead.
+    """
+    return repeats if platform == "cpu" and remat == "none" and repeats <= _MOST_UNROLLED else 1
 
 
 class Block(nn.Module):
@@ -142,6 +154,7 @@ class DiT(nn.Module):
     remat: what the backward pass computes again: `none`; `cheap`, what is elementwise, attention
       weights, and gathered weights are gathered again; `dots`, all but products with dense
       weights; `full`, everything.
+    unroll: periods of layers in one step of the scan; 0: see `periods_at_once`.
     attention: None or one of kernels/attention.py.
     """
 
@@ -164,6 +177,7 @@ class DiT(nn.Module):
     make_mlp: Callable[..., nn.Module]
     make_moe: Callable[..., nn.Module] | None
     remat: str
+    unroll: int
     attention: str | None
     dtype: Dtype
 
@@ -220,16 +234,19 @@ class DiT(nn.Module):
             implementation=self.attention,
         )
         make_block = partial(Block, norm=self.norm, make_attention=attention, dtype=self.dtype)
+        pattern, repeats = self.segments[index]
+        unroll = min(repeats, self.unroll or periods_at_once(repeats, self.remat, platform()))
         body = Period
         if self.remat != "none":
-            body = nn.remat(Period, policy=REMAT[self.remat], prevent_cse=False)
-        pattern, repeats = self.segments[index]
+            # A loop keeps what is computed again apart by itself, straight code does not.
+            body = nn.remat(Period, policy=REMAT[self.remat], prevent_cse=unroll > 1)
         scanned = nn.scan(
             body,
             variable_axes={name: 0 for name in COLLECTIONS},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=repeats,
+            unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         make_mlp = partial(self.make_mlp, dropout=dropout)

@@ -11,32 +11,35 @@ from importlib.metadata import entry_points
 import jax
 
 # malloc.h of glibc, mman.h of Linux
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Makes one heap of huge pages that never shrinks; returns whether (only Linux, on CPU).
+    """Makes the main heap one of huge pages that never shrinks; returns whether (Linux, on CPU).
 
     XLA:CPU allocates its temporaries, a gigabyte for DSMoE-S, anew in every step. By default such
     blocks go back to the kernel when freed, and the next step waits for their pages to be zeroed
     again: 0.7 of 5.8 CPU seconds a step. Pages of 2 MB save another 5%. The price is that the
     process never shrinks.
 
+    Only the main thread's heap can grow to any size, so it has to start programs itself: no
+    asynchronous dispatch. XLA's own threads keep heaps of their own for what a product needs; in
+    the main one, which tracing and compiling leave full of holes, the search for a place takes
+    5% of a step.
+
     To be called before jax starts its threads, that is, before it is asked for a device.
     """
     if platform.libc_ver()[0] != "glibc" or not _runs_on_cpu():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # No mmap for large blocks, no trimming, and one heap for all threads, which alone can grow.
-    done = all(
-        mallopt(name, value)
-        for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
-    )
+    # No mmap for large blocks, no trimming.
+    done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)
     if done:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         _grow_heap_of_huge_pages(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return done
+    return bool(done)
 
 
 def return_freed_memory() -> None:

@@ -56,6 +56,25 @@ def test_splash_has_the_values_and_gradients_of_xla(heads, kv_heads, tokens, hea
     )
 
 
+@pytest.mark.parametrize(("batch", "kv_heads"), [(8, 4), (6, 2), (1, 1)])
+def test_own_gradient_has_the_values_and_gradients_of_xla(batch, kv_heads):
+    arrays = inputs(batch, 4, kv_heads, tokens=16)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        value_and_gradients("own_gradient", *arrays),
+        value_and_gradients("xla", *arrays),
+    )
+
+
+def test_a_remat_policy_keeps_what_own_gradient_remembers():
+    q, k, v, _ = inputs(batch=4, tokens=16)
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+    attend = jax.checkpoint(lambda *a: attention.attend(*a, "own_gradient").sum(), policy=policy)
+    text = str(jax.make_jaxpr(jax.grad(attend))(q, k, v))
+    # 4 parts: 2 products forward; scores again and 4 gradients backward, but no second result
+    assert text.count("dot_general") == 4 * (2 + 5)
+
+
 def test_on_a_mesh_every_device_attends_to_its_own_images():
     arrays = inputs(batch=4)
     expected = value_and_gradients("xla", *arrays)
@@ -71,7 +90,8 @@ def test_defaults():
     choose = attention.default_implementation
     few, many = 2 * 16 * 256**2, 16 * 1024**2
     assert [choose("tpu", scores) for scores in (few, many)] == ["xla", "splash"]
-    assert [choose(name, many) for name in ("cpu", "cuda", "gpu")] == ["xla", "cudnn", "cudnn"]
+    expected = ["own_gradient", "cudnn", "cudnn"]
+    assert [choose(name, many) for name in ("cpu", "cuda", "gpu")] == expected
 
 
 def test_what_a_kernel_cannot_take_is_left_to_xla():

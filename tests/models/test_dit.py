@@ -11,7 +11,7 @@ from flax import linen as nn
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
-from moe_diffusion.models.dit import layer_segments, moe_pattern
+from moe_diffusion.models.dit import layer_segments, moe_pattern, periods_at_once
 
 F, T = False, True
 
@@ -98,9 +98,40 @@ def test_remat_changes_no_number(remat):
     )
 
 
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_unrolled_layers_compute_the_same(unroll):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradients("none", unroll=unroll, depth=6),
+        gradients("none", depth=6),  # all at once on CPU
+    )
+
+
+@pytest.mark.parametrize(
+    ("repeats", "remat", "platform", "at_once"),
+    [(6, "none", "cpu", 6), (12, "none", "cpu", 1), (6, "cheap", "cpu", 1), (6, "none", "tpu", 1)],
+)
+def test_few_layers_are_unrolled_on_cpu(repeats, remat, platform, at_once):
+    assert periods_at_once(repeats, remat, platform) == at_once
+
+
+def test_computing_again_saves_memory():
+    def temporaries(remat):
+        model = build(tiny(remat=remat, depth=6).model)
+        variables = variables_of(model)
+
+        def loss(params):
+            return (model.apply(variables | {"params": params}, *inputs(64), True) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(variables["params"]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < 0.7 * temporaries("none")
+
+
 @functools.cache
-def gradients(remat):
-    model = build(tiny(remat=remat).model)
+def gradients(remat, **options):
+    model = build(tiny(remat=remat, **options).model)
     variables = variables_of(model)
 
     def loss(params):
