@@ -124,35 +124,11 @@ def _expert(params, index):
     return {k: lax.dynamic_index_in_dim(v, index, keepdims=False) for k, v in params.items()}
 
 
-def _join(params, names):
-    """The projections `names` of all experts side by side as "in" [E, D, n H], and "in_bias".
-
-    One wide product instead of two halves the times that its rows are packed, and what is joined
-    here once need not be in every chunk.
-    """
-    joined = {key: value for key, value in params.items() if key.startswith("down")}
-    for suffix in ("", "_bias"):
-        parts = [params[name + suffix] for name in names if name + suffix in params]
-        if parts:
-            joined["in" + suffix] = jnp.concatenate(parts, -1)
-    return joined
-
-
-def _split(joined, names):
-    """The inverse of `_join`."""
-    params = {key: value for key, value in joined.items() if key.startswith("down")}
-    for suffix in ("", "_bias"):
-        if "in" + suffix in joined:
-            parts = jnp.split(joined["in" + suffix], len(names), -1)
-            params |= {name + suffix: part for name, part in zip(names, parts, strict=True)}
-    return params
-
-
 def _between(kind, dropout, token, expert):
-    """What stands between the two projections of rows that hold `token`: [M, n H] -> [M, H]."""
+    """What stands between the two projections of rows that hold `token`: n [M, H] -> [M, H]."""
 
-    def between(hidden):
-        inner = mlp.activation(kind)(*jnp.split(hidden, len(mlp.inputs(kind)), -1))
+    def between(*hidden):
+        inner = mlp.activation(kind)(*hidden)
         return inner if dropout is None else dropout(inner, token, expert)
 
     return between
@@ -160,43 +136,49 @@ def _between(kind, dropout, token, expert):
 
 def _forward(kind, x, weight, params, plan, dropout):
     gate = _weight_of_rows(weight, plan, x.dtype)
-    joined = _join(params, mlp.inputs(kind))
+    names = mlp.inputs(kind)
 
     def chunk(size, is_first, expert, row, carry):
         del is_first
-        mine = _expert(joined, expert)
-        hidden = mlp.project(_tokens(x, plan, row, size), mine, "in")
-        inner = _between(kind, dropout, _rows(plan.rows.token, row, size), expert)(hidden)
+        mine = _expert(params, expert)
+        tokens = _tokens(x, plan, row, size)
+        hidden = [mlp.project(tokens, mine, name) for name in names]
+        inner = _between(kind, dropout, _rows(plan.rows.token, row, size), expert)(*hidden)
         out = mlp.project(inner, mine, "down") * _rows(gate, row, size)
-        return _write(carry[0], hidden, row), _write(carry[1], out, row)
+        saved = [_write(*pair, row) for pair in zip(carry[0], hidden, strict=True)]
+        return saved, _write(carry[1], out, row)
 
     num_rows = plan.assignment.shape[0]
     init = (
-        jnp.zeros((num_rows, joined["in"].shape[-1]), x.dtype),
+        [jnp.zeros((num_rows, params[name].shape[-1]), x.dtype) for name in names],
         jnp.zeros((num_rows, x.shape[1]), x.dtype),
     )
     hidden, out = _walk(plan, chunk, init)
-    return _combine(out, plan.rows), (x, weight, joined, plan, dropout, hidden)
+    return _combine(out, plan.rows), (x, weight, params, plan, dropout, hidden)
 
 
 def _backward(kind, residuals, d_y):
-    x, weight, joined, plan, dropout, hidden = residuals
+    x, weight, params, plan, dropout, hidden = residuals
     gate = _weight_of_rows(weight, plan, x.dtype)
+    names = mlp.inputs(kind)
 
     def chunk(size, is_first, expert, row, carry):
         d_rows, d_gate, d_params = carry
-        mine = _expert(joined, expert)
+        mine = _expert(params, expert)
         tokens, d_out = (_tokens(array, plan, row, size) for array in (x, d_y))
-        gates, inputs = (_rows(array, row, size) for array in (gate, hidden))
+        gates, *inputs = (_rows(array, row, size) for array in (gate, *hidden))
         between = _between(kind, dropout, _rows(plan.rows.token, row, size), expert)
-        inner, pull = jax.vjp(between, inputs)
+        inner, pull = jax.vjp(between, *inputs)
         d_inner = _matmul(d_out, mine["down"].T)
         # The gate's gradient before the gate is applied: <d_out, down(inner)> without down(inner).
         d_gates = (d_inner * inner).astype(jnp.float32).sum(-1)
-        (d_hidden,) = pull(gates * d_inner)
-        grads = {"in": _outer(tokens, d_hidden), "down": _outer(gates * inner, d_out)}
-        if "in_bias" in mine:
-            grads["in_bias"] = d_hidden.astype(jnp.float32).sum(0)
+        d_hidden = dict(zip(names, pull(gates * d_inner), strict=True))
+        turned = lax.optimization_barrier(tokens.T)
+        grads = {name: _matmul(turned, d, jnp.float32) for name, d in d_hidden.items()}
+        grads["down"] = _outer(gates * inner, d_out)
+        for name, d in d_hidden.items():
+            if name + "_bias" in mine:
+                grads[name + "_bias"] = d.astype(jnp.float32).sum(0)
         if "down_bias" in mine:
             d_gates += (d_out * mine["down_bias"]).astype(jnp.float32).sum(-1)
             grads["down_bias"] = (gates * d_out).astype(jnp.float32).sum(0)
@@ -207,18 +189,17 @@ def _backward(kind, residuals, d_y):
             name: lax.dynamic_update_index_in_dim(array, grads[name], expert, 0)
             for name, array in d_params.items()
         }
-        d_tokens = _matmul(d_hidden, mine["in"].T)
+        d_tokens = sum(_matmul(d, mine[name].T) for name, d in d_hidden.items())
         return _write(d_rows, d_tokens, row), _write(d_gate, d_gates, row), d_params
 
     num_rows = plan.assignment.shape[0]
     init = (
         jnp.zeros((num_rows, x.shape[1]), x.dtype),
         jnp.zeros(num_rows, jnp.float32),
-        {name: jnp.zeros(array.shape, jnp.float32) for name, array in joined.items()},
+        {name: jnp.zeros(array.shape, jnp.float32) for name, array in params.items()},
     )
     d_rows, d_gate, d_params = _walk(plan, chunk, init)
-    d_params = {name: array.astype(joined[name].dtype) for name, array in d_params.items()}
-    d_params = _split(d_params, mlp.inputs(kind))
+    d_params = {name: array.astype(params[name].dtype) for name, array in d_params.items()}
     d_weight = jnp.take(d_gate, plan.row, mode="fill", fill_value=0)
     return _combine(d_rows, plan.rows), d_weight, d_params, *no_gradient((plan, dropout))
 
