@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from moe_diffusion.benchmarks import report
 from moe_diffusion.benchmarks.dispatch import ROUTINGS, SHAPES, bench_dispatch, parse_shape
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
     if args.out:
-        check_writable(args.out)
+        check_writable(Path(args.out).parent)
     if args.what == "suite":
         results = report.suite(args.repeats)
     elif args.what == "dispatch":

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if jax.default_backend() == "cpu":
         raise UserError("tune measures the kernels for TPU and GPU: run it on such a device")
     path = Path(args.table) if args.table else table_path()
-    check_writable(path)
+    check_writable(path.parent)
     shapes = [parse_shape(text) for text in args.shape or ()] or SHAPES
     found = best_tiles(shapes, tokens=args.tokens, dtype=args.dtype, repeats=args.repeats)
     merge(path, jax.devices()[0].device_kind, found)

@@ -16,6 +16,7 @@ from tests import cli
 
 def test_dispatch_ends_with_one_line_of_json(capsys, tmp_path):
     args = ["dispatch", "--shape", "16,16,4,2", "--tokens", "64", "--repeats", "1", "--compare"]
+    (tmp_path / "out.json").write_text("{}")  # of an earlier run
     bench.main([*args, "--json", "--out", str(tmp_path / "out.json")])
     output = capsys.readouterr().out
     result = json.loads(output.splitlines()[-1])
