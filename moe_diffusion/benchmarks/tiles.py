@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from moe_diffusion.benchmarks.timing import medians
 from moe_diffusion.kernels import tuning
-from moe_diffusion.kernels.gpu import GPUKernels
+from moe_diffusion.kernels.gpu import choose
 from moe_diffusion.kernels.grouped import sorted_by_expert
 from moe_diffusion.kernels.tpu import TPUKernels
 from moe_diffusion.parallel.mesh import platform
@@ -24,38 +25,74 @@ from moe_diffusion.parallel.mesh import platform
 Shape = tuple[int, int, int, int]
 
 
-def candidates(hidden: int) -> list[tuple[int, ...]]:
-    """Tiles worth a try for experts of this width on the platform at hand."""
+def candidates(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
+    """Tiles worth a try for these experts on the platform at hand.
+
+    On a GPU of compute capability 9 also for the Mosaic kernels, which nothing else lets in.
+    """
+    hidden = params["up"].shape[-1]
     if platform() == "tpu":
         blocks = {hidden, *(size for size in (256, 512, 1024) if size < hidden)}
         return list(itertools.product((128, 256, 512), sorted(blocks)))
     blocks = [(64, 64, 32, 4), (64, 128, 32, 4), (128, 64, 32, 4), (128, 128, 32, 4)]
-    return [*blocks, (128, 128, 32, 8), (128, 128, 64, 8), (128, 256, 32, 8)]
+    blocks += [(128, 128, 32, 8), (128, 128, 64, 8), (128, 256, 32, 8)]
+    if str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9."):
+        blocks += _for_mosaic(params)
+    return blocks
+
+
+def _for_mosaic(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
+    """Four warps for every 64 rows and four that copy; none where Triton would have to help out."""
+    from moe_diffusion.kernels.hopper import can_run
+
+    blocks = [
+        tuning.GPUBlocks(rows, columns, 64, rows // 16 + 4, "mosaic")
+        for rows, columns in itertools.product((64, 128), (64, 128, 256))
+    ]
+    return [tuple(sizes) for sizes in blocks if can_run(params, sizes, sizes.rows)]
 
 
 def best_tiles(
     shapes: Sequence[Shape], *, tokens: int, dtype: str, repeats: int
-) -> dict[str, list[int]]:
-    """Key of `tuning.key` -> the fastest candidate, forward + backward with uniform routing."""
+) -> dict[str, list[Any]]:
+    """Key of `tuning.key` -> the fastest candidate, forward + backward with uniform routing.
+
+    A candidate whose numbers are not those of the first is left out, with a warning.
+    """
     found = {}
     for shape in tqdm(shapes, desc="tune", unit="shape", disable=None):
         width, hidden, num_experts, top_k = shape
         params = _params(width, hidden, num_experts, dtype)
-        calls = {}
-        for sizes in candidates(hidden):
+        calls, expected = {}, None
+        for sizes in candidates(params):
             call = _call(sizes, params, tokens, top_k)
             try:
-                jax.block_until_ready(call())
-            except jax.errors.JaxRuntimeError:  # does not fit the device's fast memory
+                result = jax.block_until_ready(call())
+            # It does not fit the device's fast memory, or Mosaic's rules.
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
                 continue
-            calls[sizes] = call
+            expected = result if expected is None else expected
+            if agree(result, expected):
+                calls[sizes] = call
+            else:
+                warnings.warn(f"{shape}: tiles {sizes} compute something else", stacklevel=2)
         seconds = medians(calls, repeats)
         best = min(seconds, key=seconds.get)
         found[tuning.key(params, tokens * top_k)] = list(best)
     return found
 
 
-def merge(path: Path, device_kind: str, found: dict[str, list[int]]) -> None:
+def agree(result: Any, expected: Any, tolerance: float = 0.03) -> bool:
+    """Whether trees of arrays are equal up to a part of the largest value of each."""
+
+    def close(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.abs(a - b).max() <= tolerance * jnp.abs(b).max()
+
+    return all(bool(same) for same in jax.tree.leaves(jax.tree.map(close, result, expected)))
+
+
+def merge(path: Path, device_kind: str, found: dict[str, list[Any]]) -> None:
     """Adds to a table, replacing what it has for the same device and shapes."""
     table = json.loads(path.read_text()) if path.exists() else {}
     table[device_kind] = dict(sorted({**table.get(device_kind, {}), **found}.items()))
@@ -73,13 +110,13 @@ def _params(width: int, hidden: int, num_experts: int, dtype: str) -> dict[str, 
     }
 
 
-def _call(sizes: Iterable[int], params: dict[str, jax.Array], tokens: int, top_k: int) -> Any:
+def _call(sizes: Iterable[Any], params: dict[str, jax.Array], tokens: int, top_k: int) -> Any:
     """Forward and backward with these tiles, ready to be timed."""
     num_experts, width, _ = params["up"].shape
     if platform() == "tpu":
         kernels, tile = TPUKernels(tuning.TPUTiles(*sizes).hidden), next(iter(sizes))
     else:
-        kernels, tile = GPUKernels(tuning.GPUBlocks(*sizes)), next(iter(sizes))
+        kernels, tile = choose(tuning.GPUBlocks(*sizes)), next(iter(sizes))
     x = jax.random.normal(jax.random.key(1), (tokens, width), params["up"].dtype)
     token = jnp.repeat(jnp.arange(tokens), top_k)
     expert = jax.random.randint(jax.random.key(2), token.shape, 0, num_experts)

@@ -47,8 +47,18 @@ def gpu(
 ) -> jax.Array:
     """Token choice, see `grouped.sorted_by_expert`."""
     blocks = gpu_blocks(params, token.shape[0])
-    kernels, arrays = GPUKernels(blocks, interpret), (x, token, expert, weight)
+    kernels, arrays = choose(blocks, interpret), (x, token, expert, weight)
     return sorted_by_expert(kernels, blocks.rows, *arrays, params, kind, slots_per_token)
+
+
+def choose(blocks: GPUBlocks, interpret: bool = False) -> GPUKernels:
+    """The kernels that the blocks name; Mosaic's are never interpreted here."""
+    if blocks.kernels == "mosaic" and not interpret:
+        # Not at the top: they build on this module, and Pallas calls their API unstable.
+        from moe_diffusion.kernels.hopper import HopperKernels
+
+        return HopperKernels(blocks)
+    return GPUKernels(blocks, interpret)
 
 
 class GPUKernels:

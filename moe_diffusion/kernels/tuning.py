@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,12 +26,17 @@ class TPUTiles(NamedTuple):
 
 
 class GPUBlocks(NamedTuple):
-    """rows of a tile, columns that a program makes, step along the summed axis, warps."""
+    """rows of a tile, columns that a program makes, step along the summed axis, warps.
+
+    kernels: "triton" (gpu.py) or "mosaic" (hopper.py, whose warps follow from the rows). No rule
+    chooses the latter, which was never timed; a table that `tune` wrote on a Hopper GPU may.
+    """
 
     rows: int
     columns: int
     step: int
     warps: int
+    kernels: str = "triton"
 
 
 def table_path() -> Path:
@@ -76,7 +81,7 @@ def key(params: Params, num_assignments: int) -> str:
     return f"{width},{hidden},{num_experts},{params['up'].dtype.name},2^{load}"
 
 
-def _tuned(params: Params, num_assignments: int) -> list[int] | None:
+def _tuned(params: Params, num_assignments: int) -> list[Any] | None:
     path = table_path()
     table = _read(path, path.stat().st_mtime_ns) if path.exists() else {}
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -84,6 +89,6 @@ def _tuned(params: Params, num_assignments: int) -> list[int] | None:
 
 
 @functools.cache
-def _read(path: Path, modified: int) -> dict[str, dict[str, list[int]]]:
+def _read(path: Path, modified: int) -> dict[str, dict[str, list[Any]]]:
     del modified
     return json.loads(path.read_text())

@@ -11,8 +11,11 @@ from moe_diffusion import config as configs
 from moe_diffusion.benchmarks.dispatch import SHAPES
 from moe_diffusion.benchmarks.steps import bench_train
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.gpu import choose
+from moe_diffusion.kernels.grouped import sorted_by_expert
+from moe_diffusion.kernels.tuning import GPUBlocks
 from moe_diffusion.moe.dispatch import dispatch
-from moe_diffusion.moe.routing import by_token
+from moe_diffusion.moe.routing import by_token, flatten
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +60,41 @@ def test_kernels_equal_the_reference(shape, dtype, bias):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         error = np.abs(np.asarray(a, np.float32) - np.asarray(b)).max()
         assert error <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] <= 2048], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 128), (128, 256)])
+def test_mosaic_kernels_equal_the_reference(shape, rows, columns):
+    """Those of kernels/hopper.py, which the tile table alone chooses."""
+    if not jax.devices()[0].compute_capability.startswith("9."):
+        pytest.skip("wgmma and TMA as used here are Hopper's")
+    from moe_diffusion.kernels.hopper import can_run  # its API in Pallas is not stable
+
+    x, routing, params = layer(shape, "bfloat16", False)
+    blocks = GPUBlocks(rows, columns, 64, rows // 16 + 4, "mosaic")
+    assert can_run(params, blocks, rows)
+
+    def run(f, x, weight, params):
+        y, pull = jax.vjp(f, x, weight, params)
+        return y, pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+
+    def mosaic(x, weight, params):
+        token, expert, weight = flatten(routing.replace(weight=weight), x.shape[1])
+        kernels, top_k = choose(blocks), routing.slots_per_token
+        arrays = (x[0], token, expert, weight, params, "swiglu", top_k)
+        return sorted_by_expert(kernels, rows, *arrays)[None]
+
+    def oracle(x, weight, params):
+        return dispatch(x, routing.replace(weight=weight), params, kind="swiglu",
+                        backend="reference")  # fmt: skip
+
+    run = jax.jit(run, static_argnums=0)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, routing.weight, params))
+    with jax.default_matmul_precision("highest"):
+        found, expected = run(mosaic, x, routing.weight, params), run(oracle, *wide)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        error = np.abs(np.asarray(a, np.float32) - np.asarray(b)).max()
+        assert error <= 0.03 * np.abs(b).max()
 
 
 def test_a_training_step():
