@@ -46,7 +46,9 @@ def dispatch_of(
         return Dispatch(None, None, {})
     wanted = config.moe.backend
     if wanted == "auto":
-        wanted = default_backend(platform, _routing(model, what == "train"))
+        train = what == "train"
+        dropout = train and config.moe.dropout > 0
+        wanted = default_backend(platform, _routing(model, train), dropout)
     found = {Path(file).stem for file in program.files if "moe_diffusion/kernels/" in file}
     others = [name for name in BACKENDS if name in found]
     return Dispatch(wanted if wanted in found else ", ".join(others), wanted, kernels(program))

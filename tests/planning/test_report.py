@@ -8,8 +8,11 @@ import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
+from moe_diffusion.models import build
 from moe_diffusion.planning import report
 from moe_diffusion.planning.compile import Compiled, OutOfMemory, needed_bytes, state_bytes
+from moe_diffusion.planning.hlo import Program
+from moe_diffusion.planning.kernels import dispatch_of
 from moe_diffusion.planning.presets import ORDER
 from moe_diffusion.planning.topologies import CHIPS, Topology, describe
 from tests import cli
@@ -80,6 +83,18 @@ def test_dispatch_is_recognised(trained):
     assert trained.dispatch.backend == "capacity" and trained.dispatch.as_intended
     missing = report.Dispatch("blocked", "tpu", {})
     assert not missing.as_intended and "NOT tpu" in missing.describe()
+
+
+@pytest.mark.parametrize(
+    ("what", "dropout", "wanted"),
+    [("train", 0.0, "tpu"), ("train", 0.2, "blocked"), ("sample", 0.2, "tpu")],
+)
+def test_experts_with_dropout_are_not_meant_for_our_kernels(what, dropout, wanted):
+    _, spec, *overrides = cli.digits("token_choice", model__moe__dropout=dropout)
+    config = configs.load(spec, overrides).model
+    program = Program(files=(f"moe_diffusion/kernels/{wanted}.py",))
+    found = dispatch_of(program, build(config), config, what, "tpu")
+    assert (found.wanted, found.as_intended) == (wanted, True)
 
 
 def test_table_and_json_say_the_same(trained):
