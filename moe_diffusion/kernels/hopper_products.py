@@ -109,7 +109,7 @@ def rows_product(
             *arrived, totals = args
             for i, right in enumerate(arrived[len(lefts) :]):
                 left = arrived[min(i, len(lefts) - 1)].at[pl.ds(group * SIDE, SIDE)]
-                right = plgpu.transpose_ref(right, (1, 0)) if transposed else right
+                right = right.transpose((1, 0)) if transposed else right
                 plgpu.wgmma(totals[min(i, num_totals - 1)], left, right)
             plgpu.wgmma_wait(len(rights))  # until those of the step before are done
             return totals
@@ -217,7 +217,7 @@ def outer_product(
 
         def multiply(_, left, right, totals):
             left = left.at[:, pl.ds(group * SIDE, SIDE)]
-            plgpu.wgmma(totals[0], plgpu.transpose_ref(left, (1, 0)), right)
+            plgpu.wgmma(totals[0], left.transpose((1, 0)), right)
             plgpu.wgmma_wait(1)
             return totals
 
