@@ -33,26 +33,13 @@ class Transposed(tuple):
 def interpreted(monkeypatch, **options):
     """Mosaic kernels run on CPU, by Pallas' interpret mode, which is private, with two additions.
 
-    It learns `transpose_ref`; and every block's program is compiled once only. Should a warpgroup
-    fail, the ones that wait for it are let go.
+    Before jax 0.11 it has to learn what a transposed reference is; and every block's program is
+    compiled once only. Should a warpgroup fail, the ones that wait for it are let go.
     """
     pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
     # Private, and so not at the top: another jax may not have them where they are.
     from jax._src.pallas.mosaic.interpret import thread_map, utils
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params, shared_memory
-    from jax._src.state.types import TransposeTransform
-
-    memory = shared_memory.GPUSharedMemory
-    to_range, read = utils.to_range, memory.get_buffer_content
-
-    def range_of(transforms):
-        indexers = [t for t in transforms if not isinstance(t, TransposeTransform)]
-        found = to_range(indexers)
-        return Transposed(found) if len(indexers) < len(transforms) else found
-
-    def content(self, key, range_, *args, **kwargs):
-        values, *rest = read(self, key, tuple(range_), *args, **kwargs)
-        return (values.T if isinstance(range_, Transposed) else values, *rest)
 
     programs, lock = {}, threading.Lock()
 
@@ -75,14 +62,33 @@ def interpreted(monkeypatch, **options):
                     barrier.cv.notify_all()
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "to_range", range_of)
-        patch.setattr(memory, "get_buffer_content", content)
+        if not hasattr(utils, "Access"):
+            teach_transposes(patch, utils, shared_memory.GPUSharedMemory)
         patch.setattr(thread_map, "_run_jaxpr", run)
         try:
             with params.force_gpu_interpret_mode(params.InterpretGPUParams(**options)):
                 yield
         finally:
             gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def teach_transposes(patch, utils, memory):
+    """A transposed reference is read as the other, and its contents are turned."""
+    from jax._src.state.types import TransposeTransform
+
+    to_range, read = utils.to_range, memory.get_buffer_content
+
+    def range_of(transforms):
+        indexers = [t for t in transforms if not isinstance(t, TransposeTransform)]
+        found = to_range(indexers)
+        return Transposed(found) if len(indexers) < len(transforms) else found
+
+    def content(self, key, range_, *args, **kwargs):
+        values, *rest = read(self, key, tuple(range_), *args, **kwargs)
+        return (values.T if isinstance(range_, Transposed) else values, *rest)
+
+    patch.setattr(utils, "to_range", range_of)
+    patch.setattr(memory, "get_buffer_content", content)
 
 
 def experts(num_experts, width, hidden, kind, dtype):

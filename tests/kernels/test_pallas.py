@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe_diffusion.kernels import mlp, tuning
 from moe_diffusion.kernels.gpu import GPUKernels
@@ -124,9 +125,11 @@ def test_rows_fetched_inside_the_kernel_are_the_same(dtype):
     np.testing.assert_array_equal(fetched, gathered)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize(
+    "platform, device", [("tpu", "TPU v5 lite"), ("cuda", "NVIDIA A100-SXM4-40GB")]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_forward_and_backward_lower_for_the_platform(platform, dtype):
+def test_forward_and_backward_lower_for_the_platform(platform, device, dtype):
     """To Mosaic's or Triton's dialect; no such device or compiler is needed for it."""
     token, expert, weight = routing()
     tree = params(128, 256, "swiglu", True, jnp.dtype(dtype))
@@ -140,7 +143,10 @@ def test_forward_and_backward_lower_for_the_platform(platform, dtype):
         y, pull = jax.vjp(lambda *a: grouped(kernels, "swiglu", *a, plan(tile)), x, weight, tree)
         return y, pull(y)
 
-    lowered = jax.jit(gradients).trace(x, weight, tree).lower(lowering_platforms=(platform,))
+    absent = AbstractDevice(device_kind=device, num_cores=None, platform=platform)
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=absent)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(gradients).trace(x, weight, tree).lower(lowering_platforms=(platform,))
     calls = {"tpu": ("tpu_custom_call", 5), "cuda": ("__gpu$xla.gpu.triton", 7)}[platform]
     assert lowered.as_text().count(calls[0]) == calls[1]
     assert "scatter" not in lowered.as_text()
