@@ -11,17 +11,11 @@ from moe_diffusion.kernels.gpu import GPUKernels
 from moe_diffusion.kernels.grouped import grouped
 from moe_diffusion.kernels.tiles import fixed_tiles, plan_tiles
 from moe_diffusion.kernels.tpu import TPUKernels
-from moe_diffusion.planning.topologies import describe
+from tests.absent import compile_for
 
 pytestmark = pytest.mark.tpu_aot
 
 TPUS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-
-
-def compile_for(topology, function, *shapes):
-    place = jax.sharding.SingleDeviceSharding(describe(topology).devices[0])
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    return jax.jit(function).lower(*args).compile()
 
 
 def experts(num_experts, width, hidden, kind, bias, dtype):

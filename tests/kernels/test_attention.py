@@ -11,7 +11,7 @@ import pytest
 
 from moe_diffusion.kernels import attention
 from moe_diffusion.parallel.mesh import BATCH_AXES
-from moe_diffusion.planning.topologies import describe
+from tests.absent import compile_for
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -125,18 +125,15 @@ def test_when_cudnn_runs(monkeypatch, there, capability, dtype, head_dim, runs):
     assert attention.can_run("cudnn", q) == runs
 
 
-def lowered(topology, implementation, shape, kv_heads, dtype="bfloat16"):
-    place = jax.sharding.SingleDeviceSharding(describe(topology).devices[0])
-    heads = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    kv = jax.ShapeDtypeStruct((shape[0], kv_heads, *shape[2:]), dtype, sharding=place)
-    mesh = jax.sharding.Mesh(np.array(describe(topology).devices[:1]), ("data",)).abstract_mesh
+def compiled_text(topology, implementation, shape, kv_heads, dtype="bfloat16"):
+    heads = jax.ShapeDtypeStruct(shape, dtype)
+    kv = jax.ShapeDtypeStruct((shape[0], kv_heads, *shape[2:]), dtype)
 
     def both(q, k, v, cotangent):
         y, pull = jax.vjp(lambda *a: attention.attend(*a, implementation), q, k, v)
         return y, pull(cotangent)
 
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(both).lower(heads, kv, kv, heads)
+    return compile_for(topology, both, heads, kv, kv, heads).as_text()
 
 
 @pytest.mark.tpu_aot
@@ -146,21 +143,21 @@ def lowered(topology, implementation, shape, kv_heads, dtype="bfloat16"):
     [((2, 8, 256, 64), 8), ((2, 8, 256, 64), 2), ((1, 16, 1024, 72), 16), ((1, 2, 384, 128), 2)],
 )
 def test_splash_compiles_for_tpus(topology, shape, kv_heads):
-    text = lowered(topology, "splash", shape, kv_heads).compile().as_text()
+    text = compiled_text(topology, "splash", shape, kv_heads)
     assert text.count('custom_call_target="tpu_custom_call"') == 2  # forward and backward
 
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize(("images", "kernels"), [(2, 0), (64, 2)])
 def test_what_tpus_do_unless_told(images, kernels):
-    text = lowered("v5e:2x2", None, (images, 16, 256, 64), 16).compile().as_text()
+    text = compiled_text("v5e:2x2", None, (images, 16, 256, 64), 16)
     assert text.count("splash_mha") >= kernels and ("splash_mha" in text) == bool(kernels)
 
 
 @pytest.mark.tpu_aot
 def test_a_plan_for_absent_gpus_has_attention_in_xla():
     """cuDNN's calls are made while tracing, by a library that is not there."""
-    text = lowered("h100:1", None, (2, 8, 256, 64), 8).compile().as_text()
+    text = compiled_text("h100:1", None, (2, 8, 256, 64), 8)
     assert "cudnn" not in text.lower()
 
 

@@ -22,7 +22,7 @@ from moe_diffusion.kernels.hopper import HopperKernels, can_run
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tiles import plan_tiles
 from moe_diffusion.kernels.tuning import GPUBlocks
-from moe_diffusion.planning.topologies import describe
+from tests.absent import compile_for
 
 
 class Transposed(tuple):
@@ -238,7 +238,6 @@ def test_tune_tries_them_on_hopper_and_compares_numbers(monkeypatch):
 )
 def test_forward_and_backward_compile(width, hidden, num_experts, top_k, kind, rows, columns):
     """For an H100, to machine code."""
-    place = jax.sharding.SingleDeviceSharding(describe("h100:1").devices[0])
     shapes = jax.eval_shape(lambda: experts(num_experts, width, hidden, kind, "bfloat16"))
     num_tokens, blocks = 2048, GPUBlocks(rows, columns, 64, rows // 16 + 4, "mosaic")
 
@@ -249,15 +248,13 @@ def test_forward_and_backward_compile(width, hidden, num_experts, top_k, kind, r
         kernels = HopperKernels(blocks)
         return gradients(lambda *a: grouped(kernels, kind, *a, plan), x, weight, params, x)
 
-    args = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-        (
-            jax.ShapeDtypeStruct((num_tokens, width), "bfloat16"),
-            jax.ShapeDtypeStruct((num_tokens * top_k,), "int32"),
-            jax.ShapeDtypeStruct((num_tokens * top_k,), "float32"),
-            shapes,
-        ),
-    )
-    text = jax.jit(run).lower(*args).compile().as_text()
+    text = compile_for(
+        "h100:1",
+        run,
+        jax.ShapeDtypeStruct((num_tokens, width), "bfloat16"),
+        jax.ShapeDtypeStruct((num_tokens * top_k,), "int32"),
+        jax.ShapeDtypeStruct((num_tokens * top_k,), "float32"),
+        shapes,
+    ).as_text()
     assert text.count('custom_call_target="mosaic_gpu') == 5 + len(mlp.inputs(kind))
     assert "triton" not in text
