@@ -49,6 +49,7 @@ bench: $(STAMP)
 
 # Everything that needs an NVIDIA GPU: tests, then benchmarks with a table last; under ten minutes.
 gpu-check:
+	$(GPU_PYTHON) tests/gpu/missing.py
 	mkdir -p $(OUT)
 	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider --junitxml=$(OUT)/tests.xml
 	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m moe_diffusion.bench suite --repeats 9 --out $(OUT)/bench.json
