@@ -24,7 +24,7 @@ from moe_diffusion.benchmarks.dispatch import ROUTINGS, SHAPES, bench_dispatch, 
 from moe_diffusion.benchmarks.steps import bench_sample, bench_train
 from moe_diffusion.benchmarks.timing import environment, gemm_flops
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.errors import check_writable
+from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.moe.dispatch import BACKENDS
 from moe_diffusion.training.allocator import keep_freed_memory
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         check_writable(Path(args.out).parent)
     if args.what == "suite":
-        results = report.suite(args.repeats)
+        measurements = report.suite(args.repeats)
     elif args.what == "dispatch":
         shapes = [parse_shape(text) for text in args.shape or ()] or SHAPES
         measure = partial(
@@ -61,20 +61,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             repeats=args.repeats,
             compare=args.compare,
         )
-        results = report.measured("dispatch", shapes, measure)
+        measurements = report.measured("dispatch", shapes, measure)
     else:
         measure = {"train": bench_train, "sample": bench_sample}[args.what]
         measure = partial(measure, overrides=overrides, repeats=args.repeats)
-        results = report.measured(args.what, [args.config], measure)
+        measurements = report.measured(args.what, [args.config], measure)
     found = environment() | {"gemm_gflops": gemm_flops() / 1e9}
+    results = []
+    for result in measurements:
+        results.append(result)
+        if args.out:  # after each, so that what was measured outlives what comes
+            report.write(args.out, found, results)
     print(report.table(results))
     print(", ".join(f"{name} {value}" for name, value in found.items()))
-    if args.out:
-        report.write(args.out, found, results)
     if args.json:
         print(
             json.dumps(results[-1] | found if len(results) == 1 else {"results": results} | found)
         )
+    if failed := sum("error" in result for result in results):
+        raise UserError(f"{failed} of {len(results)} measurements failed: see the column `error`")
 
 
 if __name__ == "__main__":

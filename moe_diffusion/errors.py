@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and what errors say."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ class UserError(ValueError):
 
     Raised before anything is written, so that bad input never loses data.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_writable(folder: str | os.PathLike) -> None:

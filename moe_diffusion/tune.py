@@ -40,9 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = Path(args.table) if args.table else table_path()
     check_writable(path.parent)
     shapes = [parse_shape(text) for text in args.shape or ()] or SHAPES
-    found = best_tiles(shapes, tokens=args.tokens, dtype=args.dtype, repeats=args.repeats)
-    merge(path, jax.devices()[0].device_kind, found)
-    for key, sizes in found.items():
+    found = {}
+    options = {"tokens": args.tokens, "dtype": args.dtype, "repeats": args.repeats}
+    for key, sizes in best_tiles(shapes, **options):
+        found[key] = sizes
+        # After each shape: a candidate may yet take the process down.
+        merge(path, jax.devices()[0].device_kind, {key: sizes})
         print(f"{key:<40}{sizes}")
     print(f"written to {path}")
     if args.json:

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from moe_diffusion.benchmarks.rivals import rivals
 from moe_diffusion.benchmarks.timing import medians, peak_bytes, peak_flops
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, first_line
 from moe_diffusion.kernels import mlp
 from moe_diffusion.moe.dispatch import default_backend, dispatch
 from moe_diffusion.moe.layer import Experts
@@ -63,7 +63,8 @@ def bench_dispatch(
     """rho_fwd, rho_fwd_bwd, peak_bytes and more of one shape (D, H, E, K).
 
     routing: that of a random gate on random tokens, "uniform", or with a preference for the first
-    experts like 1 / rank, "zipf". compare: also the rho of other kernels, see `rivals`.
+    experts like 1 / rank, "zipf". compare: also the rho of other kernels, see `rivals`, or what
+    they failed with.
     """
     width, hidden, num_experts, top_k = shape
     key = jax.random.key(0)
@@ -88,11 +89,16 @@ def bench_dispatch(
         return mlp.apply(x, single, "swiglu")
 
     ours = partial(layer, apply=partial(dispatch, kind="swiglu", backend=backend))
-    functions = {"dense": (dense, (rows, single)), "moe": (ours, (x, gate, stacked))}
-    if compare:
-        for name, apply in rivals().items():
-            functions[name] = (partial(layer, apply=apply), (x, gate, stacked))
-    compiled = _compile(functions)
+    compiled = _compile({"dense": (dense, (rows, single)), "moe": (ours, (x, gate, stacked))})
+    failures, others = {}, rivals() if compare else {}
+    for name, apply in others.items():
+        try:
+            theirs = _compile({name: (partial(layer, apply=apply), (x, gate, stacked))})
+            for function, args in theirs.values():
+                jax.block_until_ready(function(*args))
+            compiled |= theirs
+        except Exception as error:  # of any kind: it is other people's code
+            failures[f"failed_{name}"] = first_line(error)
     seconds = medians({name: partial(f, *args) for name, (f, args) in compiled.items()}, repeats)
 
     chosen, _ = router.apply(gate, x)
@@ -113,10 +119,11 @@ def bench_dispatch(
         "seconds_fwd_bwd": seconds["moe_fwd_bwd"],
         "roofline": flops / peak_flops(dtype) / seconds["moe_fwd_bwd"],
     }
-    for name in functions.keys() - {"dense", "moe"}:
-        ratio = seconds[f"{name}_fwd_bwd"] / seconds["dense_fwd_bwd"]
-        result[f"rho_fwd_bwd_{name}"] = ratio
-    return result
+    for name in others:
+        if f"failed_{name}" not in failures:
+            ratio = seconds[f"{name}_fwd_bwd"] / seconds["dense_fwd_bwd"]
+            result[f"rho_fwd_bwd_{name}"] = ratio
+    return result | failures
 
 
 def _compile(functions: dict[str, tuple[Callable, tuple]]) -> dict[str, tuple[Any, tuple]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,41 @@ from tqdm import tqdm
 from moe_diffusion.benchmarks.dispatch import ROUTINGS, SHAPES, bench_dispatch
 from moe_diffusion.benchmarks.steps import bench_sample, bench_train
 from moe_diffusion.benchmarks.torch_layer import torch_seconds
+from moe_diffusion.errors import first_line
 
 Result = dict[str, Any]
 
 
-def measured(what: str, cases: Iterable, measure: Callable[[Any], Result]) -> list[Result]:
-    """measure(case) for every case under a progress bar."""
-    results = []
+def measured(
+    what: str, cases: Iterable, measure: Callable[[Any], Result], keep_going: bool = False
+) -> Iterator[Result]:
+    """measure(case) for every case under a progress bar; keep_going: or the `error` it raised."""
     for case in tqdm(list(cases), desc=what, unit="case", disable=None):
-        results.append({"what": what} | measure(case))
-    return results
+        try:
+            result = measure(case)
+        except Exception as error:  # whatever it is: the next case may be fine
+            if not keep_going:
+                raise
+            result = {"case": str(case), "error": first_line(error)}
+        yield {"what": what} | result
 
 
-def suite(repeats: int) -> list[Result]:
-    """What docs/benchmarks reports: on CPU in f32 up to H = 2,048, on accelerators all in bf16."""
+def suite(repeats: int) -> Iterator[Result]:
+    """What docs/benchmarks reports: on CPU in f32 up to H = 2,048, on accelerators all in bf16.
+
+    A measurement that fails becomes a result with an `error`, and the others go on.
+    """
     on_cpu = jax.default_backend() == "cpu"
     dtype, tokens = ("float32", 4096) if on_cpu else ("bfloat16", 16384)
     shapes = [shape for shape in SHAPES if not on_cpu or shape[1] <= 2048]
-    results = []
     for routing in ROUTINGS:
         measure = partial(
             bench_dispatch, tokens=tokens, dtype=dtype, routing=routing, repeats=repeats,
             compare=not on_cpu,
         )  # fmt: skip
-        results += measured("dispatch", shapes, measure)
-    for shape, result in zip(shapes, results, strict=False):
-        for name, seconds in (torch_seconds(shape, tokens, dtype, repeats) or {}).items():
-            result[f"times_{name}"] = seconds / result["seconds_fwd_bwd"]
+        if routing == "uniform":
+            measure = partial(_beside_torch, measure, tokens, dtype, repeats)
+        yield from measured("dispatch", shapes, measure, keep_going=True)
     if on_cpu:
         steps = {"configs/dsmoe_s.py": 8}
     else:
@@ -52,10 +60,19 @@ def suite(repeats: int) -> list[Result]:
         if not on_cpu:
             overrides.append("model.dtype=bfloat16")
         run = partial(bench_train, overrides=overrides, repeats=few)
-        results += measured("train", [spec], run)
+        yield from measured("train", [spec], run, keep_going=True)
         run = partial(bench_sample, overrides=[*overrides, "sampling.steps=4"], repeats=few)
-        results += measured("sample", [spec], run)
-    return results
+        yield from measured("sample", [spec], run, keep_going=True)
+
+
+def _beside_torch(measure, tokens, dtype, repeats, shape) -> Result:
+    """With how many times as long plain PyTorch takes, where it is installed."""
+    result = measure(shape)
+    try:
+        theirs = torch_seconds(shape, tokens, dtype, repeats) or {}
+    except RuntimeError as error:  # ours is measured, whatever torch says
+        return result | {"error": f"torch: {first_line(error)}"}
+    return result | {f"times_{k}": s / result["seconds_fwd_bwd"] for k, s in theirs.items()}
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

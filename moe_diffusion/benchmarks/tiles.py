@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,11 @@ def _for_mosaic(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
 
 def best_tiles(
     shapes: Sequence[Shape], *, tokens: int, dtype: str, repeats: int
-) -> dict[str, list[Any]]:
-    """Key of `tuning.key` -> the fastest candidate, forward + backward with uniform routing.
+) -> Iterator[tuple[str, list[Any]]]:
+    """(`tuning.key`, the fastest candidate) of each shape, forward + backward, uniform routing.
 
     A candidate whose numbers are not those of the first is left out, with a warning.
     """
-    found = {}
     for shape in tqdm(shapes, desc="tune", unit="shape", disable=None):
         width, hidden, num_experts, top_k = shape
         params = _params(width, hidden, num_experts, dtype)
@@ -78,8 +77,7 @@ def best_tiles(
                 warnings.warn(f"{shape}: tiles {sizes} compute something else", stacklevel=2)
         seconds = medians(calls, repeats)
         best = min(seconds, key=seconds.get)
-        found[tuning.key(params, tokens * top_k)] = list(best)
-    return found
+        yield tuning.key(params, tokens * top_k), list(best)
 
 
 def agree(result: Any, expected: Any, tolerance: float = 0.03) -> bool:

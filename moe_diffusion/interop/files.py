@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, first_line
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 INDEX = ".safetensors.index.json"
@@ -180,8 +180,9 @@ def _torch_load(path: Path) -> Any:
             mmap = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or holds more than weights: {reason}") from None
+        raise UserError(
+            f"{path} is damaged or holds more than weights: {first_line(error)}"
+        ) from None
 
 
 def _pick(path: Path, loaded: Any, weights: str | None) -> Weights:

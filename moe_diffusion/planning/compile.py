@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.errors import first_line
 from moe_diffusion.models import build
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
@@ -57,7 +58,7 @@ def compile_program(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = needed_bytes(str(error))
-        return OutOfMemory(needed, str(error).splitlines()[0], time.perf_counter() - start)
+        return OutOfMemory(needed, first_line(error), time.perf_counter() - start)
     seconds = time.perf_counter() - start
     return Compiled(compiled.as_text(), compiled.memory_analysis(), seconds)
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, first_line
 from moe_diffusion.planning.gpus import memory_bytes, target_config
 
 GIB = 2**30
@@ -146,7 +146,7 @@ def _tpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology {name} is no slice of {kind}: {_first_line(error)}") from error
+        raise UserError(f"--topology {name} is no slice of {kind}: {first_line(error)}") from error
 
 
 def _gpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
@@ -169,8 +169,4 @@ def _gpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
             topology=f"1x{hosts}x{gpus // hosts}",
         ).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise UserError(f"--topology {name}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+        raise UserError(f"--topology {name}: {first_line(error)}") from error

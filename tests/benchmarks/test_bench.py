@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from moe_diffusion import bench, tune
-from moe_diffusion.benchmarks import report, tiles
+from moe_diffusion.benchmarks import dispatch, report, tiles
 from moe_diffusion.benchmarks.dispatch import bench_dispatch, parse_shape
 from moe_diffusion.errors import UserError
 from tests import cli
@@ -26,6 +26,40 @@ def test_dispatch_ends_with_one_line_of_json(capsys, tmp_path):
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept["environment"]["jax"] == jax.__version__
     assert kept["results"][0]["rho_fwd"] == result["rho_fwd"]
+
+
+def test_what_fails_does_not_take_the_rest_with_it(tmp_path, monkeypatch, capfd):
+    def measure(shape, **_):
+        if shape[1] == 768:
+            raise RuntimeError("no such kernel\nat line 1")
+        return {"shape": str(shape), "seconds_fwd_bwd": 1.0}
+
+    def gone(*_):
+        raise RuntimeError("no CUDA")
+
+    monkeypatch.setattr(report, "bench_dispatch", measure)
+    monkeypatch.setattr(report, "torch_seconds", gone)
+    for name in ("bench_train", "bench_sample"):
+        monkeypatch.setattr(report, name, lambda spec, **_: {"config": spec})
+    error = cli.refused(capfd, bench.main, ["suite", "--out", str(tmp_path / "out.json")])
+    kept = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(kept) == 2 * 6 + 2 and [result["what"] for result in kept[-2:]] == [
+        "train",
+        "sample",
+    ]
+    # One shape fails with both routings; PyTorch, beside the other five, with one.
+    found = [result["error"] for result in kept if "error" in result]
+    assert sorted(found) == ["no such kernel"] * 2 + ["torch: no CUDA"] * 5
+    assert "7 of 14 measurements failed" in error
+
+
+def test_rivals_that_fail_are_named(monkeypatch):
+    def broken(x, chosen, stacked):
+        raise NotImplementedError("not on this device")
+
+    monkeypatch.setattr(dispatch, "rivals", lambda: {"theirs": broken})
+    result = bench_dispatch((16, 16, 4, 2), tokens=64, repeats=1, compare=True)
+    assert result["failed_theirs"] == "not on this device" and result["rho_fwd_bwd"] > 0
 
 
 @pytest.mark.slow
