@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from moe_diffusion import bench, tune
@@ -109,3 +111,34 @@ def test_tiles_of_other_devices_are_kept(tmp_path):
     tiles.merge(path, "B", {"x": [3]})
     tiles.merge(path, "A", {"y": [4]})
     assert json.loads(path.read_text()) == {"A": {"x": [1], "y": [4]}, "B": {"x": [3]}}
+
+
+def test_the_fastest_right_tiles_win_and_are_kept_at_once(tmp_path, monkeypatch, capsys):
+    """A candidate that does not compile, or computes something else, is none."""
+    fast = {(64,): 0.0, (128,): 1e-2, (256,): 0.0, (512,): 0.0}
+
+    def call(sizes, params, tokens, top_k):
+        def run():
+            if sizes == (512,):
+                raise NotImplementedError("too large")
+            time.sleep(fast[sizes])
+            return jnp.ones(3) * (2 if sizes == (256,) else 1)
+
+        return run
+
+    def second_shape_faults(params):
+        if params["up"].shape[1] == 32:
+            assert json.loads(path.read_text())  # the first shape's are there
+            raise KeyboardInterrupt
+        return [(128,), (64,), (256,), (512,)]
+
+    path = tmp_path / "tiles.json"
+    monkeypatch.setattr(tiles, "candidates", second_shape_faults)
+    monkeypatch.setattr(tiles, "_call", call)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    args = ["--shape", "16,16,4,2", "--shape", "32,16,4,2", "--tokens", "64", "--table", path]
+    with pytest.warns(UserWarning, match="tiles \\(256,\\) compute something else"):
+        with pytest.raises(KeyboardInterrupt):
+            tune.main(list(map(str, args)))
+    (chosen,) = json.loads(path.read_text())["cpu"].values()
+    assert chosen == [64]
