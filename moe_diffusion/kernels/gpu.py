@@ -12,7 +12,8 @@ sorted copy of them exists. Five kernels, named after what they compute:
 
 Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, blocks of b columns: each
 kernel reads its left operand once for every b columns that it makes, and an expert's weights once
-for every tile of its rows; most of both comes from the L2 cache. At least, in all:
+for every tile of its rows. Programs are numbered with the columns fastest and the experts slowest,
+so that those running at a time share both in the L2 cache. At least, in all:
 
     forward   R D + n R H (written, read) + R D + (n + 1) E D H
     backward  4 R D + (3 n + 2) R H + 2 (n + 1) E D H
@@ -122,7 +123,7 @@ class GPUKernels:
         rows = plan.assignment.shape[0]
         return pl.pallas_call(
             partial(_outer_kernel, tile=plan.tile, gather=gather, blocks=self.blocks),
-            grid=(num_experts, pl.cdiv(shape[1], block), pl.cdiv(shape[2], block)),
+            grid=(num_experts * pl.cdiv(shape[1], block) * pl.cdiv(shape[2], block),),
             out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
             compiler_params=plgpu.CompilerParams(num_warps=self.blocks.warps, num_stages=3),
             cost_estimate=pl.CostEstimate(
@@ -142,7 +143,7 @@ class GPUKernels:
         results = [jax.ShapeDtypeStruct((rows, size), dtype) for size, dtype in outputs]
         return pl.pallas_call(
             partial(kernel, tile=plan.tile, columns=columns, blocks=self.blocks),
-            grid=(plan.expert.shape[0], pl.cdiv(columns, self.blocks.columns)),
+            grid=(plan.expert.shape[0] * pl.cdiv(columns, self.blocks.columns),),
             out_shape=results,
             compiler_params=plgpu.CompilerParams(num_warps=self.blocks.warps, num_stages=3),
             cost_estimate=pl.CostEstimate(
@@ -184,12 +185,25 @@ def _dot(a, b):
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _place(*sizes):
+    """This program's place in a grid with slices of these sizes, the last fastest: (slowest, ...).
+
+    Programs that run side by side then have a tile and an expert in common, whose rows and weights
+    they share in the L2 cache.
+    """
+    number, place = pl.program_id(0), []
+    for size in reversed(sizes):
+        place.append(lax.rem(number, size))
+        number = lax.div(number, size)
+    return number, *reversed(place)
+
+
 class _Program:
     """Where a program of the (tile, block of columns) grid works."""
 
     def __init__(self, expert, used, tile, columns, blocks):
         self.tile, self.step, self.block = tile, blocks.step, blocks.columns
-        number, self.column_block = pl.program_id(0), pl.program_id(1)
+        number, self.column_block = _place(pl.cdiv(columns, self.block))
         self.expert = expert[number]
         self.is_used = number < used[0]
         self.rows = pl.ds(number * tile, tile)
@@ -301,10 +315,11 @@ def _d_rows_kernel(expert, used, *refs, n, tile, columns, blocks):
 
 
 def _outer_kernel(start, end, token, left, right, out, *, tile, gather, blocks):
-    expert, size = pl.program_id(0), blocks.columns
+    size = blocks.columns
+    expert, *place = _place(*(pl.cdiv(ref.shape[1], size) for ref in (left, right)))
     slices, insides = [], []
-    for axis, ref in ((1, left), (2, right)):
-        first = pl.program_id(axis) * size
+    for number, ref in zip(place, (left, right), strict=True):
+        first = number * size
         slices.append(pl.ds(first, size))
         ids = first + jnp.arange(size)
         insides.append(ids < ref.shape[1] if ref.shape[1] % size else None)
