@@ -6,7 +6,7 @@
       --config.data.batch_size=64
 
 It is the real training step or sampler, compiled as it would be on the chips, for each sharding
-preset in turn. Topologies: slices of TPU v4, v5e, v5p, v6e and tpu7x, GPUs h100 or h200, or
+preset in turn. Topologies: slices of TPU v4, v5e, v5p, v6e and tpu7x, GPUs a100, h100 or h200, or
 `local`, the devices of this machine. Any key of the config can be set as --config.<key>=<value>.
 """
 

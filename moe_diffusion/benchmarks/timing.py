@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_diffusion.planning.topologies import CHIPS
+from moe_diffusion.planning.topologies import chip_of
 
 
 def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -48,10 +48,9 @@ def gemm_flops(size: int | None = None, dtype: str = "float32") -> float:
 
 def peak_flops(dtype: str) -> float:
     """FLOP/s to compare with: the data sheet's bf16 rate of an accelerator, else `gemm_flops`."""
-    kind = jax.devices()[0].device_kind
-    known = (chip.flops for chip in CHIPS.values() if kind.startswith(chip.device_kind))
+    chip = chip_of(jax.devices()[0].device_kind)
     # No data sheet states what a CPU does, and f32 is not what an accelerator's states.
-    return next(known, None) or gemm_flops(dtype=dtype)
+    return chip.flops if chip and dtype == "bfloat16" else gemm_flops(dtype=dtype)
 
 
 def environment() -> dict[str, Any]:

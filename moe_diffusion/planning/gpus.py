@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-# kind -> name, bytes of memory, bytes per second. Both are Hopper chips that differ in nothing
-# else (NVIDIA's data sheets of the SXM modules; the memory is what the driver reports).
-_HOPPER = {
-    "h100": ("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
-    "h200": ("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4_800_000_000_000),
+from typing import NamedTuple
+
+
+class _GPU(NamedTuple):
+    """By NVIDIA's data sheets of the SXM modules; memory: bytes, as the driver reports them.
+
+    bandwidth: bytes per second. fpus: of f32, in each of the cores. clock: GHz. l2: bytes.
+    shared: KiB of a core, of which one less is the most that a block of threads can have.
+    """
+
+    name: str
+    memory: int
+    bandwidth: int
+    capability: str
+    cores: int
+    fpus: int
+    clock: float
+    l2: int
+    shared: int
+
+
+_AMPERE = ("{ major: 8 minor: 0 }", 108, 64, 1.41, 40 * 2**20, 164)
+_SM90A = "{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }"
+_HOPPER = (_SM90A, 132, 128, 1.98, 50 * 2**20, 228)
+_GPUS = {
+    "a100": _GPU("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2_039_040_000_000, *_AMPERE),
+    "h100": _GPU("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000, *_HOPPER),
+    "h200": _GPU("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4_800_000_000_000, *_HOPPER),
 }
 
 
 def memory_bytes(kind: str) -> int:
-    """Bytes of memory of an "h100" or "h200"."""
-    return _HOPPER[kind][1]
+    """Bytes of memory of an "a100" (of 80 GB), "h100" or "h200"."""
+    return _GPUS[kind].memory
 
 
 def target_config(kind: str) -> str:
     """XLA's `GpuTargetConfigProto` of a kind, as text."""
-    name, memory, bandwidth = _HOPPER[kind]
+    gpu = _GPUS[kind]
     device = {
-        "name": f'"{name}"',
+        "name": f'"{gpu.name}"',
         "device_vendor": '"NVIDIA Corporation"',
-        "cuda_compute_capability": "{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }",
-        "core_count": 132,
-        "fpus_per_core": 128,
-        "clock_rate_ghz": 1.98,
-        "device_memory_size": memory,
-        "memory_bandwidth": bandwidth,
-        "l2_cache_size": 50 * 2**20,
-        "shared_memory_per_core": 228 * 2**10,
+        "cuda_compute_capability": gpu.capability,
+        "core_count": gpu.cores,
+        "fpus_per_core": gpu.fpus,
+        "clock_rate_ghz": gpu.clock,
+        "device_memory_size": gpu.memory,
+        "memory_bandwidth": gpu.bandwidth,
+        "l2_cache_size": gpu.l2,
+        "shared_memory_per_core": gpu.shared * 2**10,
         "shared_memory_per_block": 48 * 2**10,
-        "shared_memory_per_block_optin": 227 * 2**10,
+        "shared_memory_per_block_optin": (gpu.shared - 1) * 2**10,
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
         "threads_per_core_limit": 2048,
@@ -55,6 +78,6 @@ def target_config(kind: str) -> str:
     )
     return (
         f"gpu_device_info {{\n{fields}\n}}\n"
-        f'platform_name: "CUDA"\ndevice_description_str: "{name}"\n'
+        f'platform_name: "CUDA"\ndevice_description_str: "{gpu.name}"\n'
         "dnn_version_info { major: 9 minor: 10 patch: 0 }\n"
     )

@@ -28,8 +28,9 @@ GPUS_PER_HOST = 8
 class Chip:
     """What one chip can do, by its maker's data sheet and by what its compiler grants a program.
 
-    flops: dense bf16 FLOP per second. hbm_bytes: what the compiler lets one device use (less than
-    what is soldered on). dims: axes of a slice's shape. devices: jax devices to a chip.
+    device_kind: how jax's name of it begins. flops: dense bf16 FLOP per second. hbm_bytes: what
+    the compiler lets one device use (less than what is soldered on). dims: axes of a slice's
+    shape. devices: jax devices to a chip.
     """
 
     platform: str
@@ -54,13 +55,17 @@ CHIPS = {
     "v5p": Chip("tpu", "TPU v5", 459e12, int(95.74 * GIB), 3, examples="v5p:2x2x1 v5p:8x8x8"),
     "v6e": Chip("tpu", "TPU v6 lite", 918e12, int(31.25 * GIB), 2, examples="v6e:2x2 v6e:16x16"),
     "tpu7x": Chip("tpu", "TPU7x", 2307e12, int(94.75 * GIB), 3, 2, "tpu7x:2x2x1 tpu7x:4x4x4"),
-    "h100": Chip(
-        "cuda", "NVIDIA H100", 989.4e12, int(0.75 * memory_bytes("h100")), 1, examples="h100:8"
-    ),
-    "h200": Chip(
-        "cuda", "NVIDIA H200", 989.4e12, int(0.75 * memory_bytes("h200")), 1, examples="h200:8"
-    ),
+    "a100": Chip("cuda", "NVIDIA A100", 312e12, _of_gpu("a100"), 1, examples="a100:8"),
+    "h100": Chip("cuda", "NVIDIA H100", 989.4e12, _of_gpu("h100"), 1, examples="h100:8"),
+    "h200": Chip("cuda", "NVIDIA H200", 989.4e12, _of_gpu("h200"), 1, examples="h200:8"),
 }
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """What is known of a device that jax calls this; GPUs have their memory in their names."""
+    known = [chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)]
+    # "TPU v5 lite" is no "TPU v5".
+    return max(known, key=lambda chip: len(chip.device_kind), default=None)
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,7 @@ def describe(name: str) -> Topology:
     """The topology of a name. Raises UserError: unknown, impossible, or its compiler is missing."""
     if name == "local":
         devices = tuple(jax.devices())
-        kinds = (chip for chip in CHIPS.values() if devices[0].device_kind == chip.device_kind)
-        return Topology(name, next(kinds, None), (len(devices),), devices)
+        return Topology(name, chip_of(devices[0].device_kind), (len(devices),), devices)
     kind, shape = parse(name)
     chip = CHIPS[kind]
     make = _tpu_devices if chip.platform == "tpu" else _gpu_devices

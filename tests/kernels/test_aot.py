@@ -36,7 +36,7 @@ def token_choice(kernels, tile, kind, num_tokens, num_experts, top_k):
     return gradients
 
 
-@pytest.mark.parametrize("topology", [*TPUS, "h100:1"])
+@pytest.mark.parametrize("topology", [*TPUS, "a100:1", "h100:1"])
 @pytest.mark.parametrize(
     ("width", "hidden", "num_experts", "top_k", "kind", "bias", "dtype"),
     [
@@ -49,7 +49,7 @@ def test_forward_and_backward(topology, width, hidden, num_experts, top_k, kind,
     params = experts(num_experts, width, hidden, kind, bias, dtype)
     num_tokens = 2048
     num = num_tokens * top_k
-    if topology.startswith("h100"):
+    if topology not in TPUS:
         blocks = tuning.gpu_blocks(params, num)
         kernels, tile, calls = GPUKernels(blocks), blocks.rows, "triton"
     else:

@@ -30,7 +30,8 @@ def tiny(router="expert_choice", **keys):
 
 
 @pytest.mark.parametrize(
-    "topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100:8", "h200:8"]
+    "topology",
+    ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "a100:8", "h100:8", "h200:8"],
 )
 def test_a_training_step_for_every_kind_of_chip(topology):
     plan = make_plan(tiny(), "train", describe(topology), QUIET)
@@ -40,7 +41,7 @@ def test_a_training_step_for_every_kind_of_chip(topology):
     assert plan.collectives["all-reduce"] > 0 and plan.floor_seconds > 0
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "h100:2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "a100:2", "h100:2"])
 def test_token_choice_uses_our_kernels(topology):
     plan = make_plan(tiny("token_choice"), "train", describe(topology), QUIET)
     assert plan.fits and plan.dispatch.as_intended and plan.dispatch.kernels

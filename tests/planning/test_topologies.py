@@ -69,8 +69,24 @@ def test_every_chip_has_examples_of_its_own_shape():
 
 
 def test_gpu_descriptions_differ_in_memory():
-    texts = {kind: target_config(kind) for kind in ("h100", "h200")}
+    texts = {kind: target_config(kind) for kind in ("a100", "h100", "h200")}
     for kind, text in texts.items():
         assert text.count("{") == text.count("}") == 3
         assert f"device_memory_size: {memory_bytes(kind)}" in text
-    assert texts["h100"] != texts["h200"]
+    assert len(set(texts.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("Radeon", None),
+    ],
+)
+def test_chips_are_known_by_the_names_of_their_devices(name, kind):
+    assert topologies.chip_of(name) == topologies.CHIPS.get(kind)
