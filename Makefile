@@ -54,7 +54,7 @@ gpu-check:
 	mkdir -p $(OUT)
 	export JAX_PLATFORMS=cuda; tests=0; \
 	$(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider --junitxml=$(OUT)/tests.xml || tests=$$?; \
-	$(GPU_PYTHON) -m moe_diffusion.bench suite --repeats 9 --out $(OUT)/bench.json && exit $$tests
+	$(GPU_PYTHON) -m moe_diffusion.bench suite --repeats 9 --minutes 6 --out $(OUT)/bench.json && exit $$tests
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

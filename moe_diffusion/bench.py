@@ -15,6 +15,8 @@ train, sample: the real thing on generated images. suite: all of it, sized for t
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--compare", action="store_true", help="dispatch: other kernels beside ours")
     add("--config", default="configs/dsmoe_s.py", help="train, sample: which (%(default)s)")
     add("--repeats", type=int, default=11, help="runs of which the median counts (%(default)s)")
+    add("--minutes", type=float, default=math.inf, help="start nothing after so long (no limit)")
     add("--out", help="file to write the results to, as JSON")
     add("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
@@ -67,11 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure = partial(measure, overrides=overrides, repeats=args.repeats)
         measurements = report.measured(args.what, [args.config], measure)
     found = environment() | {"gemm_gflops": gemm_flops() / 1e9}
-    results = []
+    results, end = [], time.monotonic() + 60 * args.minutes
     for result in measurements:
         results.append(result)
         if args.out:  # after each, so that what was measured outlives what comes
             report.write(args.out, found, results)
+        if time.monotonic() > end:
+            print(f"--minutes {args.minutes:g} are over: the rest is left out")
+            break
     print(report.table(results))
     print(", ".join(f"{name} {value}" for name, value in found.items()))
     if args.json:

@@ -45,14 +45,21 @@ def test_what_fails_does_not_take_the_rest_with_it(tmp_path, monkeypatch, capfd)
         monkeypatch.setattr(report, name, lambda spec, **_: {"config": spec})
     error = cli.refused(capfd, bench.main, ["suite", "--out", str(tmp_path / "out.json")])
     kept = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(kept) == 2 * 6 + 2 and [result["what"] for result in kept[-2:]] == [
-        "train",
-        "sample",
-    ]
+    shapes = ["dispatch"] * 6
+    assert [result["what"] for result in kept] == [*shapes, "train", "sample", *shapes]
     # One shape fails with both routings; PyTorch, beside the other five, with one.
     found = [result["error"] for result in kept if "error" in result]
     assert sorted(found) == ["no such kernel"] * 2 + ["torch: no CUDA"] * 5
     assert "7 of 14 measurements failed" in error
+
+
+def test_nothing_starts_when_the_time_is_over(monkeypatch, capsys):
+    monkeypatch.setattr(report, "bench_dispatch", lambda shape, **_: {"seconds_fwd_bwd": 1.0})
+    monkeypatch.setattr(report, "torch_seconds", lambda *_: {"torch_loop": 3.0})
+    bench.main(["suite", "--minutes", "0", "--json"])
+    output = capsys.readouterr().out
+    assert json.loads(output.splitlines()[-1])["times_torch_loop"] == 3
+    assert "--minutes 0 are over" in output
 
 
 def test_rivals_that_fail_are_named(monkeypatch):
