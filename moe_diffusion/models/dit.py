@@ -31,7 +31,7 @@ from moe_diffusion.models.blocks import (
 )
 from moe_diffusion.parallel.mesh import platform
 
-_MOST_UNROLLED = 6
+_MOST_UNROLLED = {"cpu": 6, "cuda": 28, "gpu": 28}  # periods, by platform
 COLLECTIONS = ("params", "router_state", "losses", "metrics", "router_stats", "intermediates")
 # What `cheap` keeps besides products: kernels, loops and orders, moved rows, attention's result.
 _EXPENSIVE = frozenset(
@@ -79,11 +79,14 @@ def layer_segments(pattern: tuple[bool, ...]) -> tuple[tuple[tuple[bool, ...], i
 def periods_at_once(repeats: int, remat: str, platform: str) -> int:
     """How many periods a step of the scan holds by default.
 
-    XLA:CPU copies every layer's weights and saved values out of and into stacked arrays, an eighth
-    of a step of DSMoE-S: there all, while that makes the program at most six times as long. Not
-    if anything is to be computed again: outside of a loop XLA:CPU keeps it instead.
+    XLA copies every layer's saved values into and out of stacked arrays, on CPU the weights too: an
+    eighth of a step of DSMoE-S there, and on a GPU a quarter of the bytes that a step of DSMoE-L or
+    DiT-XL moves. Hence all periods, as long as that makes the program at most six times as long,
+    or 28 on GPUs, where minutes of compiling matter less. Not if anything is to be computed again:
+    outside of a loop XLA:CPU keeps it instead. Not on TPU, where nobody has looked yet.
     """
-    return repeats if platform == "cpu" and remat == "none" and repeats <= _MOST_UNROLLED else 1
+    most = _MOST_UNROLLED.get(platform, 1)
+    return repeats if remat == "none" and repeats <= most else 1
 
 
 class Block(nn.Module):

@@ -109,9 +109,17 @@ def test_unrolled_layers_compute_the_same(unroll):
 
 @pytest.mark.parametrize(
     ("repeats", "remat", "platform", "at_once"),
-    [(6, "none", "cpu", 6), (12, "none", "cpu", 1), (6, "cheap", "cpu", 1), (6, "none", "tpu", 1)],
+    [
+        (6, "none", "cpu", 6),
+        (12, "none", "cpu", 1),
+        (6, "cheap", "cpu", 1),
+        (6, "none", "tpu", 1),
+        (28, "none", "cuda", 28),
+        (40, "none", "cuda", 1),
+        (12, "cheap", "gpu", 1),
+    ],
 )
-def test_few_layers_are_unrolled_on_cpu(repeats, remat, platform, at_once):
+def test_few_layers_are_unrolled_on_cpu_and_gpu(repeats, remat, platform, at_once):
     assert periods_at_once(repeats, remat, platform) == at_once
 
 
