@@ -83,7 +83,7 @@ def periods_at_once(repeats: int, remat: str, platform: str) -> int:
     eighth of a step of DSMoE-S there, and on a GPU a quarter of the bytes that a step of DSMoE-L or
     DiT-XL moves. Hence all periods, as long as that makes the program at most six times as long,
     or 28 on GPUs, where minutes of compiling matter less. Not if anything is to be computed again:
-    outside of a loop XLA:CPU keeps it instead. Not on TPU, where they are not even filled first.
+    outside of a loop XLA:CPU keeps it instead. Not on TPU, whose stacked arrays need no filling.
     """
     most = _MOST_UNROLLED.get(platform, 1)
     return repeats if remat == "none" and repeats <= most else 1
