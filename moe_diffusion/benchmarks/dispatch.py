@@ -98,7 +98,7 @@ def bench_dispatch(
                 jax.block_until_ready(function(*args))
             compiled |= theirs
         except Exception as error:  # of any kind: it is other people's code
-            failures[f"failed_{name}"] = first_line(error)
+            failures[name] = first_line(error)
     seconds = medians({name: partial(f, *args) for name, (f, args) in compiled.items()}, repeats)
 
     chosen, _ = router.apply(gate, x)
@@ -119,11 +119,10 @@ def bench_dispatch(
         "seconds_fwd_bwd": seconds["moe_fwd_bwd"],
         "roofline": flops / peak_flops(dtype) / seconds["moe_fwd_bwd"],
     }
-    for name in others:
-        if f"failed_{name}" not in failures:
-            ratio = seconds[f"{name}_fwd_bwd"] / seconds["dense_fwd_bwd"]
-            result[f"rho_fwd_bwd_{name}"] = ratio
-    return result | failures
+    for name in others.keys() - failures.keys():
+        ratio = seconds[f"{name}_fwd_bwd"] / seconds["dense_fwd_bwd"]
+        result[f"rho_fwd_bwd_{name}"] = ratio
+    return result | {f"failed_{name}": message for name, message in failures.items()}
 
 
 def _compile(functions: dict[str, tuple[Callable, tuple]]) -> dict[str, tuple[Any, tuple]]:

@@ -47,7 +47,7 @@ def gemm_flops(size: int | None = None, dtype: str = "float32") -> float:
 
 
 def peak_flops(dtype: str) -> float:
-    """FLOP/s to compare with: the data sheet's bf16 rate of an accelerator, else `gemm_flops`."""
+    """FLOP/s to compare with: of bf16 on an accelerator the data sheet's, else `gemm_flops`."""
     chip = chip_of(jax.devices()[0].device_kind)
     # No data sheet states what a CPU does, and f32 is not what an accelerator's states.
     return chip.flops if chip and dtype == "bfloat16" else gemm_flops(dtype=dtype)

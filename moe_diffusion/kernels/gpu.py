@@ -32,6 +32,7 @@ from jax.experimental.pallas import triton as plgpu
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.grouped import sorted_by_expert
 from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.tiles import place
 from moe_diffusion.kernels.tuning import GPUBlocks, gpu_blocks
 
 
@@ -185,25 +186,12 @@ def _dot(a, b):
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _place(*sizes):
-    """This program's place in a grid with slices of these sizes, the last fastest: (slowest, ...).
-
-    Programs that run side by side then have a tile and an expert in common, whose rows and weights
-    they share in the L2 cache.
-    """
-    number, place = pl.program_id(0), []
-    for size in reversed(sizes):
-        place.append(lax.rem(number, size))
-        number = lax.div(number, size)
-    return number, *reversed(place)
-
-
 class _Program:
     """Where a program of the (tile, block of columns) grid works."""
 
     def __init__(self, expert, used, tile, columns, blocks):
         self.tile, self.step, self.block = tile, blocks.step, blocks.columns
-        number, self.column_block = _place(pl.cdiv(columns, self.block))
+        number, self.column_block = place(pl.program_id(0), pl.cdiv(columns, self.block))
         self.expert = expert[number]
         self.is_used = number < used[0]
         self.rows = pl.ds(number * tile, tile)
@@ -316,9 +304,10 @@ def _d_rows_kernel(expert, used, *refs, n, tile, columns, blocks):
 
 def _outer_kernel(start, end, token, left, right, out, *, tile, gather, blocks):
     size = blocks.columns
-    expert, *place = _place(*(pl.cdiv(ref.shape[1], size) for ref in (left, right)))
+    parts = (pl.cdiv(ref.shape[1], size) for ref in (left, right))
+    expert, *numbers = place(pl.program_id(0), *parts)
     slices, insides = [], []
-    for number, ref in zip(place, (left, right), strict=True):
+    for number, ref in zip(numbers, (left, right), strict=True):
         first = number * size
         slices.append(pl.ds(first, size))
         ids = first + jnp.arange(size)

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_diffusion.kernels.tiles import TilePlan
+from moe_diffusion.kernels.tiles import TilePlan, place
 from moe_diffusion.kernels.tuning import GPUBlocks
 
 SIDE = 64  # rows that a warpgroup multiplies, and columns of a tile of 128 bytes in shared memory
@@ -98,7 +98,7 @@ def rows_product(
         *groups, sum_refs = _split(refs, counts)
         left_refs, right_refs, tile_refs, weight_refs, outs = groups
         number, group = lax.axis_index("block"), lax.axis_index("warpgroup")
-        tile_id, part = lax.div(number, parts), lax.rem(number, parts)
+        tile_id, part = place(number, parts)
         owner = expert[tile_id]
         ends = _Ends(
             finish, (tile_id, part, group), sizes, memory,
@@ -211,8 +211,7 @@ def outer_product(
 
     def body(start, end, left, right, out, *, buffer):
         number, group = lax.axis_index("block"), lax.axis_index("warpgroup")
-        owner, number = lax.div(number, down * across), lax.rem(number, down * across)
-        i, j = lax.div(number, across), lax.rem(number, across)
+        owner, i, j = place(number, down, across)
         first, last = start[owner] * per_tile, end[owner] * per_tile
 
         def multiply(_, left, right, totals):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moe_diffusion.kernels.rows import RowPlan, plan_rows, stable_order
 
@@ -35,6 +36,19 @@ class TilePlan:
     start: jax.Array
     end: jax.Array
     tile: int = flax.struct.field(pytree_node=False)
+
+
+def place(number: jax.Array, *sizes: int) -> tuple[jax.Array, ...]:
+    """Where program `number` of a grid [.., *sizes] works, the last axis fastest: (slowest, ...).
+
+    Programs that run side by side on a GPU then have a tile and an expert in common, whose rows
+    and weights they share in the L2 cache.
+    """
+    found = []
+    for size in reversed(sizes):
+        found.append(lax.rem(number, size))
+        number = lax.div(number, size)
+    return number, *reversed(found)
 
 
 def num_tiles(num_assignments: int, num_experts: int, tile: int) -> int:
