@@ -22,7 +22,7 @@ CHOICES = {
     "model.moe.mlp": _MLPS,
     "model.moe.shared_mlp": _MLPS,
     "model.moe.backend": (
-        *("auto", "reference", "blocked", "capacity", "tpu", "gpu", "ragged_dot"),
+        *("auto", "reference", "blocked", "capacity", "cpu", "tpu", "gpu", "ragged_dot"),
     ),
     "model.moe.transport": ("auto", "none", "gather", "a2a_capacity", "ragged_a2a"),
     "model.router.name": (

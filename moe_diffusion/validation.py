@@ -144,7 +144,7 @@ def _check_moe(model: ConfigDict) -> None:
         f"= {moe.shared_hidden_size}: set one of them to false or 0",
     )
     require(
-        moe.dropout == 0 or moe.backend not in ("tpu", "gpu", "ragged_dot"),
+        moe.dropout == 0 or moe.backend not in ("cpu", "tpu", "gpu", "ragged_dot"),
         f"model.moe.backend = {moe.backend} cannot do model.moe.dropout = {moe.dropout}: choose "
         "auto, blocked or capacity, or set model.moe.dropout=0",
     )

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.grouped import sorted_by_expert
+from moe_diffusion.kernels.grouped import Kernels, sorted_by_expert
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.tiles import place
 from moe_diffusion.kernels.tuning import GPUBlocks, gpu_blocks
@@ -63,7 +63,7 @@ def choose(blocks: GPUBlocks, interpret: bool = False) -> GPUKernels:
     return GPUKernels(blocks, interpret)
 
 
-class GPUKernels:
+class GPUKernels(Kernels):
     """See `grouped.Kernels`. blocks: of columns and of the summed axis; interpret: run on CPU."""
 
     def __init__(self, blocks: GPUBlocks, interpret: bool = False):

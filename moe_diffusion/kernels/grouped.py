@@ -56,6 +56,16 @@ class Kernels(Protocol):
         gather "left" or "right": that one is an array [T, ...] whose rows the plan's tokens name.
         """
 
+    def outers(
+        self, left: jax.Array, rights: Hidden, plan: TilePlan, *, gather: str | None
+    ) -> list[jax.Array]:
+        """`outer` with each of several right operands."""
+        return [self.outer(left, right, plan, gather=gather) for right in rights]
+
+    def combine(self, rows: jax.Array, plan: TilePlan) -> jax.Array:
+        """What forward or backward made of the rows [R, D] -> the sums of each token's [T, D]."""
+        return _combine(rows, plan.rows)
+
 
 def sorted_by_expert(
     kernels: Kernels,
@@ -91,7 +101,7 @@ def grouped(
 ) -> jax.Array:
     """x[T, D], weight f32[N], experts `params` -> y[T, D] = sum of weight * expert(x)."""
     out, _ = kernels.forward(kind, x, _row_weight(weight, plan), params, plan, save=False)
-    return _combine(out, plan.rows)
+    return kernels.combine(out, plan)
 
 
 def _row_weight(weight: jax.Array, plan: TilePlan) -> jax.Array:
@@ -100,7 +110,7 @@ def _row_weight(weight: jax.Array, plan: TilePlan) -> jax.Array:
 
 def _forward(kernels, kind, x, weight, params, plan):
     out, hidden = kernels.forward(kind, x, _row_weight(weight, plan), params, plan, save=True)
-    return _combine(out, plan.rows), (x, weight, params, plan, hidden)
+    return kernels.combine(out, plan), (x, weight, params, plan, hidden)
 
 
 def _backward(kernels, kind, residuals, d_y):
@@ -108,8 +118,9 @@ def _backward(kernels, kind, residuals, d_y):
     row_weight = _row_weight(weight, plan)
     d_rows, d_gate, inner, d_hidden = kernels.backward(kind, d_y, row_weight, hidden, params, plan)
     grads = {"down": kernels.outer(inner, d_y, plan, gather="right")}
-    for name, gradient in zip(mlp.inputs(kind), d_hidden, strict=True):
-        grads[name] = kernels.outer(x, gradient, plan, gather="left")
+    names = mlp.inputs(kind)
+    grads |= zip(names, kernels.outers(x, d_hidden, plan, gather="left"), strict=True)
+    for name, gradient in zip(names, d_hidden, strict=True):
         if name + "_bias" in params:
             grads[name + "_bias"] = _sum_rows(gradient, plan, params[name].shape[0])
     if "down_bias" in params:
@@ -117,7 +128,7 @@ def _backward(kernels, kind, residuals, d_y):
         grads["down_bias"] = _sum_rows(row_weight[:, None] * d_out, plan, params["down"].shape[0])
     grads = {name: value.astype(params[name].dtype) for name, value in grads.items()}
     d_weight = jnp.take(d_gate, plan.row, mode="fill", fill_value=0).astype(weight.dtype)
-    return _combine(d_rows, plan.rows), d_weight, grads, no_gradient(plan)
+    return kernels.combine(d_rows, plan), d_weight, grads, no_gradient(plan)
 
 
 def _sum_rows(values: jax.Array, plan: TilePlan, num_experts: int) -> jax.Array:

@@ -54,6 +54,13 @@ def plan_rows(token: jax.Array, num_tokens: int) -> RowPlan:
     return RowPlan(token=token, row=row, first=bounds[:-1], count=jnp.diff(bounds))
 
 
+def token_major(token: jax.Array, row: jax.Array, num_tokens: int, per_token: int) -> RowPlan:
+    """RowPlan of rows that hold token i32[R], where token t has row[t * per_token :][:per_token]."""
+    first = jnp.arange(num_tokens, dtype=jnp.int32) * per_token
+    count = jnp.full(num_tokens, per_token, jnp.int32)
+    return RowPlan(token, row, first, count, per_token=per_token)
+
+
 @jax.custom_vjp
 def gather(x: jax.Array, plan: RowPlan) -> jax.Array:
     """x[T, D] -> rows[R, D]; unused rows are zero."""

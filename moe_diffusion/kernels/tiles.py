@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_diffusion.kernels.rows import RowPlan, plan_rows, stable_order
+from moe_diffusion.kernels.rows import RowPlan, plan_rows, stable_order, token_major
 
 
 @flax.struct.dataclass
@@ -94,9 +94,7 @@ def plan_tiles(
     row = start[owner_of] * tile + rank - first[owner_of]
     row = jnp.where(expert < num_experts, row, total * tile).astype(jnp.int32)
     if slots_per_token:
-        begin = jnp.arange(num_tokens, dtype=jnp.int32) * slots_per_token
-        each = jnp.full(num_tokens, slots_per_token, jnp.int32)
-        rows = RowPlan(row_token, row, begin, each, per_token=slots_per_token)
+        rows = token_major(row_token, row, num_tokens, slots_per_token)
     else:
         rows = plan_rows(row_token, num_tokens)
     return TilePlan(rows, assignment, row, owner, end[-1:], start, end, tile)

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.grouped import grouped, sorted_by_expert
+from moe_diffusion.kernels.grouped import Kernels, grouped, sorted_by_expert
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles
 from moe_diffusion.kernels.tpu_bodies import (
@@ -74,7 +74,7 @@ def tpu_capacity(
     return grouped(kernels, kind, x, weight.reshape(-1), params, plan)
 
 
-class TPUKernels:
+class TPUKernels(Kernels):
     """See `grouped.Kernels`.
 
     block_h: hidden columns at a time. gather: the forward kernel itself fetches the rows from HBM,

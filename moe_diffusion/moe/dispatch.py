@@ -5,8 +5,9 @@
 | backend     | what it does                                          | default for                |
 |-------------|-------------------------------------------------------|----------------------------|
 | `reference` | every expert on every token                           | the oracle of the tests    |
-| `blocked`   | sort by expert, walk over chunks, never drops         | token choice on CPU        |
-| `capacity`  | [E, C, D] products; C fixed by the router, or drops   | expert choice, CPU and GPU |
+| `cpu`       | C++: tokens gathered while operands are copied        | everything on CPU, f32     |
+| `blocked`   | plain XLA: sort by expert, walk over chunks           | token choice, else on CPU  |
+| `capacity`  | [E, C, D] products; C fixed by the router, or drops   | expert choice, GPU and CPU |
 | `tpu`       | Pallas: up, activation and down projection in one     | everything on TPU          |
 | `gpu`       | Pallas-Triton: tokens gathered while they are loaded  | token choice on GPU        |
 | `ragged_dot`| XLA's grouped product, which JAX differentiates badly | comparison                 |
@@ -17,8 +18,9 @@ its own. Experts may be split over the axis `expert`, and then tokens or weights
 serves its experts, and of each its share of the slots, for all tokens; without fixed slots such a
 group is left to XLA's partitioner: correct, not fast.
 
-Dropout inside the experts is done by `reference`, `blocked` and `capacity`, which then are the
-default on every platform, as on CPU.
+`cpu` is compiled when it is first needed and computes in f32 (kernels/library.py); without a C++
+compiler or in bf16 a CPU has `blocked` and `capacity`. Dropout inside the experts is done by
+`reference`, `blocked` and `capacity`, which then are the default on every platform.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from moe_diffusion.kernels import library
 from moe_diffusion.kernels.blocked import blocked, make_plan
 from moe_diffusion.kernels.capacity import capacity
+from moe_diffusion.kernels.cpu import cpu, cpu_capacity
 from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.kernels.gpu import gpu
 from moe_diffusion.kernels.mlp import Params
@@ -48,14 +52,18 @@ from moe_diffusion.parallel.mesh import (
 )
 from moe_diffusion.parallel.weights import gather, weight_specs
 
-BACKENDS = ("reference", "blocked", "capacity", "tpu", "gpu", "ragged_dot")
+BACKENDS = ("reference", "blocked", "capacity", "cpu", "tpu", "gpu", "ragged_dot")
 WITH_DROPOUT = BACKENDS[:3]
 
 
-def default_backend(platform: str, routing: Routing, dropout: bool = False) -> str:
+def default_backend(
+    platform: str, routing: Routing, dropout: bool = False, dtype: str = "float32"
+) -> str:
     """The table above, for the platform of the mesh: "cpu", "tpu" or "cuda" / "gpu"."""
     if platform == "tpu" and not dropout:
         return "tpu"
+    if platform == "cpu" and not dropout and dtype == "float32" and library.available():
+        return "cpu"
     if routing.slots_per_expert:
         return "capacity"
     return "blocked" if platform == "cpu" or dropout else "gpu"
@@ -82,13 +90,17 @@ def dispatch(
     many devices there are.
 
     Returns [G, T, D]; gradients flow to x, routing.weight and params. Raises ValueError for an
-    unknown backend, or one without dropout.
+    unknown backend, or one that cannot do this.
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"unknown dispatch backend {backend!r}; known: {', '.join(BACKENDS)}")
-    backend = backend or default_backend(platform(), routing, dropout is not None)
+    backend = backend or default_backend(platform(), routing, dropout is not None, x.dtype.name)
     if dropout is not None and backend not in WITH_DROPOUT:
         raise ValueError(f"backend {backend!r} has no dropout; {', '.join(WITH_DROPOUT)} have")
+    if backend == "cpu" and x.dtype != jnp.float32:
+        raise ValueError(f"backend 'cpu' computes in float32, not {x.dtype}: take 'blocked'")
+    if backend == "cpu" and not library.available():
+        raise ValueError(library.MISSING)
     params = {name: value.astype(x.dtype) for name, value in params.items()}
     local = partial(_dispatch, kind=kind, backend=backend, capacity_factor=capacity_factor)
     shards = num_batch_shards()
@@ -181,10 +193,12 @@ def _dispatch(x, routing, params, *, dropout, kind, backend, capacity_factor):
     num_experts = params["up"].shape[0]
     flat = x.reshape(-1, width)
     on_cpu = platform() == "cpu"  # there Pallas kernels are interpreted: slow, for tests
-    if backend == "capacity" or (backend == "tpu" and routing.slots_per_expert):
+    if backend == "capacity" or (backend in ("cpu", "tpu") and routing.slots_per_expert):
         slots = expert_slots(routing, tokens, num_experts, capacity_factor)
         if backend == "tpu":
             y = tpu_capacity(flat, *slots, params, kind, interpret=on_cpu)
+        elif backend == "cpu":
+            y = cpu_capacity(flat, *slots, params, kind)
         else:
             y = capacity(flat, *slots, params, kind, dropout)
         return y.reshape(x.shape)
@@ -192,6 +206,8 @@ def _dispatch(x, routing, params, *, dropout, kind, backend, capacity_factor):
     if backend == "blocked":
         slots = routing.slots_per_token
         y = blocked_dispatch(flat, *assignments, params, kind, slots, dropout)
+    elif backend == "cpu":
+        y = cpu(flat, *assignments, params, kind, slots_per_token=routing.slots_per_token)
     elif backend in ("tpu", "gpu"):
         kernel = tpu if backend == "tpu" else gpu
         slots = routing.slots_per_token

@@ -1,0 +1,170 @@
+"""C++ kernels of the experts for CPUs, f32 (cpu.cc, library.py).
+
+Rows are sorted by expert, without padding. A thread takes up to 224 rows of an expert and copies
+them, token by token, to where a product reads them, as any fast product does with its operands:
+gathering costs nothing, and neither does writing results to their tokens where each token has one
+expert. XLA:CPU's products of few rows run at half the speed of large ones and each costs it a fixed
+20 to 50 microseconds; these do not.
+
+Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, columns in blocks of 512:
+forward 2 R D + (2 n + 2) R H, backward 4 R D + (5 n + 6) R H, and the weights once for every 224
+rows of an expert in both, and their gradients. Each thread keeps up to 0.8 MB of copies besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.grouped import Kernels, grouped
+from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.rows import plan_rows, token_major
+from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles, num_tiles
+
+
+def cpu(
+    x: jax.Array,
+    token: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    *,
+    slots_per_token: int | None,
+) -> jax.Array:
+    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; f32 alone. Needs `library.available()`."""
+    plan = make_plan(
+        token,
+        expert,
+        num_tokens=x.shape[0],
+        num_experts=params["up"].shape[0],
+        slots_per_token=slots_per_token,
+    )
+    return grouped(CPUKernels(), kind, x, weight, params, plan)
+
+
+def cpu_capacity(
+    x: jax.Array, token: jax.Array, weight: jax.Array, params: Params, kind: str
+) -> jax.Array:
+    """Fixed slots: x[T, D], token i32[E, C] (T: an empty slot), weight f32[E, C] -> [T, D]."""
+    plan = fixed_tiles(token, num_tokens=x.shape[0], tile=1)
+    return grouped(CPUKernels(), kind, x, weight.reshape(-1), params, plan)
+
+
+def make_plan(
+    token: jax.Array,
+    expert: jax.Array,
+    *,
+    num_tokens: int,
+    num_experts: int,
+    slots_per_token: int | None,
+) -> TilePlan:
+    """`plan_tiles` with tiles of one row, by counting instead of sorting."""
+    num, total = expert.shape[0], num_tiles(expert.shape[0], num_experts, 1)
+    sizes = (total, total, total, num, num_experts, num_experts)
+    call = jax.ffi.ffi_call(
+        "moe_diffusion_plan",
+        [jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes],
+        vmap_method="sequential",
+    )
+    row_token, assignment, owner, row, start, end = call(
+        token.astype(jnp.int32), expert.astype(jnp.int32), num_tokens=num_tokens
+    )
+    if slots_per_token:
+        rows = token_major(row_token, row, num_tokens, slots_per_token)
+    else:
+        rows = plan_rows(row_token, num_tokens)
+    return TilePlan(rows, assignment, row, owner, end[-1:], start, end, tile=1)
+
+
+class CPUKernels(Kernels):
+    """See `grouped.Kernels`. suffix: of the names that `library.register` gave the functions."""
+
+    def __init__(self, suffix: str = ""):
+        self.suffix = suffix
+
+    def forward(self, kind, x, weight, params, plan, save):
+        names = mlp.inputs(kind)
+        weights = [params[name] for name in names]
+        biases = [params[name + "_bias"] for name in names if name + "_bias" in params]
+        hidden = self._rows(plan, [x], weights, biases, gather=True)
+        inner = mlp.activation(kind)(*hidden)
+        bias = [params["down_bias"]] if "down_bias" in params else []
+        (out,) = self._rows(plan, [inner], [params["down"]], bias, scale=weight, in_place=True)
+        return out, tuple(hidden) if save else ()
+
+    def backward(self, kind, d_y, weight, hidden, params, plan):
+        inner, pull = jax.vjp(mlp.activation(kind), *hidden)
+        (d_inner,) = self._rows(plan, [d_y], [params["down"]], gather=True, turned=True)
+        d_weight = (d_inner * inner).sum(-1)
+        if "down_bias" in params:
+            (by_bias,) = self._rows(plan, [d_y], [params["down_bias"][..., None]], gather=True)
+            d_weight += by_bias[:, 0]
+        d_hidden = pull(weight[:, None] * d_inner)
+        weights = [params[name] for name in mlp.inputs(kind)]
+        (d_rows,) = self._rows(plan, d_hidden, weights, turned=True, in_place=True)
+        return d_rows, d_weight, weight[:, None] * inner, d_hidden
+
+    def outer(self, left, right, plan, *, gather):
+        return self.outers(left, [right], plan, gather=gather)[0]
+
+    def outers(self, left, rights, plan, *, gather):
+        """All in one call, which copies the left operand once."""
+        shapes = [(plan.start.shape[0], left.shape[1], right.shape[1]) for right in rights]
+        call = jax.ffi.ffi_call(
+            "moe_diffusion_outer_products" + self.suffix,
+            [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+            vmap_method="sequential",
+        )
+        rows = (plan.rows.token, plan.start * plan.tile, plan.end * plan.tile)
+        gathered = {f"gather_{side}": gather == side for side in ("left", "right")}
+        return call(*rows, left, *rights, **gathered)
+
+    def combine(self, rows, plan):
+        return rows if plan.rows.per_token == 1 else super().combine(rows, plan)
+
+    def _rows(
+        self,
+        plan: TilePlan,
+        lefts: Sequence[jax.Array],
+        weights: Sequence[jax.Array],
+        biases: Sequence[jax.Array] = (),
+        *,
+        scale: jax.Array | None = None,
+        gather: bool = False,
+        turned: bool = False,
+        in_place: bool = False,
+    ) -> list[jax.Array]:
+        """Rows times their experts' weights: a result for each weight where there is one left
+        operand, else the sum over the pairs.
+
+        lefts [R, I], with `gather` [T, I]; weights [E, I, O], `turned` [E, O, I]; biases [E, O];
+        scale f32[R] multiplies the result's rows. Returns [R, O]; with `in_place`, where a token
+        has one row, [T, O] in the tokens' order.
+        """
+        columns = weights[0].shape[1 if turned else 2]
+        in_place = in_place and plan.rows.per_token == 1
+        num_rows = plan.rows.first.shape[0] if in_place else plan.assignment.shape[0]
+        results = len(weights) if len(lefts) == 1 else 1
+        call = jax.ffi.ffi_call(
+            "moe_diffusion_row_products" + self.suffix,
+            [jax.ShapeDtypeStruct((num_rows, columns), jnp.float32)] * results,
+            vmap_method="sequential",
+        )
+        lefts = list(lefts) * (len(weights) if len(lefts) == 1 else 1)
+        return call(
+            plan.rows.token,
+            plan.start * plan.tile,
+            plan.end * plan.tile,
+            jnp.zeros(0, jnp.float32) if scale is None else scale,
+            *lefts,
+            *weights,
+            *biases,
+            gather=gather,
+            in_place=in_place,
+            turned=turned,
+            bias=bool(biases),
+        )

@@ -1,0 +1,189 @@
+"""The C++ kernels beyond their numbers (see tests/moe/test_dispatch.py): blocks, builds."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_diffusion.kernels import library, mlp
+from moe_diffusion.kernels.cpu import CPUKernels
+from moe_diffusion.kernels.grouped import grouped
+from moe_diffusion.kernels.reference import reference
+from moe_diffusion.kernels.tiles import plan_tiles
+from moe_diffusion.moe.dispatch import default_backend, dispatch
+from moe_diffusion.moe.routing import by_token
+
+needs_compiler = pytest.mark.skipif(not library.available(), reason=library.MISSING)
+BUILDS = {"x86_64": ("x86-64", "haswell"), "AMD64": ("x86-64", "haswell")}
+SIZES = {  # tokens, width, hidden, experts, experts of a token
+    "one number": (1, 1, 1, 1, 1),
+    "less than a tile": (5, 3, 7, 4, 2),
+    "whole tiles": (64, 32, 64, 2, 1),
+    "depth and columns of several blocks": (40, 530, 1100, 2, 1),
+    "rows of several blocks": (700, 40, 33, 3, 2),
+}
+
+
+def assignments(tokens, experts, top_k, seed=0):
+    """Skewed; the last expert has nobody where there are more than two."""
+    rng = np.random.default_rng(seed)
+    busy = experts - (experts > max(2, top_k))
+    order = np.argsort(rng.random((tokens, busy)) * np.arange(1, busy + 1), axis=-1)
+    token = np.repeat(np.arange(tokens), top_k)
+    weight = rng.normal(size=tokens * top_k)
+    return jnp.asarray(token), jnp.asarray(order[:, :top_k].ravel()), jnp.float32(weight)
+
+
+def problem(size, kind="swiglu", bias=True):
+    tokens, width, hidden, experts, top_k = SIZES[size]
+    shapes = {name: (experts, width, hidden) for name in mlp.inputs(kind)}
+    shapes["down"] = (experts, hidden, width)
+    if bias:
+        shapes |= {f"{name}_bias": (experts, shape[-1]) for name, shape in shapes.items()}
+    keys = jax.random.split(jax.random.key(0), len(shapes) + 2)
+    tree = {
+        name: jax.random.normal(key, shape) * shape[-2] ** -0.5
+        for key, (name, shape) in zip(keys[2:], shapes.items(), strict=True)
+    }
+    x, d_y = (jax.random.normal(key, (tokens, width)) for key in keys[:2])
+    return x, d_y, *assignments(tokens, experts, top_k), tree
+
+
+def outcome(kernels, x, d_y, token, expert, weight, tree, kind="swiglu", top_k=None):
+    """y and the gradients of x, weight and tree."""
+    plan = plan_tiles(
+        token, expert, num_tokens=len(x), num_experts=len(tree["up"]), slots_per_token=top_k, tile=1
+    )
+    y, pull = jax.vjp(lambda *args: grouped(kernels, kind, *args, plan), x, weight, tree)
+    return y, pull(d_y)
+
+
+def oracle(x, d_y, token, expert, weight, tree, kind="swiglu"):
+    run = lambda x, weight, tree: reference(x, token, expert, weight, tree, kind)  # noqa: E731
+    y, pull = jax.vjp(run, x, weight, tree)
+    return y, pull(d_y)
+
+
+def assert_same(ours, theirs):
+    def same(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, float(abs(b).max())))
+
+    jax.tree.map(same, ours, theirs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("size", SIZES)
+def test_blocks_that_do_not_divide_the_sizes(size, kind):
+    given, top_k = problem(size, kind), SIZES[size][-1]
+    expected = oracle(*given, kind)
+    assert_same(outcome(CPUKernels(), *given, kind), expected)
+    assert_same(outcome(CPUKernels(), *given, kind, top_k=top_k), expected)
+
+
+@needs_compiler
+def test_two_runs_give_the_same_bits():
+    given = problem("rows of several blocks")
+    first, again = (outcome(CPUKernels(), *given) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+@needs_compiler
+def test_tokens_that_nobody_serves_are_zero():
+    # K = 1 writes results where the tokens stand, so what is not written must be cleared.
+    x, d_y, token, expert, weight, tree = problem("whole tiles")
+    expert = jnp.where(token % 3 == 0, len(tree["up"]), expert)
+    y, (d_x, _, _) = outcome(CPUKernels(), x, d_y, token, expert, weight, tree, top_k=1)
+    np.testing.assert_array_equal(y[::3], 0)
+    np.testing.assert_array_equal(d_x[::3], 0)
+    expected, _ = oracle(x, d_y, token, expert, weight, tree)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_a_batch_of_layers():
+    x, d_y, *given = problem("less than a tile")
+    batch = jnp.stack([x, 2 * x, -x])
+    together = jax.jit(jax.vmap(lambda x: outcome(CPUKernels(), x, d_y, *given)))(batch)
+    apart = [outcome(CPUKernels(), x, d_y, *given) for x in batch]
+    assert_same(together, jax.tree.map(lambda *parts: jnp.stack(parts), *apart))
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("architecture", BUILDS.get(platform.machine(), ()))
+def test_other_instruction_sets(architecture, tmp_path):
+    spellings = (architecture, architecture.replace("-", "_"))  # the second is Zig's
+    flags = tuple((f"-march={name}",) for name in spellings)
+    path = library.build(next(library.compilers()), tmp_path, flags)
+    library.register(ctypes.CDLL(str(path)), f"_{architecture}")
+    for size in SIZES:
+        given = problem(size)
+        assert_same(outcome(CPUKernels(f"_{architecture}"), *given), oracle(*given))
+
+
+@needs_compiler
+def test_a_library_is_built_once(tmp_path):
+    compiler = next(library.compilers())
+    path = library.build(compiler, tmp_path)
+    made = path.stat().st_mtime_ns
+    assert library.build(compiler, tmp_path) == path
+    assert path.stat().st_mtime_ns == made and list(tmp_path.iterdir()) == [path]
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_leaves_nothing(tmp_path, monkeypatch):
+    source = tmp_path / "wrong.cc"
+    source.write_text("int wrong() { return nonsense; }")
+    monkeypatch.setattr(library, "SOURCE", source)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        library.build(next(library.compilers()), folder)
+    assert "nonsense" in library._reason(caught.value)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "No such file"),
+        (f"{sys.executable} -c 'raise SystemExit(3)'", "status 3"),
+    ],
+)
+def test_without_a_compiler_xla_does_it(compiler, reason, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", compiler)
+    missing = library.available.__wrapped__
+    monkeypatch.setattr(library, "available", missing)
+    routing = by_token(jnp.zeros((1, 4, 1), jnp.int32), jnp.ones((1, 4, 1)))
+    with caplog.at_level(logging.WARNING):
+        assert default_backend("cpu", routing) == "blocked"
+    assert "no C++ compiler works here" in caplog.text and reason in caplog.text
+    with pytest.raises(ValueError, match="pip install ziglang"):
+        dispatch(jnp.ones((1, 4, 2)), routing, {}, kind="silu", backend="cpu")
+
+
+def test_half_precision_is_left_to_xla():
+    routing = by_token(jnp.zeros((1, 4, 1), jnp.int32), jnp.ones((1, 4, 1)))
+    assert default_backend("cpu", routing, dtype="bfloat16") == "blocked"
+    with pytest.raises(ValueError, match="computes in float32, not bfloat16: take 'blocked'"):
+        x = jnp.ones((1, 4, 2), jnp.bfloat16)
+        dispatch(x, routing, {}, kind="silu", backend="cpu")
+
+
+def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    folder = library.cache()
+    try:
+        assert folder.is_dir() and tmp_path not in folder.parents
+    finally:
+        folder.rmdir()
