@@ -3,8 +3,9 @@
 Rows are sorted by expert, without padding. A thread takes up to 224 rows of an expert and copies
 them, token by token, to where a product reads them, as any fast product does with its operands:
 gathering costs nothing, and neither does writing results to their tokens where each token has one
-expert. XLA:CPU's products of few rows run at half the speed of large ones and each costs it a fixed
-20 to 50 microseconds; these do not.
+expert. The places of results are fetched into the cache while they are computed. XLA:CPU's products
+of few rows run at half the speed of large ones and each costs it a fixed 20 to 50 microseconds; these
+do not.
 
 Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, columns in blocks of 512:
 forward 2 R D + (2 n + 2) R H, backward 4 R D + (5 n + 6) R H, and the weights once for every 224
@@ -35,7 +36,10 @@ def cpu(
     *,
     slots_per_token: int | None,
 ) -> jax.Array:
-    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; f32 alone. Needs `library.available()`."""
+    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped.
+
+    Needs `library.available()`, as everything here.
+    """
     plan = make_plan(
         token,
         expert,

@@ -55,7 +55,8 @@ def plan_rows(token: jax.Array, num_tokens: int) -> RowPlan:
 
 
 def token_major(token: jax.Array, row: jax.Array, num_tokens: int, per_token: int) -> RowPlan:
-    """RowPlan of rows that hold token i32[R], where token t has row[t * per_token :][:per_token]."""
+    """RowPlan of rows that hold token i32[R], where every token has as many, one after the other
+    in row i32[N]."""
     first = jnp.arange(num_tokens, dtype=jnp.int32) * per_token
     count = jnp.full(num_tokens, per_token, jnp.int32)
     return RowPlan(token, row, first, count, per_token=per_token)

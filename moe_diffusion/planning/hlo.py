@@ -12,6 +12,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from moe_diffusion.kernels.library import FUNCTIONS
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -21,7 +23,7 @@ COLLECTIVES = (
     "collective-permute",
 )
 # Custom calls that are Pallas kernels: Mosaic on TPU; Triton and Mosaic on GPU.
-KERNEL_CALLS = ("tpu_custom_call", "triton", "mosaic_gpu")
+PALLAS_CALLS = ("tpu_custom_call", "triton", "mosaic_gpu")
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -74,14 +76,16 @@ def collective_bytes(program: Program) -> dict[str, int]:
 
 
 def kernels(program: Program) -> dict[str, int]:
-    """Pallas kernel -> calls that stand in the program (loops not counted)."""
+    """Kernel of ours -> calls that stand in the program (loops not counted)."""
     counts: Counter[str] = Counter()
     for body in program.computations.values():
         for instruction in body.values():
             target = re.search(r'custom_call_target="([^"]*)"', instruction.text)
-            is_kernel = target and any(kind in target[1] for kind in KERNEL_CALLS)
+            if target and target[1] in FUNCTIONS:
+                counts[target[1]] += 1
+            is_pallas = target and any(kind in target[1] for kind in PALLAS_CALLS)
             # XLA makes kernels of its own; those carry no name of ours.
-            if is_kernel and re.search("pallas_call|kernel_name", instruction.text):
+            if is_pallas and re.search("pallas_call|kernel_name", instruction.text):
                 counts[re.sub(r"[.\d]+$", "", instruction.name)] += 1
     return dict(counts)
 

@@ -8,6 +8,7 @@ import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
+from moe_diffusion.kernels import library
 from moe_diffusion.models import build
 from moe_diffusion.planning import report
 from moe_diffusion.planning.compile import Compiled, OutOfMemory, needed_bytes, state_bytes
@@ -18,6 +19,7 @@ from moe_diffusion.planning.topologies import CHIPS, Topology, describe
 from tests import cli
 
 QUIET = [].append
+DISPATCH = "cpu" if library.available() else "capacity"  # of expert choice on CPUs
 V6E = Topology("v6e:2x4", CHIPS["v6e"], (2, 4), tuple(jax.devices()))  # CPUs that pass for TPUs
 
 
@@ -80,7 +82,9 @@ def test_all_presets_that_could_make_a_difference_are_tried(monkeypatch):
 
 
 def test_dispatch_is_recognised(trained):
-    assert trained.dispatch.backend == "capacity" and trained.dispatch.as_intended
+    assert trained.dispatch.backend == DISPATCH and trained.dispatch.as_intended
+    text = trained.dispatch.describe()
+    assert ("calls of our kernels" if DISPATCH == "cpu" else "plain XLA") in text
     missing = report.Dispatch("blocked", "tpu", {})
     assert not missing.as_intended and "NOT tpu" in missing.describe()
 
@@ -103,7 +107,7 @@ def test_table_and_json_say_the_same(trained):
     assert values["hbm_limit_bytes"] is None and values["chips"] == 8
     assert values["hbm_bytes_per_chip"] == trained.needed
     assert report.amount(values["hbm_bytes_per_chip"]) in text
-    assert "recommended: dp" in text and "dispatch: capacity" in text
+    assert "recommended: dp" in text and f"dispatch: {DISPATCH}" in text
 
 
 def test_sampling_needs_only_weights(trained):
