@@ -4,8 +4,8 @@ Rows are sorted by expert, without padding. A thread takes up to 224 rows of an 
 them, token by token, to where a product reads them, as any fast product does with its operands:
 gathering costs nothing, and neither does writing results to their tokens where each token has one
 expert. The places of results are fetched into the cache while they are computed. XLA:CPU's products
-of few rows run at half the speed of large ones and each costs it a fixed 20 to 50 microseconds; these
-do not.
+of few rows run at half the speed of large ones, and each costs it a fixed 20 to 50 microseconds;
+these do not.
 
 Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, columns in blocks of 512:
 forward 2 R D + (2 n + 2) R H, backward 4 R D + (5 n + 6) R H, and the weights once for every 224
