@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.out:  # after each, so that what was measured outlives what comes
             report.write(args.out, found, results)
         if time.monotonic() > end:
-            print(f"--minutes {args.minutes:g} are over: the rest is left out")
+            print(f"--minutes {args.minutes:g} are over: nothing more is started")
             break
     print(report.table(results))
     print(", ".join(f"{name} {value}" for name, value in found.items()))

@@ -349,9 +349,9 @@ struct RowProducts {
 };
 
 ffi::Error row_products(ffi::ThreadPool pool, Integers token, Integers start, Integers end,
-                        Floats scale, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                        bool gather, bool in_place, bool turned, bool bias) {
-  const size_t num_products = operands.size() / (bias ? 3 : 2);
+                        ffi::RemainingArgs operands, ffi::RemainingRets results, bool gather,
+                        bool in_place, bool turned, bool bias, bool scaled) {
+  const size_t num_products = (operands.size() - scaled) / (bias ? 3 : 2);
   RowProducts run;
   run.sum = results.size() < num_products;
   run.turned = turned;
@@ -375,7 +375,12 @@ ffi::Error row_products(ffi::ThreadPool pool, Integers token, Integers start, In
   }
   run.token = in_place ? token.typed_data() : nullptr;
   run.num_tokens = num_results;
-  run.scale = scale.element_count() ? scale.typed_data() : nullptr;
+  run.scale = nullptr;
+  if (scaled) {
+    const auto scale = operands.get<Floats>(operands.size() - 1);
+    if (!scale) return scale.error();
+    run.scale = scale->typed_data();
+  }
 
   std::vector<Task> tasks;
   const Index num_experts = start.dimensions()[0];
@@ -510,13 +515,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_diffusion_row_products, row_products,
                                   .Arg<Integers>()
                                   .Arg<Integers>()
                                   .Arg<Integers>()
-                                  .Arg<Floats>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<bool>("gather")
                                   .Attr<bool>("in_place")
                                   .Attr<bool>("turned")
-                                  .Attr<bool>("bias"));
+                                  .Attr<bool>("bias")
+                                  .Attr<bool>("scaled"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_diffusion_outer_products, outer_products,
                               ffi::Ffi::Bind()

@@ -158,17 +158,19 @@ class CPUKernels(Kernels):
             [jax.ShapeDtypeStruct((num_rows, columns), jnp.float32)] * results,
             vmap_method="sequential",
         )
+        # What is absent is left out: jaxlib 0.11.2 crashes on empty arrays in shard_map.
         lefts = list(lefts) * (len(weights) if len(lefts) == 1 else 1)
         return call(
             plan.rows.token,
             plan.start * plan.tile,
             plan.end * plan.tile,
-            jnp.zeros(0, jnp.float32) if scale is None else scale,
             *lefts,
             *weights,
             *biases,
+            *([] if scale is None else [scale]),
             gather=gather,
             in_place=in_place,
             turned=turned,
             bias=bool(biases),
+            scaled=scale is not None,
         )
