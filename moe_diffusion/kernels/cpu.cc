@@ -1,181 +1,25 @@
 // Products of rows with their experts' matrices, and sums over an expert's rows, for XLA on CPUs.
 //
-// Two functions, described where they are called, in kernels/cpu.py. Both are a blocked matrix
-// product after Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008):
-// blocks of both operands are copied so that they lie as they are read, and a tile of results stays
-// in registers. What an expert's rows add is that copying the left operand follows a list of tokens,
-// so that gathering costs nothing, and that results can be written to those tokens' places.
+// Functions described where they are called, in kernels/cpu.py, on the blocked product of
+// cpu_product.h. What an expert's rows add to it is that copying the left operand follows a list of
+// tokens, so that gathering costs nothing, and that results can be written to those tokens' places.
 //
-// Every result is one thread's sum in an order that depends on the shapes and the plan alone, so two
-// runs give the same bits.
+// Every result is one thread's sum in an order that depends on the shapes and the plan alone, so
+// two runs give the same bits.
 
 #include <algorithm>
-#include <array>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <cstring>
-#include <memory>
-#include <mutex>
-#include <numeric>
-#include <utility>
 #include <vector>
 
+#include "cpu_product.h"
+#include "cpu_threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
 
 namespace ffi = xla::ffi;
-using Index = int64_t;
 using Floats = ffi::Buffer<ffi::F32>;
 using Integers = ffi::Buffer<ffi::S32>;
-
-// A tile of results takes kRows x kVectors registers and leaves enough for kVectors of the right
-// operand and one number of the left.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kVectors = 2, kRows = 14;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kVectors = 2, kRows = 6;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kVectors = 4, kRows = 6;
-#else
-constexpr int kLanes = 4, kVectors = 2, kRows = 6;
-#endif
-constexpr int kColumns = kLanes * kVectors;
-
-constexpr Index parts(Index total, Index each) { return (total + each - 1) / each; }
-
-// Blocks of the right operand, kDepth x kWide (512 KB), and of the left, kTall x kDepth (224 KB with
-// AVX-512), share the L2 cache.
-constexpr Index kDepth = 256, kWide = 512, kTall = 224;
-constexpr Index kPitch = kDepth + 16;  // from one of the left block's rows to the next
-constexpr int kStep = (kRows + kLanes - 1) / kLanes * kLanes;  // the same where it lies turned
-// From one panel of kColumns columns, or of kRows turned rows, to the next. At a power of 2 all
-// panels would share a few lines of the L1 cache.
-constexpr Index panel(Index depth, Index width) { return depth * width + 32; }
-
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float Anywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
-inline void store(float* to, Vector value) { *reinterpret_cast<Anywhere*>(to) = value; }
-
-// ---- a tile of results -------------------------------------------------------------------------
-
-// tile(m, n) = the sum over k < depth of left[m * kDown + k * kAlong] right[k * kColumns + n].
-template <int kNum, Index kDown, Index kAlong>
-void multiply(Index depth, const float* left, const float* right, float* tile) {
-  Vector sum[kNum][kVectors] = {};
-  for (Index k = 0; k < depth; ++k) {
-    Vector columns[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) columns[v] = load(right + k * kColumns + v * kLanes);
-    UNROLL for (int m = 0; m < kNum; ++m) {
-      const float number = left[m * kDown + k * kAlong];
-      UNROLL for (int v = 0; v < kVectors; ++v) sum[m][v] += number * columns[v];
-    }
-  }
-  UNROLL for (int m = 0; m < kNum; ++m)
-    UNROLL for (int v = 0; v < kVectors; ++v) store(tile + m * kColumns + v * kLanes, sum[m][v]);
-}
-
-using Multiply = void (*)(Index, const float*, const float*, float*);
-
-// `multiply` of 1 to kRows rows: the last tile of a block costs no more than it must.
-template <Index kDown, Index kAlong, int... kNums>
-constexpr std::array<Multiply, kRows> all_heights(std::integer_sequence<int, kNums...>) {
-  return {multiply<kNums + 1, kDown, kAlong>...};
-}
-constexpr auto kUpright = all_heights<kPitch, 1>(std::make_integer_sequence<int, kRows>());
-constexpr auto kTurned = all_heights<1, kStep>(std::make_integer_sequence<int, kRows>());
-
-// One row of a tile to its place: out = (tile [+ bias, or + what is there]) [* scale].
-inline void put(const float* tile, Index count, const float* bias, bool add, float scale, float* out) {
-  const float* more = add ? out : bias;
-  if (count < kColumns) {
-    for (Index n = 0; n < count; ++n) out[n] = (tile[n] + (more ? more[n] : 0)) * scale;
-    return;
-  }
-  UNROLL for (int n = 0; n < kColumns; n += kLanes) {
-    Vector value = load(tile + n);
-    if (more) value += load(more + n);
-    store(out + n, value * scale);
-  }
-}
-
-// ---- copies ------------------------------------------------------------------------------------
-
-// A row in pieces of kWidth numbers, each `apart` after the last; zeros fill the last one up, and
-// all of them where there is no row. May write up to kPadded numbers of a piece.
-template <int kWidth, int kPadded>
-inline void cut(const float* row, Index count, Index apart, float* to) {
-  for (; count > 0; count -= kWidth, to += apart) {
-    if (row && count >= kPadded) {
-      UNROLL for (int n = 0; n < kPadded; n += kLanes) store(to + n, load(row + n));
-    } else {
-      for (Index n = 0; n < kWidth; ++n) to[n] = row && n < count ? row[n] : 0;
-    }
-    if (row) row += kWidth;
-  }
-}
-
-// A block of the right operand: [depth, columns] of a matrix -> panels of [depth, kColumns].
-void copy_right(const float* from, Index pitch, Index depth, Index columns, float* to) {
-  for (Index k = 0; k < depth; ++k)
-    cut<kColumns, kColumns>(from + k * pitch, columns, panel(depth, kColumns), to + k * kColumns);
-}
-
-// Two vectors woven into one: every other group of kApart numbers, the first or (kHigh) the second.
-template <int kApart, bool kHigh, int... i>
-inline Vector weave(Vector a, Vector b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(
-      a, b, (i & kApart ? kLanes + i - (kHigh ? 0 : kApart) : i + (kHigh ? kApart : 0))...);
-}
-
-// Transposes kLanes vectors, in steps that exchange single numbers, pairs, fours, ...
-template <int kApart = 1>
-inline void transpose(Vector* rows) {
-  if constexpr (kApart < kLanes) {
-    constexpr auto all = std::make_integer_sequence<int, kLanes>();
-    UNROLL for (int i = 0; i < kLanes; ++i) {
-      if (i & kApart) continue;
-      const Vector a = rows[i], b = rows[i + kApart];
-      rows[i] = weave<kApart, false>(a, b, all);
-      rows[i + kApart] = weave<kApart, true>(a, b, all);
-    }
-    transpose<2 * kApart>(rows);
-  }
-}
-
-// `copy_right` of a matrix that lies transposed, [columns, depth].
-void copy_turned(const float* from, Index pitch, Index depth, Index columns, float* to) {
-  for (Index n = 0; n < columns; n += kLanes) {
-    float* place = to + n / kColumns * panel(depth, kColumns) + n % kColumns;
-    const Index whole = n + kLanes <= columns ? depth / kLanes * kLanes : 0;
-    for (Index k = 0; k < whole; k += kLanes) {
-      Vector rows[kLanes];
-      UNROLL for (int i = 0; i < kLanes; ++i) rows[i] = load(from + (n + i) * pitch + k);
-      transpose(rows);
-      UNROLL for (int i = 0; i < kLanes; ++i) store(place + (k + i) * kColumns, rows[i]);
-    }
-    for (Index k = whole; k < depth; ++k)
-      for (Index i = 0; i < kLanes; ++i)
-        place[k * kColumns + i] = n + i < columns ? from[(n + i) * pitch + k] : 0;
-  }
-}
-
-// Memory of this thread for one block, aligned to a cache line; there are two.
-float* block(int which, Index size) {
-  thread_local std::vector<float> memory[2];
-  if (static_cast<Index>(memory[which].size()) < size + 16) memory[which].resize(size + 16);
-  const auto address = reinterpret_cast<uintptr_t>(memory[which].data());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
-}
 
 // Rows of a matrix by number, or by the tokens that they hold; none for a token that is not there.
 struct Rows {
@@ -194,51 +38,10 @@ Rows rows_of(const Floats& array, const Integers* token) {
   return {array.typed_data(), shape[0], shape[1], token ? token->typed_data() : nullptr};
 }
 
-// Rows follow no pattern that a CPU could foresee, so they are asked for this many rows ahead, and
-// places of results before they are computed.
-constexpr Index kAhead = 4;
-
-inline void fetch(const float* row, Index first, Index count) {
-  if (row)
-    for (Index i = 0; i < count; i += 16) __builtin_prefetch(row + first + i);
-}
-
-inline void expect(const float* out, Index count) {
-  for (Index i = 0; i < count; i += 16) __builtin_prefetch(out + i, 1);
-}
-
-// ---- threads -----------------------------------------------------------------------------------
-
-// task(0) to task(num - 1) on XLA's threads and this one; returns when all are done. It waits for
-// tasks that have begun alone, so it makes progress even if no other thread is free.
-template <typename Task>
-void parallel(ffi::ThreadPool& pool, Index num, const Task& task) {
-  struct Progress {
-    std::atomic<Index> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  auto progress = std::make_shared<Progress>();
-  // A helper that starts late finds nothing to do and must not look at `task`, which is gone.
-  auto work = [progress, num, &task] {
-    Index mine = 0;
-    for (Index i; (i = progress->next.fetch_add(1)) < num; ++mine) task(i);
-    if (mine && progress->done.fetch_add(mine) + mine == num) {
-      std::lock_guard<std::mutex> lock(progress->mutex);
-      progress->finished.notify_all();
-    }
-  };
-  const Index helpers = std::min<Index>(num, pool.num_threads()) - 1;
-  for (Index i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
-  work();
-  std::unique_lock<std::mutex> lock(progress->mutex);
-  progress->finished.wait(lock, [&] { return progress->done.load() == num; });
-}
-
 // ---- the plan ----------------------------------------------------------------------------------
 
-// The TilePlan of kernels/tiles.py with tiles of one row, by counting: expert i32[N] -> token,
-// assignment, owner i32[R], row i32[N], start, end i32[E].
+// The TilePlan of kernels/tiles.py with tiles of one row, by counting: token, expert i32[N] ->
+// row_token, assignment, owner i32[R], row i32[N], start, end i32[E].
 ffi::Error plan(Integers token, Integers expert, ffi::Result<Integers> row_token,
                 ffi::Result<Integers> assignment, ffi::Result<Integers> owner,
                 ffi::Result<Integers> row, ffi::Result<Integers> start, ffi::Result<Integers> end,
@@ -383,10 +186,10 @@ ffi::Error row_products(ffi::ThreadPool pool, Integers token, Integers start, In
   }
 
   std::vector<Task> tasks;
-  const Index num_experts = start.dimensions()[0];
+  const Index num_experts = start.dimensions()[0], tall = height(token.element_count(), pool);
   for (Index expert = 0; expert < num_experts; ++expert) {
     const Index begin = start.typed_data()[expert], stop = end.typed_data()[expert];
-    const Index num = parts(stop - begin, kTall);
+    const Index num = parts(stop - begin, tall);
     for (Index i = 0; i < num; ++i)
       tasks.push_back({expert, begin + (stop - begin) * i / num,
                        begin + (stop - begin) * (i + 1) / num});
@@ -465,7 +268,7 @@ ffi::Error outer_products(ffi::ThreadPool pool, Integers token, Integers start, 
                           Floats left, ffi::RemainingArgs rights, ffi::RemainingRets results,
                           bool gather_left, bool gather_right) {
   OuterProducts run{rows_of(left, gather_left ? &token : nullptr), {}};
-  const Index num_experts = start.dimensions()[0], height = run.left.width;
+  const Index num_experts = start.dimensions()[0], rows = run.left.width;
   for (size_t p = 0; p < rights.size(); ++p) {
     const auto right = rights.get<Floats>(p);
     auto out = results.get<Floats>(p);
@@ -479,7 +282,7 @@ ffi::Error outer_products(ffi::ThreadPool pool, Integers token, Integers start, 
     experts.push_back({expert, begin, stop});
     if (begin == stop)
       for (const Outer& product : run.products) {
-        const Index size = height * product.right.width;
+        const Index size = rows * product.right.width;
         std::fill_n(product.out + expert * size, size, 0.0f);
       }
   }
@@ -487,10 +290,10 @@ ffi::Error outer_products(ffi::ThreadPool pool, Integers token, Integers start, 
   std::stable_sort(experts.begin(), experts.end(), [](const Task& a, const Task& b) {
     return a.end - a.begin > b.end - b.begin;
   });
-  const Index num = parts(height, kTall);
+  const Index num = parts(rows, height(num_experts * rows, pool));
   parallel(pool, num_experts * num, [&](Index i) {
     const Index part = i % num;
-    run(experts[i / num], height * part / num, height * (part + 1) / num);
+    run(experts[i / num], rows * part / num, rows * (part + 1) / num);
   });
   return ffi::Error::Success();
 }

@@ -27,6 +27,7 @@ import jaxlib
 from moe_diffusion.errors import first_line
 
 SOURCE = Path(__file__).with_name("cpu.cc")
+HEADERS = (SOURCE.with_name("cpu_product.h"), SOURCE.with_name("cpu_threads.h"))
 FUNCTIONS = (
     "moe_diffusion_plan",
     "moe_diffusion_row_products",
@@ -106,9 +107,9 @@ def build(
         defines.check_returncode()
     include = jax.ffi.include_dir()
     command = [*compiler, *FLAGS, *flags, "-isystem", include, str(SOURCE)]
-    made_from = [defines.stdout, SOURCE.read_bytes(), jaxlib.__version__.encode(),
-                 " ".join(map(str, command)).encode()]  # fmt: skip
-    path = folder / f"{hashlib.sha256(b''.join(made_from)).hexdigest()[:24]}.so"
+    parts = [path.read_bytes() for path in (SOURCE, *HEADERS)]
+    parts += [defines.stdout, jaxlib.__version__.encode(), " ".join(map(str, command)).encode()]
+    path = folder / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
     if path.exists():
         return path
     logging.info("compiling %s for this CPU, once", SOURCE.name)

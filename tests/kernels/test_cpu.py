@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_diffusion.kernels import library, mlp
-from moe_diffusion.kernels.cpu import CPUKernels
+from moe_diffusion.kernels.cpu import CPUKernels, make_plan
 from moe_diffusion.kernels.grouped import grouped
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tiles import plan_tiles
@@ -87,6 +87,19 @@ def test_blocks_that_do_not_divide_the_sizes(size, kind):
     expected = oracle(*given, kind)
     assert_same(outcome(CPUKernels(), *given, kind), expected)
     assert_same(outcome(CPUKernels(), *given, kind, top_k=top_k), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("slots_per_token", [None, 2])
+@pytest.mark.parametrize("unused", [0, 3])
+def test_counting_sorts(slots_per_token, unused):
+    expert = np.random.default_rng(0).choice([0, 1, 3], size=40)  # nobody chooses expert 2
+    expert[:unused] = 4
+    token = jnp.repeat(jnp.arange(20), 2)
+    sizes = {"num_tokens": 20, "num_experts": 4, "slots_per_token": slots_per_token}
+    counted = make_plan(token, jnp.asarray(expert), **sizes)
+    expected = plan_tiles(token, jnp.asarray(expert), **sizes, tile=1)
+    jax.tree.map(np.testing.assert_array_equal, counted, expected)
 
 
 @needs_compiler
