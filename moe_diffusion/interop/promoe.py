@@ -137,6 +137,12 @@ def _from_yaml(family: str, hparams: Mapping[str, Any]) -> Mapping[str, Any]:
     """The constructor's arguments from a yaml file of the authors; others stay as they are."""
     sections = [key for key in hparams if re.fullmatch(r"DiT_(S|B|L|XL)_config", key)]
     if len(sections) != 1:
+        if "model_name" in hparams:  # one of the baselines that the authors compare with
+            raise UserError(
+                f"model_name is {hparams['model_name']}: no ProMoE, whose yaml files have one "
+                f"section DiT_S_config, DiT_B_config, DiT_L_config or DiT_XL_config; {family} "
+                "reads no other"
+            )
         return hparams
     name = hparams.get("model_name", family)
     if f"_{family[-2:].upper()}_" not in f"{name.upper()}_":

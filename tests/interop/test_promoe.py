@@ -102,6 +102,12 @@ def test_a_yaml_of_the_other_routing_is_an_error():
         interop.config_from_torch("promoe_ec", YAML)
 
 
+def test_a_yaml_of_a_baseline_is_an_error():
+    baseline = {"model_name": "DiT_B", "DiT_config": {"depth": 12}}
+    with pytest.raises(UserError, match="model_name is DiT_B: no ProMoE"):
+        interop.config_from_torch("promoe_tc", baseline)
+
+
 @pytest.mark.parametrize(
     "args", [{"model": "DiT-Q/2", "num_experts": 8}, {"model": "DiT-S/2"}, {"num_experts": 8}]
 )
