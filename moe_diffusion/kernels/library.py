@@ -7,6 +7,7 @@ it was made from. Where no compiler works there are no such kernels, and a warni
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -35,7 +36,7 @@ FUNCTIONS = (
 )
 # Apple's clang names the CPU at hand by the second.
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
-FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 MISSING = (
     "no C++ compiler works here, so experts run in plain XLA on the CPU: small ones take up to 1.7 "
     "times as long. Install g++ or clang, or `pip install ziglang`, or name a compiler by CXX"
@@ -79,14 +80,16 @@ def compilers() -> Iterator[tuple[str, ...]]:
 
 def cache() -> Path:
     """The folder for libraries; one for this process alone where the user's cannot be written."""
-    folder = Path.home() / ".cache" / "moe_diffusion" / "kernels"
     try:
+        folder = Path.home() / ".cache" / "moe_diffusion" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # no home
         pass
-    return Path(tempfile.mkdtemp(prefix="moe_diffusion-"))
+    folder = tempfile.mkdtemp(prefix="moe_diffusion-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def build(
