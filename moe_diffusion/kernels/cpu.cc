@@ -195,10 +195,12 @@ ffi::Error row_products(ffi::ThreadPool pool, Integers token, Integers start, In
                        begin + (stop - begin) * (i + 1) / num});
   }
   // Rows that no expert has are zero, and so are tokens without a row.
-  const int32_t *first = token.typed_data(), *past = first + token.element_count();
-  const Index served = std::count_if(first, past, [=](Index t) { return t < num_results; });
-  const Index used = in_place ? (served < num_results ? 0 : num_results)
-                             : (num_experts ? end.typed_data()[num_experts - 1] : 0);
+  Index used = end.typed_data()[num_experts - 1];
+  if (in_place) {
+    const int32_t *first = token.typed_data(), *past = first + token.element_count();
+    const Index served = std::count_if(first, past, [=](Index t) { return t < num_results; });
+    used = served < num_results ? 0 : num_results;
+  }
   for (const Product& product : run.products)
     std::fill(product.out + used * run.columns, product.out + num_results * run.columns, 0.0f);
   parallel(pool, tasks.size(), [&](Index i) { run(tasks[i]); });

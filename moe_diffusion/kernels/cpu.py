@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.grouped import Kernels, grouped
+from moe_diffusion.kernels.grouped import Kernels, grouped, sorted_by_expert
+from moe_diffusion.kernels.library import OUTER_PRODUCTS, PLAN, ROW_PRODUCTS
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import plan_rows, token_major
 from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles, num_tiles
@@ -36,18 +37,9 @@ def cpu(
     *,
     slots_per_token: int | None,
 ) -> jax.Array:
-    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped.
-
-    Needs `library.available()`, as everything here.
-    """
-    plan = make_plan(
-        token,
-        expert,
-        num_tokens=x.shape[0],
-        num_experts=params["up"].shape[0],
-        slots_per_token=slots_per_token,
-    )
-    return grouped(CPUKernels(), kind, x, weight, params, plan)
+    """Token choice, see `grouped.sorted_by_expert`. Needs `library.available()`, as all here."""
+    kernels, arrays = CPUKernels(), (x, token, expert, weight)
+    return sorted_by_expert(kernels, 1, *arrays, params, kind, slots_per_token)
 
 
 def cpu_capacity(
@@ -69,13 +61,10 @@ def make_plan(
     """`plan_tiles` with tiles of one row, by counting instead of sorting."""
     num, total = expert.shape[0], num_tiles(expert.shape[0], num_experts, 1)
     sizes = (total, total, total, num, num_experts, num_experts)
-    call = jax.ffi.ffi_call(
-        "moe_diffusion_plan",
-        [jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes],
-        vmap_method="sequential",
-    )
-    row_token, assignment, owner, row, start, end = call(
-        token.astype(jnp.int32), expert.astype(jnp.int32), num_tokens=num_tokens
+    results = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes]
+    given = token.astype(jnp.int32), expert.astype(jnp.int32)
+    row_token, assignment, owner, row, start, end = _call(
+        PLAN, results, *given, num_tokens=num_tokens
     )
     if slots_per_token:
         rows = token_major(row_token, row, num_tokens, slots_per_token)
@@ -85,10 +74,17 @@ def make_plan(
 
 
 class CPUKernels(Kernels):
-    """See `grouped.Kernels`. suffix: of the names that `library.register` gave the functions."""
+    """See `grouped.Kernels`; of plans with tiles of one row.
+
+    suffix: of the names that `library.register` gave the functions.
+    """
 
     def __init__(self, suffix: str = ""):
         self.suffix = suffix
+
+    def plan(self, token, expert, *, tile, **sizes):
+        del tile  # one row
+        return make_plan(token, expert, **sizes)
 
     def forward(self, kind, x, weight, params, plan, save):
         names = mlp.inputs(kind)
@@ -97,7 +93,9 @@ class CPUKernels(Kernels):
         hidden = self._rows(plan, [x], weights, biases, gather=True)
         inner = mlp.activation(kind)(*hidden)
         bias = [params["down_bias"]] if "down_bias" in params else []
-        (out,) = self._rows(plan, [inner], [params["down"]], bias, scale=weight, in_place=True)
+        (out,) = self._rows(
+            plan, [inner], [params["down"]], bias, scale=weight, in_place=_in_place(plan)
+        )
         return out, tuple(hidden) if save else ()
 
     def backward(self, kind, d_y, weight, hidden, params, plan):
@@ -109,7 +107,7 @@ class CPUKernels(Kernels):
             d_weight += by_bias[:, 0]
         d_hidden = pull(weight[:, None] * d_inner)
         weights = [params[name] for name in mlp.inputs(kind)]
-        (d_rows,) = self._rows(plan, d_hidden, weights, turned=True, in_place=True)
+        (d_rows,) = self._rows(plan, d_hidden, weights, turned=True, in_place=_in_place(plan))
         return d_rows, d_weight, weight[:, None] * inner, d_hidden
 
     def outer(self, left, right, plan, *, gather):
@@ -118,17 +116,13 @@ class CPUKernels(Kernels):
     def outers(self, left, rights, plan, *, gather):
         """All in one call, which copies the left operand once."""
         shapes = [(plan.start.shape[0], left.shape[1], right.shape[1]) for right in rights]
-        call = jax.ffi.ffi_call(
-            "moe_diffusion_outer_products" + self.suffix,
-            [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-            vmap_method="sequential",
-        )
-        rows = (plan.rows.token, plan.start * plan.tile, plan.end * plan.tile)
+        results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        operands = (plan.rows.token, plan.start, plan.end, left, *rights)
         gathered = {f"gather_{side}": gather == side for side in ("left", "right")}
-        return call(*rows, left, *rights, **gathered)
+        return _call(OUTER_PRODUCTS + self.suffix, results, *operands, **gathered)
 
     def combine(self, rows, plan):
-        return rows if plan.rows.per_token == 1 else super().combine(rows, plan)
+        return rows if _in_place(plan) else super().combine(rows, plan)
 
     def _rows(
         self,
@@ -146,31 +140,32 @@ class CPUKernels(Kernels):
         operand, else the sum over the pairs.
 
         lefts [R, I], with `gather` [T, I]; weights [E, I, O], `turned` [E, O, I]; biases [E, O];
-        scale f32[R] multiplies the result's rows. Returns [R, O]; with `in_place`, where a token
-        has one row, [T, O] in the tokens' order.
+        scale f32[R] multiplies the result's rows. Returns [R, O]; with `in_place` [T, O] in the
+        tokens' order, each of which must have one row.
         """
-        columns = weights[0].shape[1 if turned else 2]
-        in_place = in_place and plan.rows.per_token == 1
         num_rows = plan.rows.first.shape[0] if in_place else plan.assignment.shape[0]
-        results = len(weights) if len(lefts) == 1 else 1
-        call = jax.ffi.ffi_call(
-            "moe_diffusion_row_products" + self.suffix,
-            [jax.ShapeDtypeStruct((num_rows, columns), jnp.float32)] * results,
-            vmap_method="sequential",
-        )
+        result = jax.ShapeDtypeStruct((num_rows, weights[0].shape[1 if turned else 2]), jnp.float32)
+        num = len(weights) if len(lefts) == 1 else 1
         # What is absent is left out: jaxlib 0.11.2 crashes on empty arrays in shard_map.
-        lefts = list(lefts) * (len(weights) if len(lefts) == 1 else 1)
-        return call(
-            plan.rows.token,
-            plan.start * plan.tile,
-            plan.end * plan.tile,
-            *lefts,
-            *weights,
-            *biases,
-            *([] if scale is None else [scale]),
+        operands = (*list(lefts) * num, *weights, *biases, *([] if scale is None else [scale]))
+        return _call(
+            ROW_PRODUCTS + self.suffix,
+            [result] * num,
+            *(plan.rows.token, plan.start, plan.end),
+            *operands,
             gather=gather,
             in_place=in_place,
             turned=turned,
             bias=bool(biases),
             scaled=scale is not None,
         )
+
+
+def _in_place(plan: TilePlan) -> bool:
+    """Whether a token's row is its sum, so that it can be written where the token stands."""
+    return plan.rows.per_token == 1
+
+
+def _call(function: str, results: list[jax.ShapeDtypeStruct], *operands, **attributes):
+    call = jax.ffi.ffi_call(function, results, vmap_method="sequential")
+    return call(*operands, **attributes)

@@ -56,6 +56,10 @@ class Kernels(Protocol):
         gather "left" or "right": that one is an array [T, ...] whose rows the plan's tokens name.
         """
 
+    def plan(self, token: jax.Array, expert: jax.Array, **sizes) -> TilePlan:
+        """Assignments sorted into tiles; see `plan_tiles`."""
+        return plan_tiles(token, expert, **sizes)
+
     def outers(
         self, left: jax.Array, rights: Hidden, plan: TilePlan, *, gather: str | None
     ) -> list[jax.Array]:
@@ -79,7 +83,7 @@ def sorted_by_expert(
     slots_per_token: int | None,
 ) -> jax.Array:
     """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped."""
-    plan = plan_tiles(
+    plan = kernels.plan(
         token,
         expert,
         num_tokens=x.shape[0],

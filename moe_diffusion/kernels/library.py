@@ -29,11 +29,10 @@ from moe_diffusion.errors import first_line
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 HEADERS = (SOURCE.with_name("cpu_product.h"), SOURCE.with_name("cpu_threads.h"))
-FUNCTIONS = (
-    "moe_diffusion_plan",
-    "moe_diffusion_row_products",
-    "moe_diffusion_outer_products",
-)
+PLAN = "moe_diffusion_plan"
+ROW_PRODUCTS = "moe_diffusion_row_products"
+OUTER_PRODUCTS = "moe_diffusion_outer_products"
+FUNCTIONS = (PLAN, ROW_PRODUCTS, OUTER_PRODUCTS)
 # Apple's clang names the CPU at hand by the second.
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC")

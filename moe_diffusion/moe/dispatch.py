@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from moe_diffusion.errors import UserError
 from moe_diffusion.kernels import library
 from moe_diffusion.kernels.blocked import blocked, make_plan
 from moe_diffusion.kernels.capacity import capacity
@@ -98,9 +99,9 @@ def dispatch(
     if dropout is not None and backend not in WITH_DROPOUT:
         raise ValueError(f"backend {backend!r} has no dropout; {', '.join(WITH_DROPOUT)} have")
     if backend == "cpu" and x.dtype != jnp.float32:
-        raise ValueError(f"backend 'cpu' computes in float32, not {x.dtype}: take 'blocked'")
+        raise UserError(f"backend 'cpu' computes in float32, not {x.dtype}: take 'blocked'")
     if backend == "cpu" and not library.available():
-        raise ValueError(library.MISSING)
+        raise UserError(library.MISSING)
     params = {name: value.astype(x.dtype) for name, value in params.items()}
     local = partial(_dispatch, kind=kind, backend=backend, capacity_factor=capacity_factor)
     shards = num_batch_shards()

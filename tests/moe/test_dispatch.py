@@ -10,6 +10,7 @@ import pytest
 from moe_diffusion.moe.dispatch import BACKENDS, dispatch, dropped_share
 from moe_diffusion.moe.routing import Routing, by_expert, by_token
 from moe_diffusion.parallel.mesh import make_mesh
+from tests.compiler import COMPILER, needs_compiler
 
 D, H, E, K, T, G = 12, 20, 4, 2, 32, 2
 
@@ -93,7 +94,8 @@ def cases():
     }
     for backend in BACKENDS[1:]:
         for case in every:
-            marks = () if case in quick.get(backend, every) else pytest.mark.slow
+            marks = [] if case in quick.get(backend, every) else [pytest.mark.slow]
+            marks += [needs_compiler] if backend == "cpu" else []
             yield pytest.param(backend, *case, marks=marks)
 
 
@@ -127,7 +129,7 @@ def test_dispatch_by_hand():
         expert=jnp.array([[0, 1, 1, 2]]),  # the last is unused
         weight=jnp.array([[0.5, 0.25, 1.0, 9.0]]),
     )
-    for backend in sorted(set(BACKENDS) - {"capacity"}):
+    for backend in sorted(set(BACKENDS) - {"capacity"} - (set() if COMPILER else {"cpu"})):
         y = dispatch(jnp.ones((1, 3, 1)), routing, tree, kind="silu", backend=backend)
         np.testing.assert_allclose(y[0, :, 0], [0.5 * 1 + 1.0 * 2, 0.25 * 2, 0.0], rtol=1e-5)
 

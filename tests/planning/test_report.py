@@ -8,7 +8,6 @@ import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
-from moe_diffusion.kernels import library
 from moe_diffusion.models import build
 from moe_diffusion.planning import report
 from moe_diffusion.planning.compile import Compiled, OutOfMemory, needed_bytes, state_bytes
@@ -17,9 +16,10 @@ from moe_diffusion.planning.kernels import dispatch_of
 from moe_diffusion.planning.presets import ORDER
 from moe_diffusion.planning.topologies import CHIPS, Topology, describe
 from tests import cli
+from tests.compiler import COMPILER
 
 QUIET = [].append
-DISPATCH = "cpu" if library.available() else "capacity"  # of expert choice on CPUs
+DISPATCH = "cpu" if COMPILER else "capacity"  # of expert choice on CPUs
 V6E = Topology("v6e:2x4", CHIPS["v6e"], (2, 4), tuple(jax.devices()))  # CPUs that pass for TPUs
 
 
