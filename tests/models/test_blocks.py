@@ -67,7 +67,7 @@ def test_norms(kind):
 def test_grouped_queries_share_a_key_head():
     # Four query heads on two key heads equal four on four whose keys are repeated pairwise.
     x = jax.random.normal(jax.random.key(0), (2, 9, 16))
-    make = lambda kv: blocks.Attention(4, kv, False, "rope2d", jnp.float32)  # noqa: E731
+    make = lambda kv: blocks.Attention(4, kv, False, "rope2d", (3, 3), jnp.float32)  # noqa: E731
     grouped = make(2)
     params = grouped.init(jax.random.key(1), x)["params"]
     params = jax.tree.map(lambda leaf: leaf.value, params, is_leaf=lambda v: hasattr(v, "value"))
