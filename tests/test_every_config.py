@@ -110,7 +110,8 @@ def test_takes_a_step(specs):
         config,
         model.update_router_state,
     )
-    batch = open_source(config.data, config.model).take(np.arange(BATCH))
+    source = open_source(config.data, model.input_shape, model.cond_spec())
+    batch = source.take(np.arange(BATCH))
     with jax.set_mesh(make_mesh(config.parallel, jax.devices()[:1])):
         state = create_state(model, optimizer, config, jax.sharding.get_mesh(), config.seed)
         state, metrics = train_step(state, batch, jax.random.key(config.seed))

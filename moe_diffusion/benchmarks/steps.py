@@ -29,7 +29,7 @@ def bench_train(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, 
     """
     config = configs.load(spec, ["data.source=synthetic", *overrides])
     model = build(config.model, losses=sorted(config.loss_weights))
-    batch = _batch(config)
+    batch = _batch(config, model)
     optimizer = make_optimizer(config.optim)
     mesh = make_mesh(config.parallel, jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -58,7 +58,7 @@ def bench_sample(spec: str, overrides: Sequence[str], repeats: int) -> dict[str,
         variables = jax.tree.map(
             lambda x: jax.numpy.full(x.shape, 0.02, x.dtype), abstract_variables(model)
         )
-        images = _batch(config)
+        images = _batch(config, model)
         keys = jax.random.split(jax.random.key(0), config.data.batch_size)
         sampler = make_sampler(model, config)
         labels = images["label"]
@@ -70,9 +70,9 @@ def bench_sample(spec: str, overrides: Sequence[str], repeats: int) -> dict[str,
     }  # fmt: skip
 
 
-def _batch(config) -> dict[str, np.ndarray]:
-    size = (config.model.image_size, config.model.image_size, config.model.channels)
-    return Synthetic(size, config.model.num_classes).take(np.arange(config.data.batch_size))
+def _batch(config, model) -> dict[str, np.ndarray]:
+    source = Synthetic(model.input_shape, model.cond_spec())
+    return source.take(np.arange(config.data.batch_size))
 
 
 def _report(config, model, seconds: float, flops: float | None) -> dict[str, Any]:
