@@ -72,7 +72,7 @@ class Record:
 
     def unpack(self, records: list[bytes]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """B records as latents f16[B, F, h, w, k] and the condition {field: [B, ...]}."""
-        table = np.frombuffer(b"".join(records), self.layout)
+        table = np.frombuffer(b"".join(records), self.layout).reshape(len(records))
         cond = {name: np.ascontiguousarray(table[name]) for name in self.fields}
         return np.ascontiguousarray(table["image"]), cond
 
