@@ -256,7 +256,11 @@ def test_a_model_of_another_size_is_refused(prepared):
     for shape, spec, message in (
         ((4, 6, 2), label, r"shape \(4, 4, 2\), the model takes \(4, 6, 2\)"),
         ((4, 4, 2), {"label": Field((), "int32", 2)}, "3 classes, the model only 2"),
-        ((4, 4, 2), lib.Prompts.cond_spec, "lacks the field 'text' .*, which the model takes"),
+        (
+            (4, 4, 2),
+            lib.Prompts.cond_spec,
+            "lacks the field 'guidance', .* lacks the field 'text'",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             sources.open_source(data, shape, spec)
@@ -309,7 +313,7 @@ def test_a_text_like_condition_goes_through_latents_that_are_not_square(
 
 def test_fields_that_do_not_fit_are_not_encoded(tmp_path):
     for name, wrong, message in (
-        ("mask", np.float32(0), "record 0 of the data has the field 'mask', a batch field that"),
+        ("mask", np.float32(0), "record 0 of the data has the field 'mask', which the model do"),
         ("text", np.zeros((5, 3)), r"'text' as float64\[5, 3\], the model takes bfloat16\[5, 3\]"),
         ("tokens", np.array([9, 9], np.int16), "record 0 of the data has tokens 9, outside 0..6"),
     ):

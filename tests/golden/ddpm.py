@@ -67,7 +67,7 @@ def _check_loss(case, family, model, variables, process) -> None:
             variables["router_state"],
             {"image": image, "label": case["loss/y"]},
             Draws(t, noise, case["loss/drop_uniform"]),
-            label_dropout=case.hparams["class_dropout_prob"],
+            cond_dropout=case.hparams["class_dropout_prob"],
             loss_weights={},
         )
         # The same forward pass: the compiler computes it once.

@@ -39,7 +39,7 @@ def _check_training(case, family, model, variables, forward) -> None:
             variables["router_state"],
             {"image": image, "label": case["train/y"]},
             objectives.Draws(t, noise, case["train/drop_uniform"]),
-            label_dropout=case.hparams["class_dropout_prob"],
+            cond_dropout=case.hparams["class_dropout_prob"],
             loss_weights=weights,
         )
 

@@ -40,7 +40,7 @@ def _check_loss(case, family, model, variables) -> None:
             variables["router_state"],
             {"image": image, "label": case["loss/y"]},
             objectives.Draws(t, noise, case["loss/drop_uniform"]),
-            label_dropout=case.hparams["class_dropout_prob"],
+            cond_dropout=case.hparams["class_dropout_prob"],
             loss_weights={},
         )
 

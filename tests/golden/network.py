@@ -82,7 +82,7 @@ def _check_flow(case, model, variables, forward) -> None:
         variables["router_state"],
         {"image": image, "label": case["flow/y"]},
         objectives.Draws(t, noise, jnp.ones(len(t))),
-        label_dropout=0.0,
+        cond_dropout=0.0,
         loss_weights={},
     )
     np.testing.assert_allclose(loss, case["flow/loss"].mean(), rtol=1e-4)
@@ -141,7 +141,7 @@ def _check_capacity_training(case, family, model, variables, forward) -> None:
             variables["router_state"],
             {"image": image, "label": case["train/y"]},
             objectives.Draws(t, noise, case["train/drop_uniform"]),
-            label_dropout=case.hparams["class_dropout_prob"],
+            cond_dropout=case.hparams["class_dropout_prob"],
             loss_weights=probe.loss_weights(case, family),
         )
 

@@ -141,7 +141,7 @@ class FlowReplay(Replay):
             router_state,
             {"image": batch["x1"], "label": batch["y"]},
             objectives.Draws(batch["t"], batch["z0"], batch["drop_uniform"]),
-            label_dropout=self.case.hparams["class_dropout_prob"],
+            cond_dropout=self.case.hparams["class_dropout_prob"],
             loss_weights=self.loss_weights,
         )
 

@@ -33,7 +33,7 @@ class ProMoEReplay(trajectory.Replay):
             router_state,
             {"image": batch["z"], "label": batch["y"]},
             objectives.Draws(self.time(batch), batch["noise"], batch["drop_uniform"]),
-            label_dropout=self.case.hparams["class_dropout_prob"],
+            cond_dropout=self.case.hparams["class_dropout_prob"],
             loss_weights=self.loss_weights,
         )
 
