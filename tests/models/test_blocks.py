@@ -12,9 +12,11 @@ def test_patchify_orders_row_column_channel():
     image = jnp.arange(4 * 4 * 2).reshape(1, 4, 4, 2)
     tokens = blocks.patchify(image, 2)
     assert tokens.shape == (1, 4, 8)
+    wide = jnp.arange(4 * 6 * 2).reshape(1, 4, 6, 2)
+    np.testing.assert_array_equal(blocks.unpatchify(blocks.patchify(wide, 2), 2, (2, 3)), wide)
     # The second token is the upper right patch: rows 0-1, columns 2-3, both channels.
     np.testing.assert_array_equal(tokens[0, 1], [4, 5, 6, 7, 12, 13, 14, 15])
-    np.testing.assert_array_equal(blocks.unpatchify(tokens, 2), image)
+    np.testing.assert_array_equal(blocks.unpatchify(tokens, 2, (2, 2)), image)
 
 
 def test_sincos_encodes_the_column_first():
