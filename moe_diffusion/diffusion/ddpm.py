@@ -287,7 +287,7 @@ def ddpm_loss(
 
 def make_ddpm_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
     """The loss of `config` as `loss_fn(params, router_state, batch, rng) -> (loss, LossAux)`."""
-    label_dropout, loss_weights = config.diffusion.label_dropout, dict(config.loss_weights)
+    label_dropout, loss_weights = config.diffusion.cond_dropout, dict(config.loss_weights)
 
     def loss_fn(params, router_state, batch, rng):
         rng_t, rng_noise, rng_drop, rng_dropout = jax.random.split(rng, 4)

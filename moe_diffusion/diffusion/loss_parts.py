@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_diffusion.moe import losses as aux_losses
+from moe_diffusion.diffusion import sown as aux_losses
 
 LossFn = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, "LossAux"]]
 

@@ -139,7 +139,7 @@ def make_flow_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossF
             router_state,
             batch,
             draws,
-            label_dropout=diffusion.label_dropout,
+            label_dropout=diffusion.cond_dropout,
             loss_weights=loss_weights,
             diffusion=diffusion,
         )

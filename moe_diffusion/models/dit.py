@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from moe_diffusion.models.blocks import (
     ZEROS,
@@ -29,7 +31,18 @@ from moe_diffusion.models.blocks import (
     sincos_table,
     unpatchify,
 )
+from moe_diffusion.models.parts import compute_dtype, make_mlp, make_moe
 from moe_diffusion.parallel.mesh import platform
+
+FIELDS = {
+    "reverse_time": (False, "the network's own time is 1 - t, its velocity noise - data"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UserError for values of the section `model` that this architecture cannot have."""
+    del config  # the shared checks say it all
+
 
 _MOST_UNROLLED = {"cpu": 6, "cuda": 28, "gpu": 28}  # periods, by platform
 COLLECTIONS = ("params", "router_state", "losses", "metrics", "router_stats", "intermediates")
@@ -278,3 +291,28 @@ def moe_pattern(depth: int, interleave: bool, skip_first: int) -> tuple[bool, ..
     layers = np.arange(depth)
     moe = (layers % 2 == 1) if interleave else (layers >= 0)
     return tuple(bool(v) for v in moe & (layers >= skip_first))
+
+
+def build(config: ConfigDict, losses: tuple[str, ...]) -> DiT:
+    """The model of a section `model` of a config; see `models.build`."""
+    width = int(config.hidden_size * config.mlp_ratio)
+    return DiT(**transformer(config, losses, width), reverse_time=config.dit.reverse_time)
+
+
+def transformer(config: ConfigDict, losses: tuple[str, ...], mlp_width: int) -> dict[str, Any]:
+    """The fields of a class-conditional transformer that the shared keys of a config fill."""
+    make_moe_layer = make_moe(config, losses)
+    pattern = (False,) * config.depth
+    if make_moe_layer:
+        pattern = moe_pattern(config.depth, config.moe.interleave, config.moe.skip_first)
+    names = ("image_size", "channels", "patch_size", "num_classes", "hidden_size", "num_heads")
+    names += ("qk_norm", "qk_norm_kind", "qk_norm_eps", "norm", "positions", "learn_sigma")
+    names += ("time_scale", "remat", "unroll")
+    return {name: config[name] for name in names} | {
+        "num_kv_heads": config.num_kv_heads or config.num_heads,
+        "moe_pattern": pattern,
+        "make_mlp": make_mlp(config, mlp_width),
+        "make_moe": make_moe_layer,
+        "attention": None if config.attention == "auto" else config.attention,
+        "dtype": compute_dtype(config.dtype),
+    }

@@ -77,7 +77,7 @@ def test_draws():
 def test_loss_of_a_config():
     config = config_lib.default()
     config.loss_weights = {"balance": 0.5}
-    config.diffusion.update(time_sampling="logit_normal", label_dropout=1.0)
+    config.diffusion.update(time_sampling="logit_normal", cond_dropout=1.0)
     loss_fn = jax.jit(objectives.make_flow_loss(Echo(), config))
     params, key = {"bias": jnp.float32(0)}, jax.random.key(3)
     loss, aux = loss_fn(params, {}, BATCH, key)

@@ -55,7 +55,7 @@ def _check_loss(case, family, diffusion, model, variables, forward) -> None:
     case.compare("loss/t", jax.nn.sigmoid(mean + std * case["loss/t_normal"]))
     x_t = paths.interpolate(image, diffusion.noise_scale * noise, t)
     np.testing.assert_allclose(x_t, case.image("loss/z"), atol=1e-6)
-    dropped = case["loss/drop_uniform"] < diffusion.label_dropout
+    dropped = case["loss/drop_uniform"] < diffusion.cond_dropout
     y = np.where(dropped, model.num_classes, case["loss/labels"])
     case.compare("loss/labels_dropped", y)
 
@@ -75,7 +75,7 @@ def _check_loss(case, family, diffusion, model, variables, forward) -> None:
             variables["router_state"],
             {"image": image, "label": case["loss/labels"]},
             objectives.Draws(t, noise, case["loss/drop_uniform"]),
-            label_dropout=diffusion.label_dropout,
+            label_dropout=diffusion.cond_dropout,
             loss_weights={},
             diffusion=diffusion,
         )
