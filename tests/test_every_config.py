@@ -29,7 +29,8 @@ QUICK = [
 ]
 # Their blocks, routers and objectives are those of the above in other combinations.
 SLOW = [
-    *([f"digits.py:router={name}"] for name in ("expert_choice", "diffmoe", "deepseek", "dense")),
+    *([f"digits.py:router={name}"] for name in ("expert_choice", "diffmoe", "expert_race")),
+    *([f"digits.py:router={name}"] for name in ("deepseek", "dense")),
     *([f"dsmoe_{size}.py:experts={e}" for size in "sb"] for e in (16, 48)),
     ["dsmoe_l.py:experts=16", "dsmoe_3b.py"],
     ["dsmoe_s.py:positions=sincos,shared=false"],
@@ -63,10 +64,10 @@ def small(spec: str) -> configs.ConfigDict:
         "model.hidden_size": 16,
         "model.num_heads": 2,
         "model.moe.hidden_size": 8,
-        "model.bottleneck": 4,
-        "model.in_context_tokens": 2,
-        "model.in_context_start": 1,
-        "model.dropout": 0,  # its blocks, the middle half, are none of two
+        "model.jit.bottleneck": 4,
+        "model.jit.in_context_tokens": 2,
+        "model.jit.in_context_start": 1,
+        "model.jit.dropout": 0,  # its blocks, the middle half, are none of two
         "data.batch_size": BATCH,
         "data.source": "synthetic",
         # No part of a step on one device, and different from size to size:

@@ -23,7 +23,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.figures import save_png
 from moe_diffusion.evaluation.routing_figures import routing_picture
 from moe_diffusion.interop.keymap import block_paths
-from moe_diffusion.moe.routers import Router
+from moe_diffusion.moe.router import Router
 
 _COUNTS, _DROPPED = "experts_per_token", "dropped"
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from moe_diffusion.config import validate
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.generate import generate_batches, load_workdir
@@ -19,7 +20,6 @@ from moe_diffusion.evaluation.images import check_shape
 from moe_diffusion.evaluation.protocol import make_labels
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.parallel.mesh import make_mesh
-from moe_diffusion.validation import validate
 
 
 class RunImages:

@@ -85,7 +85,7 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
     config.loss_weights.balance = 0.01
     config.diffusion.cond_dropout = float(h["class_dropout_prob"])
     if h["rf"]:
-        model.reverse_time = True
+        model.dit.reverse_time = True
         config.diffusion.time_sampling = "logit_normal"
         config.sampling.update(sampler="euler", steps=50, cfg=1.5)
     else:

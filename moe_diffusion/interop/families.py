@@ -39,6 +39,7 @@ def config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.C
         family(name).configure(hparams, config)
     except TypeError as error:  # a value of the wrong kind, such as depth: "12"
         raise UserError(f"hyperparameters of {name}: {error}") from error
+    config = config_lib.settle(config)
     config_lib.validate(config)
     return config
 

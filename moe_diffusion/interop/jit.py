@@ -242,7 +242,7 @@ def _set_net(model: ml_collections.ConfigDict, net: Mapping[str, Any]) -> None:
     if net["attn_drop"]:
         raise UserError("attn_drop (dropout of attention weights) is not supported; none has it")
     model.update(
-        family="jit",
+        architecture="jit",
         image_size=net["input_size"],
         channels=net["in_channels"],
         mlp_ratio=float(net["mlp_ratio"]),
@@ -250,6 +250,8 @@ def _set_net(model: ml_collections.ConfigDict, net: Mapping[str, Any]) -> None:
         norm="rmsnorm",
         qk_norm=True,
         positions="rope2d_pairs",
+    )
+    model.jit.update(
         bottleneck=net["bottleneck_dim"],
         in_context_tokens=net["in_context_len"],
         in_context_start=net["in_context_start"],

@@ -11,12 +11,12 @@ from flax import linen as nn
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.moe.dispatch import dispatch, dropped_share
-from moe_diffusion.moe.routers import Router
+from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routing import expert_load
 from moe_diffusion.moe.transport import EXPERT_AXES, ragged_dropped_share
 from moe_diffusion.parallel.mesh import num_batch_shards
 
-SCOPES = ("sample", "shard", "batch")
+GROUPS = ("sample", "shard", "batch")
 
 
 class Experts(nn.Module):
@@ -54,10 +54,12 @@ class MoE(nn.Module):
 
     y = sum over chosen experts of weight * expert(x)  [+ shared(x)]  [+ x]
 
-    compete_in (`router.scope` in a config) says which tokens compete for an expert: those of a
-    `sample`, of a device's `shard` of the batch (what DiffMoE's code does), or of the whole
-    `batch`. Routers of token choice do not care. Sown: what the router returns, and the load of
-    the experts as metrics (`load_max` and `load_min` relative to the mean, so 1 is balanced).
+    group (`router.group` in a config) says what a routing group is: the tokens of a `sample`, of a
+    device's `shard` of the batch (what DiffMoE's code does), or of the whole `batch`. Token choice
+    treats every token alone, so that the grouping does not matter to it.
+
+    Sown: what the router returns, and the load of the experts as metrics (`load_max` and `load_min`
+    relative to the mean, so 1 is balanced).
 
     dropout: in training, of the hidden units of routed and shared experts; draws from the random
     stream "dropout".
@@ -67,7 +69,7 @@ class MoE(nn.Module):
     make_experts: Callable[..., Experts]
     make_shared: Callable[..., nn.Module] | None = None
     residual_input: bool = False
-    compete_in: str = "sample"
+    group: str = "sample"
     backend: str | None = None
     transport: str | None = None
     capacity_factor: float = 1.25
@@ -77,7 +79,7 @@ class MoE(nn.Module):
     def __call__(self, x: jax.Array, is_null: jax.Array, train: bool) -> jax.Array:
         """x [B, S, D], is_null bool[B] (samples without a label) -> [B, S, D]."""
         batch, tokens, width = x.shape
-        groups = {"sample": batch, "shard": num_batch_shards(), "batch": 1}[self.compete_in]
+        groups = {"sample": batch, "shard": num_batch_shards(), "batch": 1}[self.group]
         grouped = x.reshape(groups, -1, width)
         is_null = jnp.repeat(is_null, tokens).reshape(groups, -1)
         router, experts = self.make_router(name="router"), self.make_experts(name="experts")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_diffusion.diffusion import guidance, objectives
+from moe_diffusion.diffusion import sown as aux_losses
 from moe_diffusion.interop import keymap
 from moe_diffusion.interop.families import FAMILIES
 from moe_diffusion.models.stack import next_router_state
-from moe_diffusion.moe import losses
 
 from . import probe
 
@@ -98,8 +98,8 @@ def _check_training(case, family, model, variables) -> None:
         output, sown = probe.apply(model, variables | {"params": params}, x, t, y, True)
         output = probe.authors_output(model, output)
         main = jnp.mean(output * cotangent)
-        named = losses.sum_by_name(sown.get("losses", {}))
-        aux = losses.weigh(named, weights)
+        named = aux_losses.sum_by_name(sown.get("losses", {}))
+        aux = aux_losses.weigh(named, weights)
         return main + aux, (output, sown, main, aux)
 
     grad_fn = probe.jit(jax.grad(loss_fn, has_aux=True))
@@ -161,7 +161,7 @@ def _check_capacity_training(case, family, model, variables, forward) -> None:
             f"train/ones.{block}", record.gates(block)[0].reshape(case[f"train/ones.{block}"].shape)
         )
         case.compare(f"train/capacity_pred.{block}", record.capacity_logits(block))
-        bce = record.sown("losses", block, "capacity")
+        bce = record.sown("losses", block, "capacity_predictor")
         case.compare(f"train/Capacity_Pred_loss_{block}", bce)
         case.compare(f"train/threshold_before.blocks.{block}", before[block])
         case.compare(f"train/threshold_after.blocks.{block}", after[block])

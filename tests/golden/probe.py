@@ -17,7 +17,7 @@ RECORDED = r"block_\d+|attn|moe|router|dense_1"  # dense_1 ends the capacity pre
 UNPOLISHED = {"xla_backend_optimization_level": 0}
 SOWN = ("losses", "metrics", "router_stats")
 # The losses in the authors' gradients, and their weights.
-LOSS_WEIGHTS = {"tcdit": {"balance": 0.01}, "diffmoe": {"capacity": 1.0}}
+LOSS_WEIGHTS = {"tcdit": {"balance": 0.01}, "diffmoe": {"capacity_predictor": 1.0}}
 
 
 def jit(function, **options):
@@ -33,7 +33,7 @@ def compiled(jitted, *args):
 def loss_weights(case, family: str) -> dict[str, float]:
     """Weights of the auxiliary losses, as the authors train this family."""
     if family == "diffmoe":
-        return {"capacity": float(case.hparams["CapacityPred_loss_weight"])}
+        return {"capacity_predictor": float(case.hparams["CapacityPred_loss_weight"])}
     if family in ("promoe_tc", "promoe_ec", "dit_moe"):
         return dict(interop.config_from_torch(family, case.hparams).loss_weights)
     return LOSS_WEIGHTS.get(family, {})
@@ -48,7 +48,8 @@ def promoe_family(case) -> str:
 def build(case, family: str):
     """The case's model and its weights. DiffMoE takes all tokens that its thresholds let pass."""
     config = interop.model_config_from_torch(family, case.hparams)
-    config.router.max_capacity = 0.0
+    if family == "diffmoe":
+        config.router.max_capacity = 0.0
     model = models.build(config, losses=tuple(loss_weights(case, family)))
     return model, interop.import_state_dict(case.tensors("weights"), model, family)
 

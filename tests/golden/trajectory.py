@@ -163,16 +163,17 @@ class FlowReplay(Replay):
                 if "balance" in self.loss_weights:
                     loss = self.loss_weights["balance"] * record.sown("losses", i, "balance")
                     self.log[f"out/aux_loss_{i}"].append(loss)
-                if "capacity" in self.loss_weights:
-                    loss = record.sown("losses", i, "capacity")
+                if "capacity_predictor" in self.loss_weights:
+                    loss = record.sown("losses", i, "capacity_predictor")
                     self.log[f"out/Capacity_Pred_loss_{i}"].append(loss)
 
     def read(self, metrics) -> None:
         # TC-DiT's recorded loss leaves out the balance loss.
         name = "mse" if "balance" in self.loss_weights else "loss"
         self.log["out/loss"].append(metrics[name])
-        if "capacity" in self.loss_weights:
-            self.log["out/cp_loss"].append(self.loss_weights["capacity"] * metrics["capacity"])
+        if "capacity_predictor" in self.loss_weights:
+            name = "capacity_predictor"
+            self.log["out/cp_loss"].append(self.loss_weights[name] * metrics[name])
 
 
 def log_routing(replay, record) -> None:

@@ -189,7 +189,9 @@ def test_router_state_moves_only_by_its_rule(router):
 def test_reversed_time_is_the_same_network_seen_from_the_data():
     """At t it sees 1000 (1 - t) and its velocity is turned round, but not the variance."""
     keys = {"learn_sigma": "true", "time_scale": 1000.0}
-    plain, reverse = (build(tiny(reverse_time=r, **keys).model) for r in ("false", "true"))
+    plain, reverse = (
+        build(tiny(**{"dit.reverse_time": r}, **keys).model) for r in ("false", "true")
+    )
     variables = variables_of(plain)
     x, t, cond = inputs()
     expected = plain.apply(variables, x, 1 - t, cond, False)
@@ -211,5 +213,7 @@ def test_the_null_label_has_its_own_row():
 
 
 def test_a_loss_the_router_does_not_have_is_an_error():
-    with pytest.raises(UserError, match="loss_weights.capacity: router 'token_choice' has no such"):
-        build(tiny().model, losses=["capacity"])
+    with pytest.raises(
+        UserError, match="loss_weights.capacity_predictor: router 'token_choice' has no such"
+    ):
+        build(tiny().model, losses=["capacity_predictor"])

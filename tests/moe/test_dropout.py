@@ -171,10 +171,10 @@ def test_shared_experts_drop_too():
 
 
 def test_a_model_drops_in_training_alone():
-    changes = {"depth": 2, "hidden_size": 16, "in_context_tokens": 0, "router.n_group": 1}
+    changes = {"depth": 2, "hidden_size": 16, "jit.in_context_tokens": 0, "router.n_group": 1}
     changes |= {"router.topk_group": 1}
     published = config("configs/jitmoe_h16.py", **changes)
-    assert published.model.moe.dropout == 0.2 and published.model.dropout == 0
+    assert published.model.moe.dropout == 0.2 and published.model.jit.dropout == 0
     model = build(published.model)
     plain = build(config("configs/jitmoe_h16.py", **changes, **{"moe.dropout": 0.0}).model)
     variables = variables_of(model)

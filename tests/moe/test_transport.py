@@ -164,7 +164,7 @@ def test_ragged_rows_without_room_are_dropped_and_counted(monkeypatch):
 
 def test_a_layer_tells_what_ragged_rows_were_dropped():
     make_router = partial(ROUTERS["token_choice"], num_experts=E)
-    layer = MoE(make_router, partial(Experts, E, H), compete_in="shard", transport="ragged_a2a")
+    layer = MoE(make_router, partial(Experts, E, H), group="shard", transport="ragged_a2a")
     x, is_null = jax.ShapeDtypeStruct((G, T, D), "float32"), jax.ShapeDtypeStruct((G,), "bool")
     with jax.set_mesh(mesh()):
         init = partial(layer.init, train=True)

@@ -1,7 +1,11 @@
-"""Every key of a run's config with its default and what it means.
+"""The keys that every run's config has, with their defaults and what they mean.
 
-`config.default()` makes a `ConfigDict` of this table; `validation.validate` says which values and
-which combinations are possible.
+Two sections have keys from elsewhere, which `schema` adds:
+
+* model.<architecture>: FIELDS of moe_diffusion/models/<architecture>.py.
+* model.router: the fields of the router's class, moe_diffusion/moe/routers/<router>.py.
+
+`ranges` says which values are possible, `validation` which combinations.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "init_from": "",  # workdir or converted folder whose weights a new run begins with
     "model": {
-        "family": "dit",  # dit (and what descends from it) | jit (large patches of pixels)
-        "image_size": 32,  # side of the model's input, in pixels or latents
+        "architecture": "dit",  # dit (and what descends from it) | jit (large patches of pixels)
+        "image_size": 32,  # height of the model's input, in pixels or latents
+        "image_width": 0,  # its width; 0 = as image_size
         "channels": 4,
         "patch_size": 2,
         "hidden_size": 384,
@@ -32,19 +37,14 @@ DEFAULTS: dict[str, Any] = {
         "num_classes": 1000,  # label num_classes is the null label of guidance
         "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
-        "reverse_time": False,  # the network's own time is 1 - t, its velocity noise - data
         "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+        "param_dtype": "float32",  # of every parameter: float32 | bfloat16
         # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
         # but products with dense weights) | full
         "remat": "none",
         # Periods of layers per step of the scan; 0: on CPU all, if at most 6 and remat none, else 1
         "unroll": 0,
         "attention": "auto",  # auto, or one of kernels/attention.py
-        # jit only
-        "bottleneck": 128,  # width between the pixels of a patch and its token
-        "in_context_tokens": 32,  # class tokens before those of the image; 0 = none
-        "in_context_start": 4,  # the first block that sees them
-        "dropout": 0.0,  # in training, of attention and dense MLPs in the middle half of the blocks
         "moe": {
             "num_experts": 16,
             "hidden_size": 768,  # width of one expert
@@ -59,30 +59,13 @@ DEFAULTS: dict[str, Any] = {
             "dropout": 0.0,  # in training, of the hidden units of all experts
             "backend": "auto",  # of the dispatch: auto, or one of moe/dispatch.py
             "transport": "auto",  # to experts on other devices: auto, or one of moe/transport.py
-            "capacity_factor": 1.25,  # token choice on backend "capacity": slots / average load
+            "capacity_factor": 1.25,  # token choice on backend "slots": slots / average load
         },
         "router": {
-            # token_choice | expert_choice | diffmoe | promoe_tc | promoe_ec | dense (no MoE)
+            # token_choice | expert_choice | diffmoe | promoe_tc | promoe_ec | expert_race |
+            # dense (no experts) | my_package.my_module:MyRouter
             "name": "token_choice",
-            # token choice
-            "top_k": 2,
-            "scores": "softmax",  # softmax | sigmoid | identity (ProMoE: the cosine itself)
-            "normalize": False,  # gates of a token sum to 1 (top_k > 1)
-            "scale": 1.0,  # multiplies the gates
-            "selection_bias": False,  # added to the scores for the choice only, never to the gates
-            "bias_update_rate": 0.0,  # step of the bias towards equal load, per optimizer step
-            "n_group": 1,  # experts in groups: choose topk_group groups first, then experts in them
-            "topk_group": 1,
-            # expert choice and DiffMoE
-            "capacity": 1.0,  # experts per token on average
-            "scope": "sample",  # experts choose among the tokens of a: sample | shard | batch
-            "threshold": "dynamic",  # DiffMoE inference: dynamic (moving ones) | a constant, 0.4
-            "threshold_decay": 0.95,  # of DiffMoE's moving thresholds, per optimizer step
-            "max_capacity": 4.0,  # DiffMoE inference: most tokens of an expert / average; 0 = all
-            "kernel_init": "kaiming_normal",  # kaiming_{normal,uniform} | normal_{0.006,0.02}
-            # ProMoE
-            "null_expert": True,  # the last expert is for samples without a label, and only them
-            "contrast_temperature": 0.07,  # of the loss "contrast"
+            "group": "sample",  # a routing group is the tokens of a: sample | shard | batch
         },
     },
     "diffusion": {
@@ -94,7 +77,7 @@ DEFAULTS: dict[str, Any] = {
         "time_sampling": "uniform",  # uniform | logit_normal
         "time_mean": 0.0,  # of the logit
         "time_std": 1.0,
-        "cond_dropout": 0.1,
+        "cond_dropout": 0.1,  # share of samples that are trained without their condition
     },
     "sampling": {
         "sampler": "heun",  # flow: heun | euler | dopri5 | sde | sde_heun; ddpm: ddpm | ddim
@@ -127,8 +110,12 @@ DEFAULTS: dict[str, Any] = {
     },
     "optim": {
         "learning_rate": 1e-4,
-        "schedule": "constant",  # constant | cosine (to zero at train.num_steps)
+        # After the warm-up: constant | cosine, linear (down to min_learning_rate at
+        # train.num_steps) | inverse_sqrt (learning_rate * sqrt(warmup_steps / step))
+        "schedule": "constant",
+        "min_learning_rate": 0.0,  # where cosine and linear end
         "warmup_steps": 0,
+        "trainable": ("*",),  # patterns of parameter paths, like layers_0/*,final/*; others stay
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,

@@ -8,32 +8,32 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from moe_diffusion.ranges import LOSSES, check_ranges, require
+from moe_diffusion import models
+from moe_diffusion.checks import require
+from moe_diffusion.config.draft import is_draft
+from moe_diffusion.config.ranges import check_ranges
+from moe_diffusion.config.schema import settle
+from moe_diffusion.moe import routers
+from moe_diffusion.moe.router import Router
 
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError at the first value or combination that cannot work on any machine."""
+    config = settle(config) if is_draft(config) else config
     check_ranges(config)
     _check_transformer(config.model)
-    _check_family(config)
-    if config.model.router.name != "dense":
+    _check_architecture(config.model)
+    router = routers.find(config.model.router.name)
+    if router:
         _check_moe(config.model)
-        if config.model.router.name == "token_choice":
-            _check_token_choice(config.model)
-        elif config.model.router.name in ("promoe_tc", "promoe_ec"):
-            _check_promoe(config.model)
-        else:
-            _check_expert_choice(config.model)
-            if config.model.router.scope == "sample":
-                _check_capacity(config.model, samples=1)
-            elif config.model.router.scope == "batch":
-                _check_capacity(config.model, samples=_micro_batch(config))
+        samples = {"sample": 1, "batch": _micro_batch(config), "shard": None}
+        _check_router(router, config.model, samples[config.model.router.group])
     require(
-        config.diffusion.path == "flow" or not config.model.reverse_time,
-        "model.reverse_time turns the time of a flow; diffusion.path = ddpm counts its steps from "
-        "the data anyway: set model.reverse_time=false",
+        config.diffusion.path == "flow" or not config.model.dit.reverse_time,
+        "model.dit.reverse_time turns the time of a flow; diffusion.path = ddpm counts its steps "
+        "from the data anyway: set model.dit.reverse_time=false",
     )
-    _check_loss_weights(config)
+    _check_loss_weights(config, router.provides if router else ())
     _check_diffusion(config)
     _check_training(config)
 
@@ -46,9 +46,9 @@ def validate_devices(config: ConfigDict, num_devices: int) -> None:
         f"data.batch_size / optim.accumulate = {images} images cannot be split evenly over "
         f"{num_devices} devices: make it a multiple of {num_devices}",
     )
-    router, parallel = config.model.router, config.parallel
-    if router.name in ("expert_choice", "diffmoe") and router.scope == "shard":
-        _check_capacity(config.model, images // num_devices)
+    router, parallel = routers.find(config.model.router.name), config.parallel
+    if router and config.model.router.group == "shard":
+        _check_router(router, config.model, images // num_devices)
     if parallel.preset == "fsdp_ep":
         sharing, experts = parallel.expert or num_devices, config.model.moe.num_experts
         require(
@@ -73,12 +73,18 @@ def _micro_batch(config: ConfigDict) -> int:
     return batch // parts
 
 
+def _sides(model: ConfigDict) -> tuple[int, int]:
+    """Height and width of the model's input."""
+    return model.image_size, model.image_width or model.image_size
+
+
 def _check_transformer(model: ConfigDict) -> None:
-    require(
-        model.image_size % model.patch_size == 0,
-        f"model.patch_size = {model.patch_size} does not divide model.image_size = "
-        f"{model.image_size}: choose a divisor",
-    )
+    for name, side in zip(("image_size", "image_width"), _sides(model), strict=True):
+        require(
+            side % model.patch_size == 0,
+            f"model.patch_size = {model.patch_size} does not divide model.{name} = {side}: choose "
+            "a divisor",
+        )
     require(
         model.hidden_size % model.num_heads == 0,
         f"model.num_heads = {model.num_heads} does not divide model.hidden_size = "
@@ -104,29 +110,17 @@ def _check_transformer(model: ConfigDict) -> None:
         )
 
 
-def _check_family(config: ConfigDict) -> None:
-    """What only one of the families can do."""
-    model = config.model
-    if model.family == "dit":
-        require(
-            model.dropout == 0,
-            f"model.dropout = {model.dropout} is of model.family = jit: set it to 0",
-        )
-        return
-    require(
-        model.hidden_size % 4 == 0,
-        f"model.family = jit adds a sin-cos table, which needs model.hidden_size = "
-        f"{model.hidden_size} to be a multiple of 4: change the width",
-    )
-    require(
-        model.in_context_tokens == 0 or model.in_context_start < model.depth,
-        f"model.in_context_start = {model.in_context_start} is beyond the last of model.depth = "
-        f"{model.depth} blocks: start earlier, or set model.in_context_tokens=0",
-    )
-    require(
-        not model.reverse_time,
-        "model.reverse_time is of model.family = dit: set it to false",
-    )
+def _check_architecture(model: ConfigDict) -> None:
+    """Checks the fields of the architecture, and that no other one's are switched on."""
+    models.architecture(model.architecture).check(model)
+    for other in set(models.ARCHITECTURES) - {model.architecture}:
+        for name, (default, _) in models.architecture(other).FIELDS.items():
+            # Where the default is "off", somebody expects an effect that will not come.
+            require(
+                default or model[other][name] == default,
+                f"model.{other}.{name} = {model[other][name]} is of model.architecture = {other}, "
+                f"and this is {model.architecture}: set it to {default}",
+            )
 
 
 def _check_moe(model: ConfigDict) -> None:
@@ -146,99 +140,24 @@ def _check_moe(model: ConfigDict) -> None:
     require(
         moe.dropout == 0 or moe.backend not in ("cpu", "tpu", "gpu", "ragged_dot"),
         f"model.moe.backend = {moe.backend} cannot do model.moe.dropout = {moe.dropout}: choose "
-        "auto, blocked or capacity, or set model.moe.dropout=0",
+        "auto, blocked or slots, or set model.moe.dropout=0",
     )
 
 
-def _check_token_choice(model: ConfigDict) -> None:
-    router, experts = model.router, model.moe.num_experts
-    require(
-        router.top_k <= experts,
-        f"model.router.top_k = {router.top_k} exceeds model.moe.num_experts = {experts}: lower it",
-    )
-    require(
-        experts % router.n_group == 0,
-        f"model.router.n_group = {router.n_group} does not divide model.moe.num_experts = "
-        f"{experts}: choose a divisor",
-    )
-    require(
-        router.topk_group <= router.n_group,
-        f"model.router.topk_group = {router.topk_group} exceeds model.router.n_group = "
-        f"{router.n_group}: lower it",
-    )
-    require(
-        router.n_group == 1 or experts // router.n_group >= 2,
-        f"model.router.n_group = {router.n_group} leaves one expert to a group, but a group is "
-        "rated by its two best: use fewer groups",
-    )
-    require(
-        router.scores != "identity",
-        "model.router.scores = identity is for model.router.name = promoe_tc or promoe_ec; choose "
-        "softmax or sigmoid",
-    )
-    require(
-        router.bias_update_rate == 0 or router.selection_bias,
-        f"model.router.bias_update_rate = {router.bias_update_rate} has no bias to move: set "
-        "model.router.selection_bias=true, or the rate to 0",
-    )
+def _check_router(router: type[Router], model: ConfigDict, samples: int | None) -> None:
+    """Asks the router's class; a routing group has the tokens of `samples` samples."""
+    rows, columns = (side // model.patch_size for side in _sides(model))
+    group_tokens = None if samples is None else samples * rows * columns
+    router.check(model.router, model.moe.num_experts, group_tokens)
 
 
-def _check_promoe(model: ConfigDict) -> None:
-    router, experts = model.router, model.moe.num_experts
-    name = "top_k" if router.name == "promoe_tc" else "capacity"
-    require(
-        router[name] <= experts - router.null_expert,
-        f"model.router.{name} = {router[name]} exceeds the experts of labelled samples, "
-        f"model.moe.num_experts = {experts} less model.router.null_expert = "
-        f"{int(router.null_expert)}: lower it, or add experts",
-    )
-
-
-def _check_expert_choice(model: ConfigDict) -> None:
-    router, experts = model.router, model.moe.num_experts
-    require(
-        router.capacity <= experts,
-        f"model.router.capacity = {router.capacity} exceeds model.moe.num_experts = {experts}: "
-        "an expert cannot take more tokens than there are, lower it",
-    )
-    require(
-        router.name != "diffmoe" or router.max_capacity == 0 or router.max_capacity >= 1,
-        f"model.router.max_capacity = {router.max_capacity} would drop tokens even at the average "
-        "load: use at least 1, or 0 for no bound",
-    )
-    require(
-        router.threshold == "dynamic" or _is_fraction(router.threshold),
-        f"model.router.threshold = {router.threshold!r} must be dynamic or a number at least 0 and "
-        "below 1, like 0.4",
-    )
-
-
-def _is_fraction(text: str) -> bool:
-    try:
-        return 0 <= float(text) < 1
-    except ValueError:
-        return False
-
-
-def _check_capacity(model: ConfigDict, samples: int) -> None:
-    """An expert takes int(tokens / experts * capacity) tokens of `samples` samples: at least 1."""
-    router, experts = model.router, model.moe.num_experts
-    tokens = samples * (model.image_size // model.patch_size) ** 2
-    require(
-        int(tokens / experts * router.capacity) >= 1,
-        f"model.router.capacity = {router.capacity} gives each of model.moe.num_experts = "
-        f"{experts} less than one of the {tokens} tokens in model.router.scope = {router.scope}: "
-        "raise the capacity, use fewer experts, a smaller model.patch_size or a wider scope",
-    )
-
-
-def _check_loss_weights(config: ConfigDict) -> None:
-    router = config.model.router.name
+def _check_loss_weights(config: ConfigDict, provided: tuple[str, ...]) -> None:
     for name, weight in config.loss_weights.items():
         require(
-            name in LOSSES[router],
-            f"loss_weights.{name} is no loss of model.router.name = {router}, which has "
-            f"{' and '.join(LOSSES[router]) or 'none'}: remove it, or clear all: loss_weights={{}}",
+            name in provided,
+            f"loss_weights.{name} is no loss of model.router.name = {config.model.router.name}, "
+            f"which has {' and '.join(provided) or 'none'}: remove it, or clear all: "
+            "loss_weights={}",
         )
         require(weight >= 0, f"loss_weights.{name} = {weight} must be zero or positive")
 
@@ -294,9 +213,33 @@ def _check_training(config: ConfigDict) -> None:
         config.train.eval_samples != 1,
         "train.eval_samples = 1 has no covariance: take some hundreds, or 0 for none",
     )
-    optim, steps = config.optim, config.train.num_steps
+    _check_optim(config.optim, config.train.num_steps)
+
+
+def _check_optim(optim: ConfigDict, steps: int) -> None:
+    falling = optim.schedule in ("cosine", "linear")
     require(
-        optim.schedule == "constant" or optim.warmup_steps < steps,
+        not falling or optim.warmup_steps < steps,
         f"optim.warmup_steps = {optim.warmup_steps} leaves nothing of train.num_steps = {steps} to "
-        "optim.schedule = cosine: lower the warm-up or train longer",
+        f"optim.schedule = {optim.schedule}: lower the warm-up or train longer",
+    )
+    require(
+        optim.schedule != "inverse_sqrt" or optim.warmup_steps >= 1,
+        "optim.schedule = inverse_sqrt falls with the steps since the warm-up began, but "
+        "optim.warmup_steps = 0: set it to at least 1",
+    )
+    require(
+        falling or optim.min_learning_rate == 0,
+        f"optim.min_learning_rate = {optim.min_learning_rate} is where optim.schedule = cosine or "
+        f"linear ends, and this is {optim.schedule}: set it to 0, or change the schedule",
+    )
+    require(
+        optim.min_learning_rate <= optim.learning_rate,
+        f"optim.min_learning_rate = {optim.min_learning_rate} exceeds optim.learning_rate = "
+        f"{optim.learning_rate}: lower it",
+    )
+    require(
+        bool(optim.trainable) and all(optim.trainable),
+        f"optim.trainable = {optim.trainable} trains nothing: name patterns of parameter paths, "
+        "like *",
     )
