@@ -130,15 +130,12 @@ class PatchTransformer(Model):
         x = FinalLayer(features, self.dtype, norm, name="final")(tokens, c)
         return unpatchify(x.astype(jnp.float32), self.patch_size, self.grid)
 
-    @nn.nowrap
     def cond_spec(self) -> dict[str, Field]:
         return {"label": Field((), "int32", self.num_classes)}
 
-    @nn.nowrap
     def null(self, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {"label": jnp.full_like(cond["label"], self.num_classes)}
 
-    @nn.nowrap
     def routers(self) -> dict[str, Router]:
         paths = dict.fromkeys(b.path for b in self.blocks() if b.kind.startswith("moe"))
         return {f"{path}/moe/router": self.make_moe().make_router() for path in paths}
