@@ -87,7 +87,7 @@ def test_micro_batches_and_steps_draw_their_own_noise():
     config = toy.make_config(optim__accumulate=2)
     seen = []
 
-    def loss_fn(params, router_state, batch, rng):
+    def loss_fn(params, router_state, batch, rng, frozen):
         jax.debug.callback(lambda key: seen.append(tuple(key.tolist())), jax.random.key_data(rng))
         return toy.loss_fn(params, router_state, batch, rng)
 
@@ -105,7 +105,7 @@ def test_micro_batches_and_steps_draw_their_own_noise():
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(bad):
-    def loss_fn(params, router_state, batch, rng):
+    def loss_fn(params, router_state, batch, rng, frozen):
         loss, aux = toy.exact_loss_fn(params, router_state, batch, rng)
         if bad == "gradient":  # 0 * infinity in the gradient of sqrt(0)
             return loss + jnp.sqrt(0 * jnp.sum(params["odd"])), aux
