@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
         "reverse_time": False,  # the network's own time is 1 - t, its velocity noise - data
         "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+        "param_dtype": "float32",  # of every parameter: float32 | bfloat16 | float16
         # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
         # but products with dense weights) | full
         "remat": "none",

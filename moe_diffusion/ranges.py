@@ -16,6 +16,7 @@ CHOICES = {
     "model.norm": ("layernorm", "rmsnorm"),
     "model.qk_norm_kind": ("rmsnorm", "layernorm_affine"),
     "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
+    "model.param_dtype": ("float32", "bfloat16", "float16"),
     "model.dtype": ("float32", "bfloat16", "auto"),
     "model.remat": ("none", "cheap", "dots", "full"),
     "model.attention": ("auto", "xla", "own_gradient", "splash", "cudnn"),

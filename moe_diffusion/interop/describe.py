@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import files, keymap
+from moe_diffusion.interop import files, keymap, tensors
 from moe_diffusion.interop.families import FAMILIES
-from moe_diffusion.interop.keymap import Family
+from moe_diffusion.interop.rows import Family
 
 _PLAIN = (".yaml", ".yml")
 
@@ -93,7 +93,7 @@ def _beside(weights: Path) -> Path | None:
     for suffix in (*_PLAIN, ".json"):
         if weights.with_suffix(suffix).is_file():
             return weights.with_suffix(suffix)
-    folders = [weights.parent]
+    folders = [weights if weights.is_dir() else weights.parent]
     if weights.absolute().parent.name == "checkpoints":
         folders.append(weights.absolute().parent.parent)
     for folder in folders:
@@ -110,7 +110,9 @@ def _beside(weights: Path) -> Path | None:
 
 def from_shapes(family: Family, state: Mapping[str, Any]) -> dict[str, Any]:
     """Those hyperparameters that the shapes of a state dict tell."""
-    return family.from_shapes({keymap.bare(k): v for k, v in keymap.shapes_of(state).items()})
+    return family.from_shapes(
+        {keymap.bare(k): v.shape for k, v in tensors.lazy(state).specs.items()}
+    )
 
 
 def merge(told: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from etils import epath
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -21,7 +22,7 @@ from moe_diffusion.training.checkpoint import StoredWeights, first_average
 
 _LISTED = 10
 # May differ: how to compute and train, and (as long as all arrays fit) how tokens are routed.
-_FREE = ("dtype", "remat", "unroll", "attention", "dropout", "moe.", "router.")
+_FREE = ("dtype", "param_dtype", "remat", "unroll", "attention", "dropout", "moe.", "router.")
 
 
 def check(config: ConfigDict, model: nn.Module) -> None:
@@ -58,7 +59,9 @@ def read(config: ConfigDict, shardings: Any) -> dict[str, Any]:
     shardings: of these trees.
     """
     with _open(config, _config(config)) as stored:
-        return stored.read_tree(flatten_dict(shardings, sep="/"))
+        tree = stored.read_tree(flatten_dict(shardings, sep="/"))
+    dtype = config.model.param_dtype
+    return tree | {"params": jax.tree.map(lambda x: x.astype(dtype), tree["params"])}
 
 
 def _config(config: ConfigDict) -> ConfigDict:
