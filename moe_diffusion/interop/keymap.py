@@ -62,7 +62,7 @@ def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
 
 def entries(family: Family, model: nn.Module, leaves: Abstract) -> Iterator[Entry]:
     """All entries of the family's rows that exist among `leaves`."""
-    ends: dict[str, int] = {}  # of the parts so far, by PyTorch's key
+    ends: dict[str, int] = {}  # of the parts so far, by PyTorch's key; -1 for a whole tensor
 
     @functools.cache
     def in_torch(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,15 +75,11 @@ def entries(family: Family, model: nn.Module, leaves: Abstract) -> Iterator[Entr
             ours = leaves[path].shape[len(index) :]
             ours = (*_lengths(part, ours), *ours[len(part) :])
             theirs = in_torch(row.layout, ours)
-            if row.along is None:
-                if key in ends:
-                    raise ValueError(f"{family.name}: two rows are {key}; say along which axis")
-                yield Entry(key, path, index, part, ours, row.layout, theirs)
-                ends[key] = 0
-                continue
             start = ends.get(key, 0)
-            yield Entry(key, path, index, part, ours, row.layout, theirs, row.along, start)
-            ends[key] = start + theirs[row.along]
+            if start < 0 or (row.along is None and key in ends):
+                raise ValueError(f"{family.name}: several rows are {key}: all need an axis `along`")
+            yield Entry(key, path, index, part, ours, row.layout, theirs, row.along or 0, start)
+            ends[key] = -1 if row.along is None else start + theirs[row.along]
 
 
 def _places(
