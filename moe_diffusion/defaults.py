@@ -95,7 +95,7 @@ DEFAULTS: dict[str, Any] = {
         "time_sampling": "uniform",  # uniform | logit_normal
         "time_mean": 0.0,  # of the logit
         "time_std": 1.0,
-        "label_dropout": 0.1,
+        "cond_dropout": 0.1,
     },
     "sampling": {
         "sampler": "heun",  # flow: heun | euler | dopri5 | sde | sde_heun; ddpm: ddpm | ddim

@@ -77,7 +77,7 @@ _FRACTION = (  # in [0, 1)
     *("model.dropout", "model.moe.dropout", "model.router.threshold_decay"),
     *("optim.b1", "optim.b2"),
 )
-_SHARE = ("diffusion.label_dropout", "sampling.eta", "sampling.sde_last_step_size")  # in [0, 1]
+_SHARE = ("diffusion.cond_dropout", "sampling.eta", "sampling.sde_last_step_size")  # in [0, 1]
 
 # The auxiliary losses that each router can return.
 LOSSES = {

@@ -93,7 +93,7 @@ def test_jit_training_settings():
     assert (model.image_size, model.patch_size, model.dropout) == (512, 32, 0.2)
     diffusion = config.diffusion
     assert (diffusion.prediction, diffusion.noise_scale, diffusion.t_eps) == ("data", 2.0, 0.05)
-    assert (diffusion.time_mean, diffusion.time_std, diffusion.label_dropout) == (-0.8, 0.8, 0.1)
+    assert (diffusion.time_mean, diffusion.time_std, diffusion.cond_dropout) == (-0.8, 0.8, 0.1)
     assert (config.optim.learning_rate, config.optim.b1, config.optim.b2) == (2e-4, 0.9, 0.95)
     assert (config.optim.warmup_steps, config.train.num_steps) == (5 * 1251, 600 * 1251)
     assert (config.data.batch_size, config.data.augment) == (1024, "flip")

@@ -156,7 +156,7 @@ def test_unknown_choices(key):
         ("model.moe.skip_first", -1, "zero or positive"),
         ("optim.clip_norm", -0.1, "zero or positive"),
         ("optim.b2", 1.0, "at least 0 and below 1"),
-        ("diffusion.label_dropout", 1.5, "between 0 and 1"),
+        ("diffusion.cond_dropout", 1.5, "between 0 and 1"),
     ],
 )
 def test_ranges(key, value, wanted):

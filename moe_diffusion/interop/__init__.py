@@ -17,7 +17,6 @@ from moe_diffusion import models
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import families, files, keymap
 from moe_diffusion.interop.families import config_from_torch, model_config_from_torch
-from moe_diffusion.interop.network import block_paths, router_of
 from moe_diffusion.interop.tensors import listed
 from moe_diffusion.models.jit import JiT
 from moe_diffusion.moe import routers
@@ -100,7 +99,7 @@ def save_torch(
 
 def family_of(model: nn.Module) -> str:
     """The family that writes models of this kind: by its class, its router, the router's bias."""
-    router = router_of(model)
+    router = next(iter(model.routers().values()), None)
     if isinstance(model, JiT):
         return "jit" if router is None else "jitmoe"
     if router is None:
@@ -109,7 +108,7 @@ def family_of(model: nn.Module) -> str:
         if router.selection_bias:
             return "dsmoe"
         gated = any(path.endswith("/moe/experts/gate") for path in keymap.abstract_variables(model))
-        everywhere = all(block.kind == "moe" for block in block_paths(model))
+        everywhere = all(block.kind == "moe" for block in model.blocks())
         return "dit_moe" if gated and everywhere else "tcdit"
     return {
         routers.ExpertChoice: "ecdit",

@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.hparams import configure
-from moe_diffusion.interop.network import router_of
 from moe_diffusion.interop.rows import (
     FLAT,
     HEADS_IN,
@@ -114,12 +113,13 @@ def _pos_embed(model: nn.Module) -> np.ndarray | None:
     """The sin-cos table [1, S, D], a frozen parameter of the authors' models."""
     if model.positions != "sincos":
         return None
-    return blocks.sincos_table(model.image_size // model.patch_size, model.hidden_size)[None]
+    return blocks.sincos_table(model.grid, model.hidden_size)[None]
 
 
 def _ema_decay(model: nn.Module) -> np.ndarray:
     """The decay of DiffMoE's thresholds, a buffer of shape [1]."""
-    return np.asarray([router_of(model).threshold_decay], np.float32)
+    router = next(iter(model.routers().values()))
+    return np.asarray([router.threshold_decay], np.float32)
 
 
 TABLE = (Constant("pos_embed", _pos_embed),)

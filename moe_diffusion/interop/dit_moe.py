@@ -83,7 +83,7 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
         kernel_init="kaiming_uniform",
     )
     config.loss_weights.balance = 0.01
-    config.diffusion.label_dropout = float(h["class_dropout_prob"])
+    config.diffusion.cond_dropout = float(h["class_dropout_prob"])
     if h["rf"]:
         model.reverse_time = True
         config.diffusion.time_sampling = "logit_normal"

@@ -100,7 +100,7 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
         known |= _DSMOE
     h = fill("model", known, hparams)
     _set_model(config.model, h, family)
-    config.diffusion.label_dropout = float(h["class_dropout_prob"])
+    config.diffusion.cond_dropout = float(h["class_dropout_prob"])
     # A DDPM without learned variance is not among our samplers.
     if h["rf"] is False or (h["rf"] is None and family == "dit" and h["learn_sigma"]):
         config.diffusion.path = "ddpm"

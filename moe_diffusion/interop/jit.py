@@ -289,7 +289,7 @@ def _set_denoiser(config: ml_collections.ConfigDict, denoiser: Mapping[str, Any]
         time_sampling="logit_normal",
         time_mean=float(denoiser["P_mean"]),
         time_std=float(denoiser["P_std"]),
-        label_dropout=float(denoiser["label_drop_prob"]),
+        cond_dropout=float(denoiser["label_drop_prob"]),
     )
     config.sampling.update(
         sampler=denoiser["sampling_method"],

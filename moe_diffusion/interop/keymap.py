@@ -16,11 +16,10 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_diffusion import models
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop.network import block_paths
 from moe_diffusion.interop.rows import Family, Layout, Row
 from moe_diffusion.interop.tensors import Lazy, Parts, Pieces, Spec, State, lazy, listed
+from moe_diffusion.models import stack
 
 WRAPPERS = ("module.", "_orig_mod.", "net.")  # DDP, torch.compile, JiT's Denoiser
 Abstract = Mapping[str, Any]  # path of a leaf, like "params/final/linear/bias" -> array or shape
@@ -57,7 +56,7 @@ class Entry(NamedTuple):
 
 def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Paths ("params/final/linear/bias", ...) and shapes of all variables, computing none."""
-    return flatten_dict(models.abstract_variables(model), sep="/")
+    return flatten_dict(stack.abstract_variables(model), sep="/")
 
 
 def entries(family: Family, model: nn.Module, leaves: Abstract) -> Iterator[Entry]:
@@ -88,7 +87,7 @@ def _places(
     """(PyTorch's key, our path, index of layer and expert) wherever the row holds."""
     blocks = [("", None)]
     if "{i}" in row.torch:
-        chosen = (b for b in block_paths(model) if row.kind in (None, b.kind))
+        chosen = (b for b in model.blocks() if row.kind in (None, b.kind))
         blocks = [(block.path, block.index) for block in chosen]
     for i, (block, layer) in enumerate(blocks):
         path = row.ours.format(block=block)
@@ -117,7 +116,7 @@ def constants(family: Family, model: nn.Module) -> dict[str, np.ndarray]:
         if value is None:
             continue
         if "{i}" in constant.torch:
-            kinds = [block.kind for block in block_paths(model)]
+            kinds = [block.kind for block in model.blocks()]
             blocks = [i for i, kind in enumerate(kinds) if kind == constant.kind]
             found.update({constant.torch.format(i=i): value for i in blocks})
         else:

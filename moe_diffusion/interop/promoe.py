@@ -108,7 +108,7 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
     if moe["routing_contrastive_lam"]:
         config.loss_weights.contrast = float(moe["routing_contrastive_lam"])
     config.diffusion.update(
-        label_dropout=float(h["class_dropout_prob"]), time_sampling="logit_normal"
+        cond_dropout=float(h["class_dropout_prob"]), time_sampling="logit_normal"
     )
     config.sampling.update(sampler="euler", steps=250, cfg=1.5)
 

@@ -12,10 +12,14 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.models.blocks import MLP
-from moe_diffusion.models.dit import DiT, moe_pattern
+from moe_diffusion.models.dit import DiT
 from moe_diffusion.models.jit import JiT
+from moe_diffusion.models.patches import moe_pattern
+from moe_diffusion.models.stack import abstract_variables
 from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import ROUTERS
+
+__all__ = ["abstract_variables", "build", "compute_dtype"]
 
 
 def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
@@ -31,7 +35,7 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
     if not dense:
         pattern = moe_pattern(config.depth, config.moe.interleave, config.moe.skip_first)
     width = int(config.hidden_size * config.mlp_ratio)
-    make = DiT
+    make = partial(DiT, reverse_time=config.reverse_time)
     if config.family == "jit":
         width = width * 2 // 3
         make = partial(
@@ -50,8 +54,7 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         name="mlp",
     )
     return make(
-        image_size=config.image_size,
-        channels=config.channels,
+        input_shape=(config.image_size, config.image_size, config.channels),
         patch_size=config.patch_size,
         num_classes=config.num_classes,
         hidden_size=config.hidden_size,
@@ -64,7 +67,6 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         positions=config.positions,
         learn_sigma=config.learn_sigma,
         time_scale=config.time_scale,
-        reverse_time=config.reverse_time,
         moe_pattern=pattern,
         make_mlp=mlp,
         make_moe=None if dense else _moe(config, tuple(losses), dtype),
@@ -72,6 +74,7 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         unroll=config.unroll,
         attention=None if config.attention == "auto" else config.attention,
         dtype=dtype,
+        param_dtype=jnp.dtype(config.get("param_dtype", "float32")),
     )
 
 
@@ -116,15 +119,6 @@ def _moe(config: ConfigDict, losses: tuple[str, ...], dtype) -> partial:
         dropout=moe.dropout,
         name="moe",
     )
-
-
-def abstract_variables(model: nn.Module) -> dict:
-    """Shapes of params and router_state (if there is one), as trees of ShapeDtypeStruct."""
-    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, model.channels), "float32")
-    time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
-    init = partial(model.init, train=False)
-    variables = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), image, time, label))
-    return {name: tree for name, tree in variables.items() if name in ("params", "router_state")}
 
 
 def compute_dtype(name: str) -> jnp.dtype:

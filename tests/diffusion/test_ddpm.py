@@ -265,7 +265,7 @@ def test_loss_by_its_parts():
         {},
         batch,
         draws,
-        label_dropout=0.1,
+        cond_dropout=0.1,
         loss_weights={"balance": 0.5},
     )
     label = np.array([4, 1, 4, 3])[:, None, None, None]

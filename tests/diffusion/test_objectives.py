@@ -40,7 +40,7 @@ class Echo(nn.Module):
 
 
 def evaluate(**changes):
-    options = {"label_dropout": 0.1, "loss_weights": {"balance": 0.5}} | changes
+    options = {"cond_dropout": 0.1, "loss_weights": {"balance": 0.5}} | changes
     params = {"bias": jnp.float32(0)}
     return objectives.flow_loss(Echo(), params, {}, BATCH, DRAWS, **options)
 
@@ -77,13 +77,13 @@ def test_draws():
 def test_loss_of_a_config():
     config = config_lib.default()
     config.loss_weights = {"balance": 0.5}
-    config.diffusion.update(time_sampling="logit_normal", label_dropout=1.0)
+    config.diffusion.update(time_sampling="logit_normal", cond_dropout=1.0)
     loss_fn = jax.jit(objectives.make_flow_loss(Echo(), config))
     params, key = {"bias": jnp.float32(0)}, jax.random.key(3)
     loss, aux = loss_fn(params, {}, BATCH, key)
     draws = objectives.draw(key, IMAGE, time_sampling="logit_normal")
     expected, _ = objectives.flow_loss(
-        Echo(), params, {}, BATCH, draws, label_dropout=1.0, loss_weights={"balance": 0.5}
+        Echo(), params, {}, BATCH, draws, cond_dropout=1.0, loss_weights={"balance": 0.5}
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert set(aux.metrics) == {"loss", "mse", "balance", "load_max"}
@@ -104,7 +104,7 @@ def test_a_network_that_predicts_the_data():
     flow = objectives.Flow("data", t_eps=0.3, noise_scale=2.0)
 
     def loss(offset):
-        params, options = {"offset": jnp.float32(offset)}, {"label_dropout": 0, "loss_weights": {}}
+        params, options = {"offset": jnp.float32(offset)}, {"cond_dropout": 0, "loss_weights": {}}
         return objectives.flow_loss(Oracle(), params, {}, BATCH, DRAWS, diffusion=flow, **options)[
             0
         ]

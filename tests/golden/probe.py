@@ -11,7 +11,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from moe_diffusion import interop, models
-from moe_diffusion.interop.network import block_paths
 
 RECORDED = r"block_\d+|attn|moe|router|dense_1"  # dense_1 ends the capacity predictor
 UNPOLISHED = {"xla_backend_optimization_level": 0}
@@ -59,7 +58,7 @@ def apply(model, variables, x, t, y, train: bool):
         variables,
         x,
         t,
-        y,
+        {"label": y},
         train,
         mutable=[*SOWN, "intermediates"],
         capture_intermediates=lambda module, _: re.fullmatch(RECORDED, str(module.name)),
@@ -68,24 +67,28 @@ def apply(model, variables, x, t, y, train: bool):
 
 def our_time(model, t: np.ndarray) -> np.ndarray:
     """The time that the authors' network is called with, f32[B], as ours."""
-    if not model.reverse_time:
+    if not _reverse(model):
         return t.astype(np.float32)
     return (1 - t.astype(np.float64) / model.time_scale).astype(np.float32)
 
 
 def authors_output(model, output):
     """Our output [B, H, W, C or 2C] as the authors' network gives it."""
-    if not model.reverse_time:
+    if not _reverse(model):
         return output
-    channels = model.channels
+    channels = model.input_shape[-1]
     return jnp.concatenate([-output[..., :channels], output[..., channels:]], axis=-1)
+
+
+def _reverse(model) -> bool:
+    return getattr(model, "reverse_time", False)
 
 
 class Record:
     """What one forward pass left behind, by block number."""
 
     def __init__(self, model, sown: Any, batch: int):
-        self._places = block_paths(model)
+        self._places = model.blocks()
         self._sown = jax.device_get(sown)
         self._num_experts = model.make_moe().make_router().num_experts if model.make_moe else 0
         self._batch = batch

@@ -42,7 +42,7 @@ class JiTReplay(trajectory.Replay):
             router_state,
             {"image": batch["x"], "label": batch["y"]},
             self._draws(batch),
-            label_dropout=self.config.diffusion.label_dropout,
+            cond_dropout=self.config.diffusion.cond_dropout,
             loss_weights={},
             diffusion=self.config.diffusion,
         )
@@ -50,7 +50,7 @@ class JiTReplay(trajectory.Replay):
     def look(self, variables, batch) -> None:
         diffusion, draws = self.config.diffusion, self._draws(batch)
         x_t = paths.interpolate(batch["x"], diffusion.noise_scale * draws.noise, draws.t)
-        dropped = draws.drop_uniform < diffusion.label_dropout
+        dropped = draws.drop_uniform < diffusion.cond_dropout
         y = np.where(dropped, self.model.num_classes, batch["y"])
         _, sown = self.forward(variables, x_t, draws.t, y, True)
         trajectory.log_routing(self, probe.Record(self.model, sown, len(y)))

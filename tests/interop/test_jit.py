@@ -71,7 +71,7 @@ def test_arguments_of_the_training_script():
     model, diffusion, sampling = config.model, config.diffusion, config.sampling
     assert (model.hidden_size, model.depth, model.patch_size) == (1280, 32, 32)
     assert (model.image_size, model.bottleneck, model.in_context_start) == (512, 256, 10)
-    assert (model.dropout, diffusion.noise_scale, diffusion.label_dropout) == (0.2, 2.0, 0.2)
+    assert (model.dropout, diffusion.noise_scale, diffusion.cond_dropout) == (0.2, 2.0, 0.2)
     assert (diffusion.time_sampling, diffusion.time_mean) == ("logit_normal", -0.6)
     assert (sampling.cfg, sampling.cfg_interval) == (2.2, (0.1, 1.0))
     assert interop.config_from_torch("jit", FAMILIES["jit"].from_args(args | others)) == config

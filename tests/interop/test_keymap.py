@@ -7,7 +7,7 @@ import pytest
 
 from moe_diffusion import interop, models
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import keymap, network
+from moe_diffusion.interop import keymap
 from moe_diffusion.interop.families import FAMILIES
 from moe_diffusion.interop.tensors import Lazy, Spec
 
@@ -82,7 +82,7 @@ def test_layouts_by_hand():
     conv = params["patch_embed"]["kernel"].reshape(2, 2, 4, 16)  # row, column, channel, width
     np.testing.assert_array_equal(state["x_embedder.proj.weight"][5, 3, 0, 1], conv[0, 1, 3, 5])
     # Blocks are dense, MoE, dense: a scanned pair does not fit, block 2 is a segment of its own.
-    (g, r, _), (h, s, _) = network.block_paths(model)[1:]
+    (g, r, _), (h, s, _) = model.blocks()[1:]
     qkv = params[h.split("/")[0]][h.split("/")[1]]["attn"]["qkv"]["kernel"][s]  # [D, 3, heads, hd]
     np.testing.assert_array_equal(
         state["blocks.2.attn.qkv.weight"][16 + 8 + 5],
@@ -179,5 +179,5 @@ def test_files_round_trip(tmp_path):
     variables = random_variables(model)
     interop.save_torch(model, variables, tmp_path / "w.safetensors")
     loaded_model, loaded = interop.load_torch(tmp_path / "w.safetensors", "diffmoe", hparams)
-    assert loaded_model.moe_pattern == model.moe_pattern
+    assert loaded_model.blocks() == model.blocks()
     jax.tree.map(np.testing.assert_array_equal, variables, loaded)

@@ -20,13 +20,12 @@ from safetensors.numpy import load_file
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import files, keymap, rows, tensors
 from moe_diffusion.interop.dit import linear
-from moe_diffusion.interop.network import Block
 from moe_diffusion.interop.rows import FLAT, HEADS_IN, HEADS_OUT, LINEAR, Row, Slice
 from moe_diffusion.interop.streamed import write_weights
+from moe_diffusion.models.stack import Block
 from moe_diffusion.training.checkpoint import StoredWeights
 
 WIDTH, HEADS, HEAD_DIM, HIDDEN = 6, 2, 3, 10
-MODEL = SimpleNamespace(num_heads=HEADS)
 BLOCKS = (
     Block("layers_0/block_0", 0, "double"),
     Block("layers_0/block_1", 0, "single"),
@@ -34,6 +33,7 @@ BLOCKS = (
     Block("layers_0/block_1", 1, "single"),
     Block("last", None, "single"),  # a layer of its own, without an axis of layers
 )
+MODEL = SimpleNamespace(num_heads=HEADS, blocks=lambda: BLOCKS)
 DOUBLE, SINGLE = "double_blocks.{i}", "single_blocks.{i}"
 ATTENTION = "params/{block}/attn"
 
@@ -71,11 +71,6 @@ TOY = rows.Family(
     ),
     subfolder="transformer",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def toy_blocks(monkeypatch):
-    monkeypatch.setattr(keymap, "block_paths", lambda model: BLOCKS)
 
 
 def leaves(dtype=np.float32):

@@ -18,7 +18,7 @@ def test_patchify_orders_row_column_channel():
 
 
 def test_sincos_encodes_the_column_first():
-    table = blocks.sincos_table(3, 8)
+    table = blocks.sincos_table((3, 3), 8)
     same_column, same_row = table[[1, 4, 7]], table[[3, 4, 5]]
     assert (same_column[:, :4] == same_column[0, :4]).all()
     assert (same_row[:, 4:] == same_row[0, 4:]).all()
@@ -38,7 +38,7 @@ def test_rope_products_depend_on_the_distance_only(kind):
     grid, head_dim = 4, 8
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=head_dim), jnp.float32) for _ in range(2))
-    angles = blocks.rope_angles(kind, grid, head_dim)
+    angles = blocks.rope_angles(kind, (grid, grid), head_dim)
     everywhere = lambda v: jnp.broadcast_to(v, (grid * grid, head_dim))  # noqa: E731
     turned_q, turned_k = (blocks.rotate(everywhere(v), angles) for v in (q, k))
     scores = turned_q @ turned_k.T
