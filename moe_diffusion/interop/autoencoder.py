@@ -231,6 +231,7 @@ def abstract_params(network: AutoencoderKL) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def layout_of(state: Mapping[str, Any]) -> str:
+    """The layout whose names a state dict has. Raises UserError if it has those of none."""
     for layout, mark in _MARKS.items():
         if mark in state:
             return layout

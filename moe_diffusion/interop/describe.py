@@ -1,8 +1,9 @@
 """What model a weight file holds: its hyperparameters and its family.
 
 Hyperparameters come from a file that the user names, else from one beside the weights, else from
-the arguments that the weight file itself remembers. The shapes of the tensors fill what these
-leave out; for DiT and SiT they are enough, for the others they tell all but what no shape shows.
+the arguments that the weight file itself remembers. The shapes of the tensors fill in what these
+leave out. For DiT and SiT the shapes alone are enough; the other families have hyperparameters that
+no shape shows.
 """
 
 from __future__ import annotations
