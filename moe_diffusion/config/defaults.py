@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
         "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
         "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
-        "param_dtype": "float32",  # of every parameter: float32 | bfloat16
+        "param_dtype": "float32",  # of every parameter: float32 | bfloat16 | float16
         # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
         # but products with dense weights) | full
         "remat": "none",

@@ -15,6 +15,7 @@ CHOICES = {
     "model.norm": ("layernorm", "rmsnorm"),
     "model.qk_norm_kind": ("rmsnorm", "layernorm_affine"),
     "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
+    "model.param_dtype": ("float32", "bfloat16", "float16"),
     "model.dtype": ("float32", "bfloat16", "auto"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "cheap", "dots", "full"),

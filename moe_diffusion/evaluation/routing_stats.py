@@ -22,7 +22,6 @@ from flax.traverse_util import flatten_dict
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.figures import save_png
 from moe_diffusion.evaluation.routing_figures import routing_picture
-from moe_diffusion.interop.keymap import block_paths
 from moe_diffusion.moe.router import Router
 
 _COUNTS, _DROPPED = "experts_per_token", "dropped"
@@ -122,15 +121,15 @@ def observe(
     rows = [
         (flat[f"{place}/moe/router/{_COUNTS}"][0][repeat],
          flat[f"{place}/moe/router/{_DROPPED}"][0][repeat])
-        for block, (place, repeat) in enumerate(block_paths(model))
-        if model.moe_pattern[block]
+        for place, repeat, kind in model.blocks()
+        if kind.startswith("moe")
     ]  # fmt: skip
     return output, jnp.stack([row[0] for row in rows]), jnp.stack([row[1] for row in rows]).mean()
 
 
 def moe_blocks(model: nn.Module) -> list[int]:
     """Numbers of the blocks with experts, from 0."""
-    return [block for block, is_moe in enumerate(model.moe_pattern) if is_moe]
+    return [i for i, block in enumerate(model.blocks()) if block.kind.startswith("moe")]
 
 
 def per_sample(used: jax.Array, token: jax.Array, x: jax.Array, batch: int) -> jax.Array:

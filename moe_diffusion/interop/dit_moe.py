@@ -11,7 +11,7 @@ import ml_collections
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import BLOCK, MOE, TABLE, TRUNK, experts, linear, mlp
 from moe_diffusion.interop.hparams import fill
-from moe_diffusion.interop.keymap import FLAT, HEADS_IN, HEADS_OUT, LINEAR, SAME, Family, Row
+from moe_diffusion.interop.rows import FLAT, HEADS_IN, HEADS_OUT, LINEAR, SAME, Family, Row
 
 # Size -> depth, width, heads.
 SIZES = {**shapes.SIZES, "G": (40, 1408, 16)}

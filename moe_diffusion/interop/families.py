@@ -10,7 +10,7 @@ import ml_collections
 from moe_diffusion import config as config_lib
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import dit, dit_moe, jit, promoe
-from moe_diffusion.interop.keymap import Family
+from moe_diffusion.interop.rows import Family
 
 FAMILIES: dict[str, Family] = {
     **dit.FAMILIES,

@@ -13,7 +13,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import BLOCK, MOE, TABLE, TRUNK, linear
 from moe_diffusion.interop.hparams import fill
-from moe_diffusion.interop.keymap import LINEAR, SAME, Family, Row
+from moe_diffusion.interop.rows import LINEAR, SAME, Family, Row
 
 _EXPERT = "blocks.{i}.mlp.experts.{e}"
 _ROWS = (

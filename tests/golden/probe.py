@@ -11,7 +11,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from moe_diffusion import interop, models
-from moe_diffusion.interop import keymap
 
 RECORDED = r"block_\d+|attn|moe|router|dense_1"  # dense_1 ends the capacity predictor
 UNPOLISHED = {"xla_backend_optimization_level": 0}
@@ -90,14 +89,14 @@ class Record:
     """What one forward pass left behind, by block number."""
 
     def __init__(self, model, sown: Any, batch: int):
-        self._places = keymap.block_paths(model)
+        self._places = model.blocks()
         self._sown = jax.device_get(sown)
         self._num_experts = model.make_moe().make_router().num_experts if model.make_moe else 0
         self._batch = batch
 
     def output(self, block: int, module: str = "") -> Any:
         """What a module inside the block returned: "attn", "moe", ...; "" is the block."""
-        place, repeat = self._places[block]
+        place, repeat, _ = self._places[block]
         node = self._sown["intermediates"]
         for name in filter(None, f"{place}/{module}/__call__".split("/")):
             node = node[name]
@@ -105,7 +104,7 @@ class Record:
 
     def sown(self, collection: str, block: int, name: str) -> np.ndarray:
         """A sown value of one block, for example its balance loss."""
-        place, repeat = self._places[block]
+        place, repeat, _ = self._places[block]
         leaves = flatten_dict(self._sown[collection], sep="/")
         (path,) = [p for p in leaves if p.startswith(place + "/") and p.endswith("/" + name)]
         return np.asarray(jax.tree.leaves(leaves[path])[0])[repeat]

@@ -165,7 +165,7 @@ def state_by_hand(qk_norm):
     shapes |= linear("final_layer.adaLN_modulation.1", width, 2 * width)
     rng = np.random.default_rng(0)
     state = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
-    return state | {"pos_embed": sincos_table(2, width)[None]}
+    return state | {"pos_embed": sincos_table((2, 2), width)[None]}
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

@@ -1,9 +1,9 @@
 """Weights without a run around them, written and read array by array.
 
-A folder that `write_weights` made looks like a workdir whose run keeps no averages, so whatever
-reads a workdir's weights reads it: `sample`, `evaluate`, `train --config.init_from=`. Here an array
-may be larger than the memory at hand: it is stored in chunks, one for every piece it is made of,
-uncompressed, so that writing costs what the disk costs.
+A folder that `write_weights` made looks like a workdir whose run keeps no averages. Hence all that
+reads the weights of a workdir reads it too: `sample`, `evaluate`, `train --config.init_from=`. An
+array may be larger than the memory, since every piece of it is a chunk of its own on the disk.
+Chunks are not compressed, so that writing costs what the disk costs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import contextlib
 import fcntl
 import io
 import logging
+import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,24 +28,10 @@ import tensorstore
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from moe_diffusion.interop.tensors import Parts, Pieces
+
 _THREADS = 4  # each reads a chunk, arranges and writes it, and waits for the disk
 _TILE = 128  # columns of a transpose that are copied at once: what a cache holds
-
-
-class Pieces(NamedTuple):
-    """An array that exists only piece by piece.
-
-    Attributes:
-      read: yields (index, piece): array[index] = piece. All indices are equally long, and every
-        element is in one piece. A piece may be a view of a mapped file: several threads read it
-        in, each another piece.
-      done: called with the bytes of each piece that is on its way to the disk.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
-    done: Callable[[int], None]
 
 
 class _PiecesHandler(ocp.type_handlers.NumpyHandler):
@@ -59,21 +46,33 @@ class _PiecesHandler(ocp.type_handlers.NumpyHandler):
         with _ChunkWriter() as writer:
             for boxed, info in zip(values, infos, strict=True):
                 await info.await_path_creation()
-                _write(boxed.pieces, os.fspath(info.parent_dir / info.name), writer)
+                _write(boxed, os.fspath(info.parent_dir / info.name), writer)
         return []
 
 
 class _Boxed:
     """Keeps `Pieces`, a tuple, from being taken for a subtree."""
 
-    def __init__(self, pieces: Pieces):
+    def __init__(self, pieces: Pieces, done: Callable[[int], None]):
         self.pieces = pieces
+        self.done = done
 
 
-def write_weights(workdir: str | os.PathLike, leaves: Mapping[str, Pieces]) -> None:
-    """Writes workdir/checkpoints/0 of arrays named "params/..." and "router_state/..."."""
-    step = Pieces((), np.dtype(np.int32), lambda: iter([((), np.int32(0))]), lambda size: None)
-    tree = unflatten_dict({k: _Boxed(v) for k, v in {"step": step, **leaves}.items()}, sep="/")
+def write_weights(
+    workdir: str | os.PathLike,
+    leaves: Mapping[str, Pieces],
+    done: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes workdir/checkpoints/0 of arrays named "params/..." and "router_state/...".
+
+    Args:
+      leaves: a piece may be a view of a mapped file: several threads read pieces at a time.
+      done: called with the bytes of each piece that is on its way to the disk.
+    """
+    step = Pieces((), np.dtype(np.int32), lambda: iter([((), [((), np.int32(0))])]))
+    boxed = {"step": _Boxed(step, lambda size: None)}
+    boxed |= {name: _Boxed(pieces, done) for name, pieces in leaves.items()}
+    tree = unflatten_dict(boxed, sep="/")
     tree = {"router_state": {}, "emas": {}, "opt_state": {}} | tree
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (_Boxed, _PiecesHandler())
@@ -92,17 +91,18 @@ def write_weights(workdir: str | os.PathLike, leaves: Mapping[str, Pieces]) -> N
         logger.setLevel(level)
 
 
-def _write(pieces: Pieces, path: str, writer: _ChunkWriter) -> None:
+def _write(boxed: _Boxed, path: str, writer: _ChunkWriter) -> None:
     """Writes one zarr array in chunks of a piece each."""
-    created = False
-    for index, piece in pieces.read():
+    pieces, created = boxed.pieces, False
+    for index, parts in pieces.read():
+        shape = pieces.shape[len(index) :]
         if not created:
-            _create(pieces, path, (1,) * len(index) + piece.shape)
+            _create(pieces, path, (1,) * len(index) + shape)
             created = True
         # A chunk is called by its place in the grid of chunks; an array without axes is chunk 0.
-        place = ".".join(map(str, index + (0,) * piece.ndim)) or "0"
-        writer.submit(os.path.join(path, place), piece, pieces.dtype)
-        pieces.done(piece.size * pieces.dtype.itemsize)
+        place = ".".join(map(str, index + (0,) * len(shape))) or "0"
+        writer.submit(os.path.join(path, place), shape, pieces.dtype, parts)
+        boxed.done(math.prod(shape) * pieces.dtype.itemsize)
 
 
 class _ChunkWriter(contextlib.AbstractContextManager):
@@ -113,11 +113,11 @@ class _ChunkWriter(contextlib.AbstractContextManager):
         self._flying: collections.deque[Future] = collections.deque()
         self._own = threading.local()
 
-    def submit(self, path: str, piece: np.ndarray, dtype: np.dtype) -> None:
+    def submit(self, path: str, shape: tuple[int, ...], dtype: np.dtype, parts: Parts) -> None:
         """Waits while twice as many chunks as threads are on their way."""
         while len(self._flying) >= 2 * _THREADS:
             self._flying.popleft().result()
-        self._flying.append(self._pool.submit(self._write, path, piece, dtype))
+        self._flying.append(self._pool.submit(self._write, path, shape, dtype, parts))
 
     def __exit__(self, *error) -> None:
         self._pool.shutdown(cancel_futures=error[0] is not None)
@@ -125,11 +125,13 @@ class _ChunkWriter(contextlib.AbstractContextManager):
             for write in self._flying:
                 write.result()
 
-    def _write(self, path: str, piece: np.ndarray, dtype: np.dtype) -> None:
-        chunk = self._buffer(piece.size * dtype.itemsize).view(dtype).reshape(piece.shape)
-        for start in range(0, piece.shape[-1] if piece.ndim else 1, _TILE):
-            columns = (..., slice(start, start + _TILE)) if piece.ndim else ()
-            chunk[columns] = piece[columns]
+    def _write(self, path: str, shape: tuple[int, ...], dtype: np.dtype, parts: Parts) -> None:
+        chunk = self._buffer(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        for place, part in parts:
+            target = chunk[(*place, ...)]
+            for start in range(0, part.shape[-1] if part.ndim else 1, _TILE):
+                columns = (..., slice(start, start + _TILE)) if part.ndim else ()
+                target[columns] = part[columns]
         data = chunk.reshape(-1).view(np.uint8).data
         with open(path, "wb", buffering=0) as file:
             written = _write_directly(file, data)

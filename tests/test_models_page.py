@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from docs import generate_models
+from docs.published import PUBLISHED, VARIANTS
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
-from moe_diffusion.models import catalogue
-from moe_diffusion.models.published import PUBLISHED, VARIANTS
 from tests.models.test_accounting import FAMILIES, check
 
 SIZES = ("S", "B", "L", "XL")
@@ -70,7 +70,7 @@ OUT_OF_SCOPE = ("flux_and_encoders",)
 )
 def test_configs_are_the_authors_networks(family, name):
     spec, *overrides = PINNED[family][name]
-    check(FAMILIES[family][name], catalogue.measure(f"configs/{spec}", *overrides).counts)
+    check(FAMILIES[family][name], generate_models.measure(f"configs/{spec}", *overrides).counts)
 
 
 def test_every_entry_is_pinned():
@@ -85,12 +85,12 @@ def test_every_entry_is_pinned():
 def test_the_page_is_not_stale():
     page = configs.ROOT / "docs" / "models.md"
     text = page.read_text()
-    remedy = "run python -m moe_diffusion.models.catalogue --write docs/models.md"
-    assert catalogue.renewed(text) == text, remedy
+    remedy = "run python -m docs.generate_models --write docs/models.md"
+    assert generate_models.renewed(text) == text, remedy
 
 
 def test_every_config_is_in_the_table():
-    specs = catalogue.specs()
+    specs = generate_models.specs()
     files = {path.name for path in (configs.ROOT / "configs").glob("*.py")}
     files = {name for name in files if not re.match("__init__|eval_", name)}
     assert {spec.removeprefix("configs/").partition(":")[0] for spec in specs} == files
@@ -100,18 +100,18 @@ def test_every_config_is_in_the_table():
 @pytest.mark.parametrize("spec", PUBLISHED)
 def test_published_figures_are_explained(spec):
     """A printed figure is ours, in its unit, rounded or cut off; DiffMoE's also follow C_infer."""
-    entry, paper = catalogue.measure(spec), PUBLISHED[spec]
+    entry, paper = generate_models.measure(spec), PUBLISHED[spec]
     slack = 1.05 if "diffmoe" in spec else 1
-    assert -0.5 <= catalogue.in_unit(entry.counts, paper.unit) - paper.activated < slack
+    assert -0.5 <= generate_models.in_unit(entry.counts, paper.unit) - paper.activated < slack
     if paper.gmacs:
         assert entry.flops / 2e9 == pytest.approx(paper.gmacs, rel=0.01)
 
 
 def test_write(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(catalogue, "specs", lambda: ["configs/dsmoe_s.py"])
+    monkeypatch.setattr(generate_models, "specs", lambda: ["configs/dsmoe_s.py"])
     page = tmp_path / "models.md"
-    page.write_text(f"before\n{catalogue.BEGIN}\nold\n{catalogue.END}\nafter\n")
-    catalogue.main(["--write", str(page)])
+    page.write_text(f"before\n{generate_models.BEGIN}\nold\n{generate_models.END}\nafter\n")
+    generate_models.main(["--write", str(page)])
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `")]
@@ -120,14 +120,14 @@ def test_write(tmp_path, capsys, monkeypatch):
     # Multiply-adds are half the FLOPs; 256 patches.
     assert float(cells[5]) == pytest.approx(2 * float(cells[7]), rel=1e-3)
     assert float(cells[6]) == pytest.approx(1e3 * float(cells[5]) / 256, rel=1e-3)
-    catalogue.main([])
-    assert capsys.readouterr().out.strip() == catalogue.table()
+    generate_models.main([])
+    assert capsys.readouterr().out.strip() == generate_models.table()
     assert [path.name for path in tmp_path.iterdir()] == ["models.md"]
 
 
 def test_a_page_without_place(tmp_path, capsys):
     with pytest.raises(UserError, match="no place for the table"):
-        catalogue.renewed("no marks")
+        generate_models.renewed("no marks")
     with pytest.raises(SystemExit):
-        catalogue.main(["--write", str(tmp_path / "missing.md")])
+        generate_models.main(["--write", str(tmp_path / "missing.md")])
     assert "is not there" in capsys.readouterr().err

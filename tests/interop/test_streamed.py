@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import tensorstore
 
-from moe_diffusion.training import streamed
-from moe_diffusion.training.streamed import Pieces, write_weights
+from moe_diffusion.interop import streamed
+from moe_diffusion.interop.streamed import write_weights
+from moe_diffusion.interop.tensors import Pieces
 
 
-def pieces_of(array, axes, arrange=lambda piece: piece, done=lambda size: None):
+def pieces_of(array, axes, arrange=lambda piece: piece):
     """An array whose first `axes` axes are cut up."""
 
     def read():
         for index in np.ndindex(array.shape[:axes]):
-            yield index, arrange(array[index])
+            yield index, [((), arrange(array[index]))]
 
-    return Pieces(array.shape, array.dtype, read, done)
+    return Pieces(array.shape, array.dtype, read)
 
 
 def transposed_in_memory(piece):
@@ -39,15 +40,13 @@ def test_pieces_come_back(tmp_path, monkeypatch, direct):
     }
     sizes = []
     leaves = {
-        "params/stacked": pieces_of(
-            arrays["params/stacked"], 2, transposed_in_memory, sizes.append
-        ),
+        "params/stacked": pieces_of(arrays["params/stacked"], 2, transposed_in_memory),
         "params/vector": pieces_of(arrays["params/vector"], 1, lambda piece: piece[::-1][::-1]),
         "params/scalar": pieces_of(arrays["params/scalar"], 0),
         "router_state/bias": pieces_of(arrays["router_state/bias"], 1, np.float16),
     }
-    write_weights(tmp_path, leaves)
-    assert sizes == [129 * 257 * 4] * 6
+    write_weights(tmp_path, leaves, sizes.append)
+    assert sorted(sizes) == [4, 4 * 4, 5 * 4, 5 * 4] + [129 * 257 * 4] * 6
     for name, array in arrays.items():
         path = str(tmp_path / "checkpoints" / "0" / "state" / name.replace("/", ".")) + "/"
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": path}}

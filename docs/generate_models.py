@@ -1,9 +1,9 @@
 """Writes the table of all models: parameters and FLOPs of every config, beside the papers' figures.
 
-  python -m moe_diffusion.models.catalogue
-  python -m moe_diffusion.models.catalogue --write docs/models.md
+  python -m docs.generate_models
+  python -m docs.generate_models --write docs/models.md
 
-Run it after a change of a config or a new one; a test fails while docs/models.md is stale.
+Run it when a config changes or a new one comes: a test fails while docs/models.md is stale.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from docs.published import PUBLISHED, VARIANTS, Published
 from moe_diffusion import config as configs
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts
-from moe_diffusion.models.published import PUBLISHED, VARIANTS, Published
 
-BEGIN, END = "<!-- begin: written by moe_diffusion.models.catalogue -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: written by docs.generate_models -->", "<!-- end -->"
 COLUMNS = (
     "config",
     "total, 10^6",
@@ -115,7 +115,8 @@ def renewed(text: str) -> str:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("models.catalogue", __doc__)
+    parser = Parser("generate_models", __doc__)
+    parser.prog = "python -m docs.generate_models"
     parser.add_argument("--write", metavar="PAGE", help="renew the table in this page")
     args = parser.parse_args(argv)
     if not args.write:
