@@ -59,7 +59,7 @@ DEFAULTS: dict[str, Any] = {
             "dropout": 0.0,  # in training, of the hidden units of all experts
             "backend": "auto",  # of the dispatch: auto, or one of moe/dispatch.py
             "transport": "auto",  # to experts on other devices: auto, or one of moe/transport.py
-            "capacity_factor": 1.25,  # token choice on backend "capacity": slots / average load
+            "capacity_factor": 1.25,  # token choice on backend "slots": slots / average load
         },
         "router": {
             # token_choice | expert_choice | diffmoe | promoe_tc | promoe_ec | dense (no MoE)

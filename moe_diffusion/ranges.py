@@ -22,9 +22,9 @@ CHOICES = {
     "model.moe.mlp": _MLPS,
     "model.moe.shared_mlp": _MLPS,
     "model.moe.backend": (
-        *("auto", "reference", "blocked", "capacity", "cpu", "tpu", "gpu", "ragged_dot"),
+        *("auto", "reference", "blocked", "slots", "cpu", "tpu", "gpu", "ragged_dot"),
     ),
-    "model.moe.transport": ("auto", "none", "gather", "a2a_capacity", "ragged_a2a"),
+    "model.moe.transport": ("auto", "none", "gather", "a2a_slots", "ragged_a2a"),
     "model.router.name": (
         *("token_choice", "expert_choice", "diffmoe", "promoe_tc", "promoe_ec", "dense"),
     ),

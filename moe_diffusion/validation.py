@@ -146,7 +146,7 @@ def _check_moe(model: ConfigDict) -> None:
     require(
         moe.dropout == 0 or moe.backend not in ("cpu", "tpu", "gpu", "ragged_dot"),
         f"model.moe.backend = {moe.backend} cannot do model.moe.dropout = {moe.dropout}: choose "
-        "auto, blocked or capacity, or set model.moe.dropout=0",
+        "auto, blocked or slots, or set model.moe.dropout=0",
     )
 
 

@@ -20,7 +20,7 @@ from moe_diffusion.benchmarks.rivals import rivals
 from moe_diffusion.benchmarks.timing import medians, peak_bytes, peak_flops
 from moe_diffusion.errors import UserError, first_line
 from moe_diffusion.kernels import mlp
-from moe_diffusion.moe.dispatch import default_backend, dispatch
+from moe_diffusion.moe.dispatch import choose_backend, dispatch
 from moe_diffusion.moe.layer import Experts
 from moe_diffusion.moe.routers import TokenChoice
 from moe_diffusion.moe.routing import expert_load
@@ -85,10 +85,13 @@ def bench_dispatch(
         chosen, _ = router.apply(gate, x)
         return apply(x, chosen, stacked)
 
+    def dispatched(x, chosen, stacked):
+        return dispatch(x, chosen, stacked, kind="swiglu", backend=backend)[0]
+
     def dense(x, single):
         return mlp.apply(x, single, "swiglu")
 
-    ours = partial(layer, apply=partial(dispatch, kind="swiglu", backend=backend))
+    ours = partial(layer, apply=dispatched)
     compiled = _compile({"dense": (dense, (rows, single)), "moe": (ours, (x, gate, stacked))})
     failures, others = {}, rivals() if compare else {}
     for name, apply in others.items():
@@ -111,7 +114,7 @@ def bench_dispatch(
         "dtype": dtype,
         "routing": routing,
         "load_max": float(load.max() / load.mean()),
-        "backend": backend or default_backend(platform(), chosen),
+        "backend": choose_backend(platform(), chosen, dtype, dropout=False, name=backend)[0],
         "rho_fwd": seconds["moe_fwd"] / seconds["dense_fwd"],
         "rho_fwd_bwd": seconds["moe_fwd_bwd"] / seconds["dense_fwd_bwd"],
         "peak_bytes": peaks["moe"],

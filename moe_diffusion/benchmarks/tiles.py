@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from moe_diffusion.benchmarks.timing import medians
 from moe_diffusion.kernels import tuning
-from moe_diffusion.kernels.gpu import choose
+from moe_diffusion.kernels.gpu.gpu import choose
 from moe_diffusion.kernels.grouped import sorted_by_expert
-from moe_diffusion.kernels.tpu import TPUKernels
+from moe_diffusion.kernels.tpu.tpu import TPUKernels
 from moe_diffusion.parallel.mesh import platform
 
 Shape = tuple[int, int, int, int]
@@ -43,7 +43,7 @@ def candidates(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
 
 def _for_mosaic(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
     """Four warps for every 64 rows and four that copy; none where Triton would have to help out."""
-    from moe_diffusion.kernels.hopper import can_run
+    from moe_diffusion.kernels.gpu.hopper import can_run
 
     blocks = [
         tuning.GPUBlocks(rows, columns, 64, rows // 16 + 4, "mosaic")

@@ -61,8 +61,33 @@ def make_plan(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def blocked(
+    x: jax.Array,
+    token: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    *,
+    slots_per_token: int | None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """x[T, D], token, expert i32[N] (expert == E is unused), weight f32[N] -> y[T, D].
+
+    slots_per_token: K where the list has K used assignments of each token in turn, else None.
+    """
+    plan = make_plan(
+        token,
+        expert,
+        num_tokens=x.shape[0],
+        num_experts=params["up"].shape[0],
+        slots_per_token=slots_per_token,
+    )
+    return by_chunks(kind, x, weight, params, plan, dropout)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_chunks(
     kind: str,
     x: jax.Array,
     weight: jax.Array,
@@ -213,4 +238,4 @@ def _outer(a, b):
     return _matmul(lax.optimization_barrier(a.T), b, jnp.float32)
 
 
-blocked.defvjp(_forward, _backward)
+by_chunks.defvjp(_forward, _backward)

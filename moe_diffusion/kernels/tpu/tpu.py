@@ -31,7 +31,7 @@ from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.grouped import Kernels, grouped, sorted_by_expert
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles
-from moe_diffusion.kernels.tpu_bodies import (
+from moe_diffusion.kernels.tpu.tpu_bodies import (
     LANES,
     backward_kernel,
     fetching_kernel,
@@ -58,7 +58,7 @@ def tpu(
     return sorted_by_expert(kernels, sizes.rows, *arrays, params, kind, slots_per_token)
 
 
-def tpu_capacity(
+def tpu_slots(
     x: jax.Array,
     token: jax.Array,
     weight: jax.Array,

@@ -36,9 +36,11 @@ FUNCTIONS = (PLAN, ROW_PRODUCTS, OUTER_PRODUCTS)
 # Apple's clang names the CPU at hand by the second.
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC")
+REMEDY = "install g++ or clang, or `pip install ziglang`, or name a compiler by CXX"
+NEEDS = f"needs a C++ compiler, and none works here ({REMEDY})"
 MISSING = (
-    "no C++ compiler works here, so experts run in plain XLA on the CPU: small ones take up to 1.7 "
-    "times as long. Install g++ or clang, or `pip install ziglang`, or name a compiler by CXX"
+    "no C++ compiler works here, so experts run in plain XLA on the CPU and small ones take up to "
+    f"1.7 times as long: {REMEDY}"
 )
 
 

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.cpu.library import OUTER_PRODUCTS, PLAN, ROW_PRODUCTS
 from moe_diffusion.kernels.grouped import Kernels, grouped, sorted_by_expert
-from moe_diffusion.kernels.library import OUTER_PRODUCTS, PLAN, ROW_PRODUCTS
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import plan_rows, token_major
 from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles, num_tiles
@@ -42,7 +42,7 @@ def cpu(
     return sorted_by_expert(kernels, 1, *arrays, params, kind, slots_per_token)
 
 
-def cpu_capacity(
+def cpu_slots(
     x: jax.Array, token: jax.Array, weight: jax.Array, params: Params, kind: str
 ) -> jax.Array:
     """Fixed slots: x[T, D], token i32[E, C] (T: an empty slot), weight f32[E, C] -> [T, D]."""

@@ -30,37 +30,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.grouped import Kernels, sorted_by_expert
-from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.grouped import Kernels
 from moe_diffusion.kernels.tiles import place
-from moe_diffusion.kernels.tuning import GPUBlocks, gpu_blocks
-
-
-def gpu(
-    x: jax.Array,
-    token: jax.Array,
-    expert: jax.Array,
-    weight: jax.Array,
-    params: Params,
-    kind: str,
-    *,
-    slots_per_token: int | None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Token choice, see `grouped.sorted_by_expert`."""
-    blocks = gpu_blocks(params, token.shape[0])
-    kernels, arrays = choose(blocks, interpret), (x, token, expert, weight)
-    return sorted_by_expert(kernels, blocks.rows, *arrays, params, kind, slots_per_token)
-
-
-def choose(blocks: GPUBlocks, interpret: bool = False) -> GPUKernels:
-    """The kernels that the blocks name; Mosaic's are never interpreted here."""
-    if blocks.kernels == "mosaic" and not interpret:
-        # Not at the top: they build on this module, and Pallas calls their API unstable.
-        from moe_diffusion.kernels.hopper import HopperKernels
-
-        return HopperKernels(blocks)
-    return GPUKernels(blocks, interpret)
+from moe_diffusion.kernels.tuning import GPUBlocks
 
 
 class GPUKernels(Kernels):

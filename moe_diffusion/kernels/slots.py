@@ -17,7 +17,7 @@ from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
 
 
-def capacity(
+def fixed_slots(
     x: jax.Array,
     token: jax.Array,
     weight: jax.Array,

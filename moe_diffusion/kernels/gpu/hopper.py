@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.gpu import GPUKernels
-from moe_diffusion.kernels.hopper_products import SIDE, outer_product, rows_product
+from moe_diffusion.kernels.gpu.hopper_products import SIDE, outer_product, rows_product
+from moe_diffusion.kernels.gpu.triton import GPUKernels
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.tiles import TilePlan
 from moe_diffusion.kernels.tuning import GPUBlocks
