@@ -60,8 +60,8 @@ class Work(NamedTuple):
 
         T and N count through all groups.
         """
-        assignments = flatten(self.routing, self.x.shape[1])
-        return kernel(self.tokens, *assignments, self.params, self.kind, **options)
+        tokens, assignments = self.tokens, flatten(self.routing, self.x.shape[1])
+        return kernel(tokens, *assignments, self.params, self.kind, **options)
 
     def by_slot(self, kernel: Callable[..., jax.Array], **options) -> jax.Array:
         """kernel(x[T, D], token i32[E, C], weight f32[E, C], params, kind, **options).
@@ -69,9 +69,9 @@ class Work(NamedTuple):
         T and C count through all groups. A routing without fixed slots fills them in the order of
         its list, see `routing.expert_slots`.
         """
-        num_experts = self.params["up"].shape[0]
+        tokens, num_experts = self.tokens, self.params["up"].shape[0]
         slots = expert_slots(self.routing, self.x.shape[1], num_experts, self.capacity_factor)
-        return kernel(self.tokens, *slots, self.params, self.kind, **options)
+        return kernel(tokens, *slots, self.params, self.kind, **options)
 
 
 # (platform "cpu", "tpu" or "gpu", routing, dtype, dropout) -> None where a backend can compute
@@ -335,8 +335,8 @@ def _one_group_over_devices(
             weight=part(mine.weight, 0.0),
             slots_per_expert=share,
         )
-        everything = lax.all_gather(x, axes, axis=1, tiled=True)
-        partial_sums = local(everything, mine, params, dropout=dropout)
+        all_tokens = lax.all_gather(x, axes, axis=1, tiled=True)
+        partial_sums = local(all_tokens, mine, params, dropout=dropout)
         return lax.psum_scatter(partial_sums, axes, scatter_dimension=1, tiled=True)
 
     by_token = PartitionSpec(None, axes)

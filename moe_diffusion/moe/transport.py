@@ -140,11 +140,11 @@ def restrict(routing: Routing, first: jax.Array, count: int, num_experts: int) -
 
 def _gather(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:
     count = params["up"].shape[0]
-    everybody = lax.all_gather(x, AXIS, axis=0, tiled=True)
+    all_tokens = lax.all_gather(x, AXIS, axis=0, tiled=True)
     routing = jax.tree.map(lambda a: lax.all_gather(a, AXIS, axis=0, tiled=True), routing)
     num_experts = count * lax.axis_size(AXIS)
     mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
-    partial_sums = local(everybody, mine, params)
+    partial_sums = local(all_tokens, mine, params)
     return lax.psum_scatter(partial_sums, AXIS, scatter_dimension=0, tiled=True)
 
 
@@ -157,7 +157,7 @@ def _all_to_all(flat, token, weight, params, kind, dropout):
     rows = lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0)  # source device first
     rows = rows.swapaxes(0, 1).reshape(count, devices * slots, width)
     drop = None
-    if dropout is not None:  # a row stands for its token
+    if dropout is not None:  # a row's number stands for its token's, which stayed at home
         row, expert = jnp.arange(devices * slots), jnp.arange(count)[:, None]
         drop = partial(dropout, token=row, expert=expert)
     out = mlp.apply(rows, params, kind, drop)
@@ -193,7 +193,7 @@ def _ragged(local: Local, flat, token, expert, weight, params):
         ours[:, me],
         axis_name=AXIS,
     )
-    # Which expert a received row is for: the senders' rows follow each other, each by expert.
+    # The expert of each received row: rows lie by sender, and those of a sender by expert.
     edges = jnp.cumsum(begin[:, me].reshape(-1))
     owner = jnp.searchsorted(edges, jnp.arange(room), side="right")
     owner = jnp.where(jnp.arange(room) < edges[-1], owner % count, count)
@@ -203,7 +203,7 @@ def _ragged(local: Local, flat, token, expert, weight, params):
         weight=jnp.ones((1, room), jnp.float32),
     )
     out = local(received[None], routing, params)[0]
-    # Where my rows for device j begin, told to everybody: that is where they come back to.
+    # Every device tells where its rows for each other device begin: they come back to there.
     home = lax.all_gather(starts, AXIS)
     back = lax.ragged_all_to_all(
         out,
