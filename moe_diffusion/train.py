@@ -34,6 +34,7 @@ from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
 from moe_diffusion.parallel import distributed
+from moe_diffusion.planning.kernels import dispatch_line
 from moe_diffusion.training.allocator import keep_freed_memory
 from moe_diffusion.training.loop import train
 
@@ -47,7 +48,8 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
               f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip
-        print(table(parameter_counts(model), forward_flops(model)), flush=True)
+        print(table(parameter_counts(model), forward_flops(model)))
+        print(dispatch_line(model, config.model, jax.default_backend()), flush=True)
     with contextlib.ExitStack() as stack:
 
         def open_iterator():

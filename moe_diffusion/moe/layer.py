@@ -10,10 +10,10 @@ from flax import linen as nn
 
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.dropout import Dropout
-from moe_diffusion.moe.dispatch import dispatch, dropped_share
+from moe_diffusion.moe.dispatch import dispatch
 from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routing import expert_load
-from moe_diffusion.moe.transport import EXPERT_AXES, ragged_dropped_share
+from moe_diffusion.moe.transport import EXPERT_AXES
 from moe_diffusion.parallel.mesh import num_batch_shards
 
 GROUPS = ("sample", "shard", "batch")
@@ -86,7 +86,7 @@ class MoE(nn.Module):
 
         rate = self.dropout if train else 0.0
         routing, aux = router(grouped, is_null, train)
-        y = dispatch(
+        y, dropped = dispatch(
             grouped,
             routing,
             experts(width),
@@ -95,7 +95,8 @@ class MoE(nn.Module):
             transport=self.transport,
             capacity_factor=self.capacity_factor,
             dropout=Dropout(self.make_rng("dropout"), rate) if rate else None,
-        ).reshape(x.shape)
+        )
+        y = y.reshape(x.shape)
         if self.make_shared:
             y += self.make_shared(name="shared", dropout=rate)(x)
         if self.residual_input:
@@ -103,11 +104,8 @@ class MoE(nn.Module):
 
         load = expert_load(routing, experts.num_experts)
         metrics = {"load_max": load.max() / load.mean(), "load_min": load.min() / load.mean()}
-        drops = self.backend == "capacity" or self.transport == "a2a_capacity"
-        if drops and routing.slots_per_expert is None:
-            metrics["dropped"] = dropped_share(routing, experts.num_experts, self.capacity_factor)
-        elif self.transport == "ragged_a2a":
-            metrics["dropped"] = ragged_dropped_share(routing, experts.num_experts)
+        if dropped is not None:
+            metrics["dropped"] = dropped
         self._sow("losses", aux.losses)
         self._sow("metrics", metrics | aux.metrics)
         for name, value in aux.stats.items():

@@ -147,7 +147,7 @@ def expert_slots(
 
 
 def slots_of(num: int, num_experts: int, factor: float) -> int:
-    """C = ceil(factor * N / E), the slots of an expert when `capacity` serves N assignments."""
+    """C = ceil(factor * N / E), the slots of an expert when `slots` serves N assignments."""
     return min(num, -(-int(factor * num) // num_experts))
 
 

@@ -121,7 +121,7 @@ WIDE = {"image_size": 16, "hidden_size": 2048, "num_heads": 8, "moe__num_experts
             {
                 "depth": 2,
                 "moe__hidden_size": 4096,
-                "moe__backend": "capacity",
+                "moe__backend": "slots",
                 "moe__capacity_factor": 1.0,
                 "moe__shared_hidden_size": 2048,
             },
@@ -132,7 +132,7 @@ WIDE = {"image_size": 16, "hidden_size": 2048, "num_heads": 8, "moe__num_experts
             {
                 "depth": 2,
                 "moe__hidden_size": 4096,
-                "moe__backend": "capacity",
+                "moe__backend": "slots",
                 "router__max_capacity": 1.0,
             },
         ),

@@ -176,7 +176,7 @@ def layer(name, backend=None):
         make_experts=partial(Experts, E, 7, kind="gelu", use_bias=True),
         group=group,
         backend=backend,
-        capacity_factor=float(E),  # so that `capacity` drops nothing
+        capacity_factor=float(E),  # so that `slots` drops nothing
     )
 
 
@@ -215,7 +215,7 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("name", ["top 1", "expert choice"])
 def test_backends_and_devices_agree(name):
     expected = outcome(name, "reference")
-    for backend in ("blocked", "capacity"):
+    for backend in ("blocked", "slots"):
         assert_same(outcome(name, backend), expected)
     mesh = make_mesh(ConfigDict({"preset": "dp"}), jax.devices()[:G])
     with jax.set_mesh(mesh):

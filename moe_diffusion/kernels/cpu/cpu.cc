@@ -1,11 +1,11 @@
 // Products of rows with their experts' matrices, and sums over an expert's rows, for XLA on CPUs.
 //
-// Functions described where they are called, in kernels/cpu.py, on the blocked product of
-// cpu_product.h. What an expert's rows add to it is that copying the left operand follows a list of
-// tokens, so that gathering costs nothing, and that results can be written to those tokens' places.
+// cpu.py calls these functions and describes them. They stand on the blocked product of
+// cpu_product.h and add two things: the copy of the left operand follows a list of tokens, so that
+// gathering costs nothing; and results can be written to the places of those tokens.
 //
-// Every result is one thread's sum in an order that depends on the shapes and the plan alone, so
-// two runs give the same bits.
+// One thread sums each result, in an order that depends only on the shapes and the plan. So two
+// runs give the same bits.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,7 +21,7 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Integers = ffi::Buffer<ffi::S32>;
 
-// Rows of a matrix by number, or by the tokens that they hold; none for a token that is not there.
+// The rows of a matrix, found by number or by token. A token that does not exist has no row.
 struct Rows {
   const float* data;
   Index num, width;
@@ -40,7 +40,7 @@ Rows rows_of(const Floats& array, const Integers* token) {
 
 // ---- the plan ----------------------------------------------------------------------------------
 
-// The TilePlan of kernels/tiles.py with tiles of one row, by counting: token, expert i32[N] ->
+// The TilePlan of kernels/tiles.py with tiles of one row, made by counting: token, expert i32[N] ->
 // row_token, assignment, owner i32[R], row i32[N], start, end i32[E].
 ffi::Error plan(Integers token, Integers expert, ffi::Result<Integers> row_token,
                 ffi::Result<Integers> assignment, ffi::Result<Integers> owner,
@@ -194,7 +194,7 @@ ffi::Error row_products(ffi::ThreadPool pool, Integers token, Integers start, In
       tasks.push_back({expert, begin + (stop - begin) * i / num,
                        begin + (stop - begin) * (i + 1) / num});
   }
-  // Rows that no expert has are zero, and so are tokens without a row.
+  // Rows that belong to no expert are zero, and so are tokens without a row.
   Index used = end.typed_data()[num_experts - 1];
   if (in_place) {
     const int32_t *first = token.typed_data(), *past = first + token.element_count();
@@ -288,7 +288,7 @@ ffi::Error outer_products(ffi::ThreadPool pool, Integers token, Integers start, 
         std::fill_n(product.out + expert * size, size, 0.0f);
       }
   }
-  // The longest sums first, or one of them ends after all the others.
+  // The longest sums start first, so that none of them is still running when all others are done.
   std::stable_sort(experts.begin(), experts.end(), [](const Task& a, const Task& b) {
     return a.end - a.begin > b.end - b.begin;
   });

@@ -1,19 +1,22 @@
-"""Mosaic GPU kernels of the experts for Hopper: TMA copies feed wgmma, warpgroups specialised.
+"""Mosaic GPU kernels of the experts for Hopper: TMA copies feed wgmma in specialised warpgroups.
 
-The products of `gpu.py` on the same rows (`TilePlan`), for bf16 and f16. They compile for an H100
-and give the right numbers when interpreted, but they were never timed, nor run on a GPU: nothing
-chooses them unless the tile table says so (`tuning.GPUBlocks.kernels`), and only
-`python -m moe_diffusion.tune` on a GPU of compute capability 9 writes that.
+STATUS: never timed and never run on a GPU. They compile for an H100 and give the right numbers
+when interpreted. Nothing chooses them by itself: a table of tile sizes has to name them
+(`tuning.GPUBlocks.kernels`), and only `python -m moe_diffusion.tune` on a GPU of compute capability
+9 writes such a table. This is the one place that says so; hopper_products.py belongs to it.
 
-With Triton's kernels as the measure, traffic in elements:
+They compute the products of triton.py on the same rows (`TilePlan`), in bf16 and f16. Compared with
+Triton's kernels, traffic in elements:
 
-- rows are gathered by XLA before, as TMA copies no scattered rows on Hopper: 2 R D more in each
-  direction;
-- `up` writes the activation beside what the backward pass needs, and `down` reads that alone, for
-  wgmma takes its operands from shared memory: R H more with one projection in, the same with two;
-- the rest is fused as there.
+- XLA gathers the rows beforehand, because TMA copies no scattered rows on Hopper: 2 R D more in
+  each direction;
+- `up` writes the activation beside what the backward pass needs, and `down` reads only the
+  activation, because wgmma takes its operands from shared memory: R H more with one projection in,
+  the same with two;
+- everything else is fused as in triton.py.
 
-Experts with biases, f32, widths that 64 does not divide and other tiles (`can_run`) are Triton's.
+Triton's kernels take over what these cannot do (`can_run`): experts with biases, f32, widths that
+64 does not divide, and tiles of other sizes.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.gpu import GPUKernels
-from moe_diffusion.kernels.hopper_products import SIDE, outer_product, rows_product
+from moe_diffusion.kernels.gpu.hopper_products import SIDE, outer_product, rows_product
+from moe_diffusion.kernels.gpu.triton import GPUKernels
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.tiles import TilePlan
 from moe_diffusion.kernels.tuning import GPUBlocks
@@ -35,7 +38,7 @@ HALF = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
 
 def can_run(params: Params, blocks: GPUBlocks, tile: int) -> bool:
-    """Whether these experts in tiles of so many rows are within what the kernels do."""
+    """Whether the kernels can compute these experts in tiles of `tile` rows."""
     _, width, hidden = params["up"].shape
     return (
         params["up"].dtype in HALF
@@ -46,7 +49,10 @@ def can_run(params: Params, blocks: GPUBlocks, tile: int) -> bool:
 
 
 class HopperKernels(GPUKernels):
-    """See `grouped.Kernels`. blocks: rows 64 or 128, columns and step multiples of 64."""
+    """The three kernels of `grouped.Kernels`.
+
+    blocks: rows are 64 or 128; columns and step are multiples of 64.
+    """
 
     def forward(self, kind, x, weight, params, plan, save):
         if not can_run(params, self.blocks, plan.tile):
@@ -89,11 +95,11 @@ class HopperKernels(GPUKernels):
 
 
 def _gathered(x: jax.Array, plan: TilePlan) -> jax.Array:
-    """The plan's rows of x[T, D], zeros where it has none: [R, D]."""
+    """The rows [R, D] of a plan, taken from x[T, D]; zeros in rows that hold no token."""
     return jnp.take(x, plan.rows.token, axis=0, mode="fill", fill_value=0)
 
 
-# --- what becomes of the totals, 64 x 64 of them at a time ----------------------------------------
+# --- what is done with the totals, 64 x 64 of them at a time --------------------------------------
 
 
 def _up(totals, tiles, gate, *, kind, save):
@@ -113,7 +119,7 @@ def _d_hidden(totals, tiles, gate, *, kind):
 
 
 def _slopes(kind, up, gate=None):
-    """`mlp.activation` and its derivatives by its arguments; Mosaic cannot lower `jax.vjp`'s."""
+    """The activation and its derivatives by each argument; Mosaic cannot lower `jax.vjp`'s."""
     if kind == "gelu":
         scale, cubic = (2 / math.pi) ** 0.5, 0.044715
         tanh = jnp.tanh(scale * (up + cubic * up * up * up))

@@ -1,10 +1,10 @@
-"""Products of rows in tiles of one expert on Hopper: a ring of TMA copies, consumed by wgmma.
+"""The products under hopper.py: a ring of TMA copies, consumed by wgmma.
 
 A block of threads makes a tile of rows and a block of columns. One of its warpgroups does nothing
-but start copies of the operands into a ring in shared memory; for every 64 rows another one
-multiplies what has arrived, as in CUTLASS's warp-specialised kernels. What TMA reads beyond the
-end of an axis is zeros, and what it writes there is dropped, so that a block of columns need not
-divide the width. Mosaic knows no cost estimates. Never timed; see hopper.py.
+but start copies of the operands into a ring in shared memory. There is another warpgroup for every
+64 rows, which multiplies what has arrived, as in CUTLASS's warp-specialised kernels. TMA reads
+zeros beyond the end of an axis and drops what it would write there, so a block of columns need not
+divide the width. Mosaic knows no cost estimates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Finish = Callable[[Values, Values, jax.Array | None], tuple[Values, jax.Array | 
 
 
 class _Sizes(NamedTuple):
-    """Of a block of threads: its rows and columns, the step along the summed axis, the stages."""
+    """A block of threads: rows, columns, step along the summed axis, and stages of the ring."""
 
     rows: int
     columns: int
@@ -46,9 +46,10 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def fitting(cls, rows, columns, step, *, lefts, rights, fixed, per_column=0):
-        """As many columns, then stages, as fit; lefts and rights: how many operands a stage has.
+        """The most columns that fit into shared memory, and then the most stages.
 
-        fixed, per_column: bytes of shared memory beside the stages.
+        lefts, rights: how many operands a stage holds. fixed, per_column: bytes of shared memory
+        that are needed besides the stages.
         """
 
         def stages():
@@ -74,11 +75,20 @@ def rows_product(
     tiles: Sequence[jax.Array] = (),
     sums: bool = False,
 ) -> list[jax.Array]:
-    """finish(products of rows with their experts' weights): [R, columns] each.
+    """Multiplies rows by their experts' weights and applies `finish` to the products.
 
-    lefts [R, K], rights [E, K, N] or, transposed, [E, N, K]. One left: its product with each of
-    the rights; several: the sum of left[i] right[i]. weights (none or one, f32[R]) and tiles
-    [R, N] go to finish. With sums the last result is f32[parts, R], each over part of the columns.
+    Args:
+      lefts: [R, K] each. One left is multiplied by each of the rights; several give one product,
+        the sum of lefts[i] rights[i].
+      rights: [E, K, N] each; with `transposed` [E, N, K].
+      finish: gets blocks of the products, of `tiles` and of `weights`.
+      outputs: the number of columns of each result.
+      weights: none or one, f32[R].
+      tiles: [R, N] each.
+      sums: add a result f32[parts, R]: what `finish` sums, each over a part of the columns.
+
+    Returns:
+      [R, columns] for each of the outputs, then the sums.
     """
     rows, summed = lefts[0].shape
     size, tile = rights[0].shape[1 if transposed else 2], plan.tile
@@ -135,7 +145,7 @@ def rows_product(
 
 
 class _Ends:
-    """What a warpgroup with 64 rows does before its products (`start`) and after (`store`)."""
+    """The work of a warpgroup with 64 rows before its products (`start`) and after (`store`)."""
 
     def __init__(self, finish, place, sizes, memory, tiles, weights, outs, sums):
         self.finish, self.memory = finish, memory
@@ -165,7 +175,7 @@ class _Ends:
         return self.memory[name].at[self.group]
 
     def start(self):
-        """Fetches tiles and weights, which are there by the time that the products are."""
+        """Starts to fetch tiles and weights, so that they arrive while the products are made."""
         for ref in self.weights:
             plgpu.copy_gmem_to_smem(ref.at[self.rows], self.mine("weight"), self.mine("arrived"))
         for i, ref in enumerate(self.tiles):
@@ -241,7 +251,7 @@ def outer_product(
 
 
 def _split(refs, counts):
-    """refs in groups of so many, and what is left of them."""
+    """Cuts refs into groups of the given sizes; the last group is what is left."""
     groups = []
     for count in counts:
         groups.append(refs[:count])
@@ -250,12 +260,12 @@ def _split(refs, counts):
 
 
 def _block(shape, index_map):
-    """delay_release: a block is still being read while the next one is multiplied."""
+    """A block of an operand. It is still read while the next one is multiplied (delay_release)."""
     return plgpu.BlockSpec(shape, index_map, delay_release=1)
 
 
 def _kernel(name, body, results, grid, sizes, scratch):
-    """`grid` blocks of one warpgroup for every 64 rows and another that copies."""
+    """A kernel of `grid` blocks, each with one warpgroup for every 64 rows and one that copies."""
     body.__name__ = name
     return plgpu.kernel(
         body,
@@ -270,7 +280,7 @@ def _kernel(name, body, results, grid, sizes, scratch):
 
 
 def _pipelined(sizes, steps, specs, operands, start, multiply, num_totals, store):
-    """start(), multiply(step, *blocks of the operands, totals) for each step, store(totals)."""
+    """Runs start(), then multiply(step, *blocks, totals) for each step, then store(totals)."""
 
     def compute(pipeline):
         def scope(*totals):
@@ -293,7 +303,7 @@ def _pipelined(sizes, steps, specs, operands, start, multiply, num_totals, store
 
 
 def _writer(buffer):
-    """write(value[64, 64], ref) through the two halves of a buffer, in turn."""
+    """Returns write(value[64, 64], ref), which uses the two halves of a buffer in turn."""
     writes = 0
 
     def write(value, ref):

@@ -1,9 +1,9 @@
 """Pallas TPU kernels of the experts: one pass over sorted rows for each direction.
 
-Every kernel walks over tiles of rows that belong to one expert (`TilePlan`); the tile's expert id
-is prefetched and picks the block of weights, which stays in VMEM while the expert does. Up
-projection, activation and down projection are one kernel: what lies between never leaves VMEM,
-but for the pre-activations that the backward pass wants. With a hidden width too large for VMEM
+Every kernel walks over tiles whose rows all have one expert (`TilePlan`). The tile's expert id is
+prefetched and picks the block of weights, which stays in VMEM until the expert changes. Up
+projection, activation and down projection are one kernel, so of what lies between them only the
+pre-activations that the backward pass needs leave VMEM. If the hidden width is too large for VMEM,
 the kernels walk over blocks of it inside a tile.
 
 Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, V = visits of an expert's
@@ -13,8 +13,8 @@ weights (1 per expert if H is one block, else 1 per tile):
     backward   2 R D + (2 n + 1) R H + V (n + 1) D H
     outer      R (I + O) for each block of the other's width, E I O out
 
-The rows are gathered by XLA, which fuses nothing into a kernel: R D more to write and read. As an
-option the forward kernel fetches them itself (`TPUKernels(gather=True)`).
+XLA gathers the rows beforehand, because it fuses nothing into a kernel: R D more to write and to
+read. As an option the forward kernel fetches them itself (`TPUKernels(gather=True)`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.grouped import Kernels, grouped, sorted_by_expert
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles
-from moe_diffusion.kernels.tpu_bodies import (
+from moe_diffusion.kernels.tpu.tpu_bodies import (
     LANES,
     backward_kernel,
     fetching_kernel,
@@ -52,13 +52,16 @@ def tpu(
     slots_per_token: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Token choice, see `grouped.sorted_by_expert`."""
+    """Any list of assignments; arguments and result as in `grouped.sorted_by_expert`.
+
+    interpret: run the kernels on a CPU, for tests.
+    """
     sizes = tpu_tiles(params, token.shape[0])
     kernels, arrays = TPUKernels(sizes.hidden, interpret=interpret), (x, token, expert, weight)
     return sorted_by_expert(kernels, sizes.rows, *arrays, params, kind, slots_per_token)
 
 
-def tpu_capacity(
+def tpu_slots(
     x: jax.Array,
     token: jax.Array,
     weight: jax.Array,
@@ -67,7 +70,7 @@ def tpu_capacity(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Fixed slots: x[T, D], token i32[E, C] (T: an empty slot), weight f32[E, C] -> [T, D]."""
+    """x[T, D], token i32[E, C] (T or more in an empty slot), weight f32[E, C] -> [T, D]."""
     sizes = tpu_tiles(params, token.size, slots=token.shape[1])
     plan = fixed_tiles(token, num_tokens=x.shape[0], tile=sizes.rows)
     kernels = TPUKernels(sizes.hidden, interpret=interpret)
@@ -75,10 +78,12 @@ def tpu_capacity(
 
 
 class TPUKernels(Kernels):
-    """See `grouped.Kernels`.
+    """The three kernels of `grouped.Kernels`.
 
-    block_h: hidden columns at a time. gather: the forward kernel itself fetches the rows from HBM,
-    one transfer a row, two tiles ahead of the products. interpret: run on CPU, for tests.
+    block_h: hidden columns at a time.
+    gather: the forward kernel fetches the rows from HBM itself, with one transfer for each row, two
+      tiles ahead of the products.
+    interpret: run on a CPU, for tests.
     """
 
     def __init__(self, block_h: int, gather: bool = False, interpret: bool = False):
@@ -204,14 +209,15 @@ def _gather(x, plan):
 
 
 def _outer_block(width: int) -> int:
-    """Columns of a gradient's block: all up to 1,024, else 512."""
+    """How many columns a block of a gradient has: all if there are at most 1,024, else 512."""
     return width if width <= 1024 else 512
 
 
 class _Grid:
     """Block shapes and index maps shared by the forward and the backward kernel.
 
-    The grid is (tiles, blocks of H). A slack tile repeats the last block that was fetched.
+    The grid is (tiles, blocks of H). A slack tile asks for the block that was fetched last, which
+    costs no transfer.
     """
 
     def __init__(self, plan: TilePlan, width: int, hidden: int, block_h: int):
@@ -253,7 +259,7 @@ class _Grid:
         return operands, specs
 
     def mask(self, values, axis, block):
-        """Zeros where the last block of H reaches beyond H, whose contents are undefined."""
+        """Clears what the last block of H holds beyond the end of H, because it is undefined."""
         if self.size % self.block == 0:
             return values
         column = lax.broadcasted_iota(jnp.int32, values.shape, axis)
@@ -281,10 +287,10 @@ class _Grid:
 
 
 def _fetched(x, plan):
-    """Operands, their specs and scratch of a kernel that fetches its own rows of x[T, D].
+    """Operands, their specs, and scratch of a kernel that fetches its own rows of x[T, D].
 
-    A row of bfloat16 shares its 32-bit words with its neighbour: both are fetched, as one row of
-    words, and `odd` says which half is meant.
+    Two neighbouring rows of bfloat16 share their 32-bit words. Both are fetched, as one row of
+    words, and `odd` says which half of each word is meant.
     """
     tiles, tile = plan.expert.shape[0], plan.tile
     packed = x.dtype == jnp.bfloat16

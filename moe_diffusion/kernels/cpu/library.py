@@ -1,8 +1,9 @@
-"""The C++ kernels (cpu.cc), compiled by the machine's own compiler when they are first needed.
+"""The C++ kernels (cpu.cc) as a library, compiled on this machine when it is first needed.
 
-A compiler makes the most of the CPU at hand, and nobody has to build wheels. It takes a few
-seconds, once: the library lies in ~/.cache/moe_diffusion/kernels under a name that stands for what
-it was made from. Where no compiler works there are no such kernels, and a warning says what to do.
+The machine's own compiler makes the most of its CPU, and nobody has to build wheels. Compiling
+takes a few seconds, once: the library stays in ~/.cache/moe_diffusion/kernels, under a name that is
+a hash of everything that it was made from. Where no compiler works there are no C++ kernels, and a
+warning says what to install.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ PLAN = "moe_diffusion_plan"
 ROW_PRODUCTS = "moe_diffusion_row_products"
 OUTER_PRODUCTS = "moe_diffusion_outer_products"
 FUNCTIONS = (PLAN, ROW_PRODUCTS, OUTER_PRODUCTS)
-# Apple's clang names the CPU at hand by the second.
+# Flags for the CPU at hand, to try in turn; Apple's clang knows the second.
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC")
+REMEDY = "install g++ or clang, or `pip install ziglang`, or name a compiler by CXX"
+NEEDS = f"needs a C++ compiler, and none works here ({REMEDY})"
 MISSING = (
-    "no C++ compiler works here, so experts run in plain XLA on the CPU: small ones take up to 1.7 "
-    "times as long. Install g++ or clang, or `pip install ziglang`, or name a compiler by CXX"
+    "no C++ compiler works here, so experts run in plain XLA on the CPU and small ones take up to "
+    f"1.7 times as long: {REMEDY}"
 )
 
 
 @functools.cache
 def available() -> bool:
-    """Whether there are kernels; the first call compiles, loads and registers them with JAX."""
+    """Whether the kernels can be called. The first call compiles, loads and registers them."""
     failures = []
     for compiler in compilers():
         try:
@@ -59,14 +62,14 @@ def available() -> bool:
 
 
 def register(library: ctypes.CDLL, suffix: str = "") -> None:
-    """Tells XLA of the functions, under their names + suffix."""
+    """Registers the library's functions with XLA, `suffix` appended to their names."""
     for name in FUNCTIONS:
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name + suffix, capsule, platform="cpu")
 
 
 def compilers() -> Iterator[tuple[str, ...]]:
-    """Commands to try in turn: that of the variable CXX alone, or all that are found."""
+    """Compiler commands to try in turn: the one in the variable CXX, or else all that are found."""
     if "CXX" in os.environ:
         yield tuple(shlex.split(os.environ["CXX"]))
         return
@@ -78,7 +81,7 @@ def compilers() -> Iterator[tuple[str, ...]]:
 
 
 def cache() -> Path:
-    """The folder for libraries; one for this process alone where the user's cannot be written."""
+    """The folder for libraries: the user's cache, or a temporary one where that is not writable."""
     try:
         folder = Path.home() / ".cache" / "moe_diffusion" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,13 +97,13 @@ def cache() -> Path:
 def build(
     compiler: tuple[str, ...], folder: Path, machine: tuple[tuple[str, ...], ...] = FOR_THIS_CPU
 ) -> Path:
-    """The library in `folder`, compiled if it is not there yet.
+    """Returns the path of the library in `folder`, and compiles it if it is not there yet.
 
-    machine: flags that name the CPU, the first that the compiler knows. Raises OSError or
-    subprocess.SubprocessError where the compiler fails.
+    machine: alternative flags for the CPU; the first that the compiler accepts are used.
+    Raises OSError or subprocess.SubprocessError if the compiler fails.
     """
     for flags in machine:
-        # All that the compiler defines: its version and what the CPU can do.
+        # The macros that the compiler predefines tell its version and what the CPU can do.
         command = [*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
         defines = subprocess.run(command, capture_output=True, timeout=60)
         if defines.returncode == 0:
@@ -128,7 +131,7 @@ def build(
 
 
 def _reason(error: Exception) -> str:
-    """The compiler's first complaint, or what kept it from running."""
+    """The compiler's first error message, or why it did not run."""
     said = getattr(error, "stderr", None) or ""
     if isinstance(said, bytes):
         said = said.decode(errors="replace")

@@ -1,8 +1,8 @@
 """Pallas-Triton kernels of the experts, for every NVIDIA GPU from A100 on.
 
-Rows are sorted by expert in tiles of one expert (`TilePlan`); a program finds its expert in the
-plan and its tokens in the plan's list, so that tokens are gathered while they are loaded and no
-sorted copy of them exists. Five kernels, named after what they compute:
+Rows are sorted by expert into tiles, and all rows of a tile have one expert (`TilePlan`). A program
+looks up its expert and its tokens in the plan. It gathers the tokens while it loads them, so no
+sorted copy of them exists. There are five kernels, named after what they compute:
 
     up        hidden = x[token] W_up, W_gate (+ bias), and the activation if nothing is saved
     down      out = weight * (act(hidden) W_down + bias)
@@ -10,10 +10,10 @@ sorted copy of them exists. Five kernels, named after what they compute:
     d_rows    sum over the projections of d_hidden W^T
     outer     per expert, sum over its rows of left^T right: the gradients of the weights
 
-Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, blocks of b columns: each
-kernel reads its left operand once for every b columns that it makes, and an expert's weights once
-for every tile of its rows. Programs are numbered with the columns fastest and the experts slowest,
-so that those running at a time share both in the L2 cache. At least, in all:
+A program makes b columns of one tile. So a kernel reads its left operand once for every b columns
+and an expert's weights once for every tile of its rows. Programs are numbered with the columns
+fastest and the experts slowest, so that those which run together share both operands in the L2
+cache. Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, at least:
 
     forward   R D + n R H (written, read) + R D + (n + 1) E D H
     backward  4 R D + (3 n + 2) R H + 2 (n + 1) E D H
@@ -30,41 +30,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.grouped import Kernels, sorted_by_expert
-from moe_diffusion.kernels.mlp import Params
+from moe_diffusion.kernels.grouped import Kernels
 from moe_diffusion.kernels.tiles import place
-from moe_diffusion.kernels.tuning import GPUBlocks, gpu_blocks
-
-
-def gpu(
-    x: jax.Array,
-    token: jax.Array,
-    expert: jax.Array,
-    weight: jax.Array,
-    params: Params,
-    kind: str,
-    *,
-    slots_per_token: int | None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Token choice, see `grouped.sorted_by_expert`."""
-    blocks = gpu_blocks(params, token.shape[0])
-    kernels, arrays = choose(blocks, interpret), (x, token, expert, weight)
-    return sorted_by_expert(kernels, blocks.rows, *arrays, params, kind, slots_per_token)
-
-
-def choose(blocks: GPUBlocks, interpret: bool = False) -> GPUKernels:
-    """The kernels that the blocks name; Mosaic's are never interpreted here."""
-    if blocks.kernels == "mosaic" and not interpret:
-        # Not at the top: they build on this module, and Pallas calls their API unstable.
-        from moe_diffusion.kernels.hopper import HopperKernels
-
-        return HopperKernels(blocks)
-    return GPUKernels(blocks, interpret)
+from moe_diffusion.kernels.tuning import GPUBlocks
 
 
 class GPUKernels(Kernels):
-    """See `grouped.Kernels`. blocks: of columns and of the summed axis; interpret: run on CPU."""
+    """The three kernels of `grouped.Kernels`.
+
+    blocks: sizes of the columns and of the summed axis; interpret: run on a CPU, for tests.
+    """
 
     def __init__(self, blocks: GPUBlocks, interpret: bool = False):
         self.blocks, self.interpret = blocks, interpret
@@ -138,7 +113,7 @@ class GPUKernels(Kernels):
         )(plan.start, plan.end, plan.rows.token, left, right)
 
     def _call(self, kernel, plan, operands, outputs, columns, *, products):
-        """One program for each tile and block of columns; outputs: (columns, dtype) of each."""
+        """Runs a program per tile and block of columns; outputs: (columns, dtype) of each."""
         rows = plan.assignment.shape[0]
         arrays = [operand for operand in operands if operand.ndim > 1]
         results = [jax.ShapeDtypeStruct((rows, size), dtype) for size, dtype in outputs]
@@ -161,9 +136,9 @@ class GPUKernels(Kernels):
 
 
 def _load(ref, *index, masks):
-    """A block of `ref`, zero where any of the masks (each of one axis) is false.
+    """Loads a block of `ref`. Each mask belongs to one axis; where it is false, zeros are read.
 
-    The first index may be a vector of rows (of a ref [T, D]), and then these rows are gathered.
+    Where the first index is a vector of row numbers (of a ref [T, D]), these rows are gathered.
     """
     if isinstance(index[0], jax.Array) and index[0].ndim:
         rows, columns = index
@@ -181,13 +156,13 @@ def _load(ref, *index, masks):
 
 
 def _dot(a, b):
-    """a[M, K] b[K, N], accumulated in f32; f32 operands are not rounded to TF32."""
+    """a[M, K] b[K, N] with f32 accumulation. f32 operands are not rounded to TF32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 class _Program:
-    """Where a program of the (tile, block of columns) grid works."""
+    """The place of one program in the grid of tiles and blocks of columns."""
 
     def __init__(self, expert, used, tile, columns, blocks):
         self.tile, self.step, self.block = tile, blocks.step, blocks.columns
@@ -200,7 +175,7 @@ class _Program:
         self.inside = ids < columns if columns % self.block else None
 
     def steps(self, size, body, *totals):
-        """body(slice, mask, *totals) over the summed axis; none in a slack tile."""
+        """Runs body(slice, mask, *totals) along the summed axis; not at all in a slack tile."""
 
         def step(k, totals):
             ids = k * self.step + jnp.arange(self.step)
@@ -282,7 +257,7 @@ def _d_hidden_kernel(expert, used, token, weight, d_y, *refs, kind, n, tile, col
     at.store(inner_out, gate * inner)
     for ref, values in zip(d_hidden, pull(gate * d_inner), strict=True):
         at.store(ref, values)
-    # Every block of columns has its part of the sum; the bias counts once.
+    # Every block of columns holds a part of the sum. The bias must count in one of them only.
     dots = jnp.sum(d_inner * inner, axis=1) + jnp.where(at.column_block == 0, from_bias, 0.0)
     plgpu.store(d_weight.at[at.rows, at.column_block], dots)
 

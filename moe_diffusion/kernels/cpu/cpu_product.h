@@ -96,8 +96,8 @@ inline void put(const float* tile, Index count, const float* bias, bool add, flo
 
 // ---- copies ------------------------------------------------------------------------------------
 
-// A row in pieces of kWidth numbers, each `apart` after the last; zeros fill the last one up, and
-// all of them where there is no row. May write up to kPadded numbers of a piece.
+// Copies a row in pieces of kWidth numbers, each `apart` after the one before. Zeros fill up the
+// last piece, and every piece where there is no row. May write up to kPadded numbers of a piece.
 template <int kWidth, int kPadded>
 inline void cut(const float* row, Index count, Index apart, float* to) {
   for (; count > 0; count -= kWidth, to += apart) {
@@ -163,8 +163,8 @@ float* block(int which, Index size) {
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
 
-// Rows follow no pattern that a CPU could foresee, so they are asked for this many rows ahead, and
-// places of results before they are computed.
+// Gathered rows follow no pattern that a CPU could predict. So rows are prefetched this many rows
+// ahead, and the places of results before the results are computed.
 constexpr Index kAhead = 4;
 
 inline void fetch(const float* row, Index first, Index count) {

@@ -15,8 +15,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// task(0) to task(num - 1) on XLA's threads and this one; returns when all are done. It waits for
-// tasks that have begun alone, so it makes progress even if no other thread is free.
+// Runs task(0) to task(num - 1) on XLA's threads and this one, and returns when all are done. It
+// waits only for tasks that have begun, so it makes progress even if no other thread is free.
 template <typename Task>
 void parallel(ffi::ThreadPool& pool, Index num, const Task& task) {
   struct Progress {
@@ -41,7 +41,7 @@ void parallel(ffi::ThreadPool& pool, Index num, const Task& task) {
   progress->finished.wait(lock, [&] { return progress->done.load() == num; });
 }
 
-// Rows of a task, of so many rows in all: few enough that every thread gets some.
+// How many of all rows one task takes: few enough that every thread gets some.
 Index height(Index total, const ffi::ThreadPool& pool) {
   const Index threads = std::max<Index>(1, pool.num_threads());
   return std::clamp<Index>(parts(total, 4 * threads), 4 * kRows, kTall);

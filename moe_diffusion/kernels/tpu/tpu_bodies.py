@@ -1,4 +1,4 @@
-"""What the TPU kernels of the experts do with a tile; tpu.py says which tiles they are given."""
+"""What a TPU kernel of the experts does with one tile; tpu.py hands it the tiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LANES = 128
 
 
 def _dot(a, b, contract):
-    """a . b over one axis of each, accumulated in f32; f32 operands keep their precision."""
+    """a . b over one axis of each, with f32 accumulation. f32 operands keep their precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -22,12 +22,12 @@ def _dot(a, b, contract):
 
 
 def _column(line):
-    """[1, M] -> [M, 1]: through a whole tile, since lanes move to sublanes only so."""
+    """[1, M] -> [M, 1], by way of a whole tile: only a transpose moves lanes to sublanes."""
     return jnp.broadcast_to(line, (LANES, line.shape[1])).T[:, :1]
 
 
 def fetching_kernel(expert, used, here, ahead, odd, x, weight, *refs, kernel):
-    """Fetches the rows of the next tile, waits for those of this one, and hands them on."""
+    """Starts to fetch the next tile's rows, waits for this tile's, and hands these to `kernel`."""
     *refs, buffers, rows, arrived = refs
     tile, block = pl.program_id(0), pl.program_id(1)
     packed = x.dtype == jnp.bfloat16

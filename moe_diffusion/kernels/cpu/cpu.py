@@ -1,15 +1,16 @@
 """C++ kernels of the experts for CPUs, f32 (cpu.cc, library.py).
 
-Rows are sorted by expert, without padding. A thread takes up to 224 rows of an expert and copies
-them, token by token, to where a product reads them, as any fast product does with its operands:
-gathering costs nothing, and neither does writing results to their tokens where each token has one
-expert. The places of results are fetched into the cache while they are computed. XLA:CPU's products
-of few rows run at half the speed of large ones, and each costs it a fixed 20 to 50 microseconds;
-these do not.
+Rows are sorted by expert, without padding. A thread takes up to 224 rows of one expert. Any fast
+product first copies its operands to where it reads them; here that copy also gathers the rows, so
+gathering costs nothing. Where every token has one expert, a result is written straight to its
+token's place, which costs nothing either: that place is fetched into the cache while the result is
+being computed. XLA:CPU runs products of few rows at half the speed of large ones and spends a fixed
+20 to 50 microseconds on each; these kernels do neither.
 
-Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, columns in blocks of 512:
-forward 2 R D + (2 n + 2) R H, backward 4 R D + (5 n + 6) R H, and the weights once for every 224
-rows of an expert in both, and their gradients. Each thread keeps up to 0.8 MB of copies besides.
+Traffic in elements for R rows, n = 2 projections in (SwiGLU) or 1, in blocks of 512 columns:
+forward 2 R D + (2 n + 2) R H, backward 4 R D + (5 n + 6) R H. Both directions also read the weights
+once for every 224 rows of an expert, and the backward pass writes their gradients. Each thread
+keeps up to 0.8 MB of copies.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.cpu.library import OUTER_PRODUCTS, PLAN, ROW_PRODUCTS
 from moe_diffusion.kernels.grouped import Kernels, grouped, sorted_by_expert
-from moe_diffusion.kernels.library import OUTER_PRODUCTS, PLAN, ROW_PRODUCTS
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import plan_rows, token_major
 from moe_diffusion.kernels.tiles import TilePlan, fixed_tiles, num_tiles
@@ -37,15 +38,18 @@ def cpu(
     *,
     slots_per_token: int | None,
 ) -> jax.Array:
-    """Token choice, see `grouped.sorted_by_expert`. Needs `library.available()`, as all here."""
+    """Any list of assignments; arguments and result as in `grouped.sorted_by_expert`.
+
+    Like everything in this file it works only where `library.available()` is true.
+    """
     kernels, arrays = CPUKernels(), (x, token, expert, weight)
     return sorted_by_expert(kernels, 1, *arrays, params, kind, slots_per_token)
 
 
-def cpu_capacity(
+def cpu_slots(
     x: jax.Array, token: jax.Array, weight: jax.Array, params: Params, kind: str
 ) -> jax.Array:
-    """Fixed slots: x[T, D], token i32[E, C] (T: an empty slot), weight f32[E, C] -> [T, D]."""
+    """x[T, D], token i32[E, C] (T or more in an empty slot), weight f32[E, C] -> [T, D]."""
     plan = fixed_tiles(token, num_tokens=x.shape[0], tile=1)
     return grouped(CPUKernels(), kind, x, weight.reshape(-1), params, plan)
 
@@ -58,7 +62,7 @@ def make_plan(
     num_experts: int,
     slots_per_token: int | None,
 ) -> TilePlan:
-    """`plan_tiles` with tiles of one row, by counting instead of sorting."""
+    """The plan that `plan_tiles` makes with tiles of one row, made by counting, not by sorting."""
     num, total = expert.shape[0], num_tiles(expert.shape[0], num_experts, 1)
     sizes = (total, total, total, num, num_experts, num_experts)
     results = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes]
@@ -74,16 +78,16 @@ def make_plan(
 
 
 class CPUKernels(Kernels):
-    """See `grouped.Kernels`; of plans with tiles of one row.
+    """The three kernels of `grouped.Kernels`, for plans with tiles of one row.
 
-    suffix: of the names that `library.register` gave the functions.
+    suffix: what `library.register` appended to the functions' names.
     """
 
     def __init__(self, suffix: str = ""):
         self.suffix = suffix
 
     def plan(self, token, expert, *, tile, **sizes):
-        del tile  # one row
+        del tile  # is 1
         return make_plan(token, expert, **sizes)
 
     def forward(self, kind, x, weight, params, plan, save):
@@ -114,7 +118,7 @@ class CPUKernels(Kernels):
         return self.outers(left, [right], plan, gather=gather)[0]
 
     def outers(self, left, rights, plan, *, gather):
-        """All in one call, which copies the left operand once."""
+        """One call for all of them, so that the left operand is copied once."""
         shapes = [(plan.start.shape[0], left.shape[1], right.shape[1]) for right in rights]
         results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         operands = (plan.rows.token, plan.start, plan.end, left, *rights)
@@ -136,12 +140,20 @@ class CPUKernels(Kernels):
         turned: bool = False,
         in_place: bool = False,
     ) -> list[jax.Array]:
-        """Rows times their experts' weights: a result for each weight where there is one left
-        operand, else the sum over the pairs.
+        """Rows times their experts' weights.
 
-        lefts [R, I], with `gather` [T, I]; weights [E, I, O], `turned` [E, O, I]; biases [E, O];
-        scale f32[R] multiplies the result's rows. Returns [R, O]; with `in_place` [T, O] in the
-        tokens' order, each of which must have one row.
+        One left operand gives one result for each of the weights. Several give one result, the sum
+        of lefts[i] weights[i].
+
+        Args:
+          lefts: [R, I] each; with `gather` [T, I], whose rows the plan's tokens name.
+          weights: [E, I, O] each; with `turned` [E, O, I].
+          biases: [E, O] each, added to the result of the same number.
+          scale: f32[R], multiplies the rows of the result.
+          in_place: write each row where its token stands; every token must have exactly one row.
+
+        Returns:
+          [R, O] each; with `in_place` [T, O].
         """
         num_rows = plan.rows.first.shape[0] if in_place else plan.assignment.shape[0]
         result = jax.ShapeDtypeStruct((num_rows, weights[0].shape[1 if turned else 2]), jnp.float32)
@@ -162,7 +174,7 @@ class CPUKernels(Kernels):
 
 
 def _in_place(plan: TilePlan) -> bool:
-    """Whether a token's row is its sum, so that it can be written where the token stands."""
+    """Whether every token has one row, so that this row is already the token's sum."""
     return plan.rows.per_token == 1
 
 

@@ -1,7 +1,8 @@
 """Experts with equally many slots: one batched product [E, C, D] x [E, D, H] for each projection.
 
-Memory traffic, in elements: 2 N D for the rows in and out, N H (twice for a SwiGLU) for the hidden
-values, 2-3 E D H for the weights, N = E C. Nothing is sorted; what XLA batches, it batches well.
+Nothing is sorted, and XLA runs batched products well. Memory traffic in elements, with N = E C:
+2 N D for the rows in and out, N H (twice for a SwiGLU) for the hidden values, 2-3 E D H for the
+weights.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
 
 
-def capacity(
+def fixed_slots(
     x: jax.Array,
     token: jax.Array,
     weight: jax.Array,
@@ -25,7 +26,7 @@ def capacity(
     kind: str,
     dropout: Dropout | None = None,
 ) -> jax.Array:
-    """x[T, D] -> [T, D] for token i32[E, C] (T marks an empty slot) and weight f32[E, C]."""
+    """x[T, D], token i32[E, C] (T or more in an empty slot), weight f32[E, C] -> [T, D]."""
     num_experts, slots = token.shape
     plan = plan_rows(token.reshape(-1), num_tokens=x.shape[0])
     rows = gather(x, plan).reshape(num_experts, slots, x.shape[1])
