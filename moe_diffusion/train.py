@@ -41,9 +41,9 @@ from moe_diffusion.training.loop import train
 def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Trains the config `spec` (see `config.load`) in `workdir`; returns what it came to."""
     config = configs.load(spec, overrides)
-    source = open_source(config.data, config.model)
-    autoencoder = autoencoders.for_config(config)
     model = build(config.model, losses=sorted(config.loss_weights))
+    source = open_source(config.data, model.input_shape, model.cond_spec())
+    autoencoder = autoencoders.for_config(config)
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
               f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip

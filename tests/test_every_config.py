@@ -10,13 +10,8 @@ import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion.data.sources import open_source
-from moe_diffusion.diffusion.objectives import make_loss
-from moe_diffusion.models import build
-from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.planning.compile import lower_train
-from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import create_state
-from moe_diffusion.training.step import make_train_step
+from moe_diffusion.training.run import prepare_run
 from tests import cli
 from tests.test_config_files import every_stem
 
@@ -102,19 +97,12 @@ def test_takes_a_step(specs):
     """On one device."""
     config = small(specs[0])
     assert all(small(spec) == config for spec in specs[1:])
-    model = build(config.model, losses=sorted(config.loss_weights))
-    optimizer = make_optimizer(config.optim)
-    train_step = make_train_step(
-        make_loss(model, config),
-        optimizer,
-        make_schedule(config.optim, config.train.num_steps),
-        config,
-        model.update_router_state,
-    )
-    batch = open_source(config.data, config.model).take(np.arange(BATCH))
-    with jax.set_mesh(make_mesh(config.parallel, jax.devices()[:1])):
-        state = create_state(model, optimizer, config, jax.sharding.get_mesh(), config.seed)
-        state, metrics = train_step(state, batch, jax.random.key(config.seed))
+    run = prepare_run(config, devices=jax.devices()[:1])
+    source = open_source(config.data, run.model.input_shape, run.model.cond_spec())
+    batch = source.take(np.arange(BATCH))
+    with run.on_mesh():
+        state, _ = run.create(config.seed)
+        state, metrics = run.step()(state, batch, jax.random.key(config.seed))
     metrics = {name: float(value) for name, value in metrics.items()}
     assert metrics.pop("finite") == 1 and np.isfinite(list(metrics.values())).all()
     assert metrics["loss"] > 0.1 and metrics["grad_norm"] > 0.01

@@ -10,15 +10,15 @@ import numpy as np
 
 from moe_diffusion import config as configs
 from moe_diffusion.benchmarks.timing import medians, peak_flops
+from moe_diffusion.conditions import IMAGE, cond_of
 from moe_diffusion.data.sources import Synthetic
-from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.models import abstract_variables, build
+from moe_diffusion.models import build
 from moe_diffusion.models.accounting import BACKWARD, forward_flops
+from moe_diffusion.models.stack import abstract_variables
 from moe_diffusion.parallel.mesh import make_mesh
-from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import create_state
-from moe_diffusion.training.step import make_train_step
+from moe_diffusion.training.run import prepare_run
+from moe_diffusion.training.step import Frozen
 
 
 def bench_train(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, Any]:
@@ -28,25 +28,19 @@ def bench_train(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, 
     per second, as a share of `timing.peak_flops`.
     """
     config = configs.load(spec, ["data.source=synthetic", *overrides])
-    model = build(config.model, losses=sorted(config.loss_weights))
-    batch = _batch(config)
-    optimizer = make_optimizer(config.optim)
-    mesh = make_mesh(config.parallel, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        state = create_state(model, optimizer, config, mesh, config.seed)
-        schedule = make_schedule(config.optim, config.train.num_steps)
-        step = make_train_step(
-            make_loss(model, config), optimizer, schedule, config, model.update_router_state
-        )
-        holder = [state]
+    run = prepare_run(config, devices=jax.devices()[:1])
+    batch, step = _batch(config, run.model), run.step()
+    with run.on_mesh():
+        state, untrained = run.create(config.seed)
+        holder, frozen = [state], Frozen(untrained)
 
         def call():
-            holder[0], metrics = step(holder[0], batch, jax.random.key(0))
+            holder[0], metrics = step(holder[0], batch, jax.random.key(0), frozen)
             return metrics
 
         seconds = medians({"step": call}, repeats)["step"]
-    flops = (1 + BACKWARD) * forward_flops(model, config.data.batch_size)["total"]
-    return _report(config, model, seconds, flops)
+    flops = (1 + BACKWARD) * forward_flops(run.model, config.data.batch_size)["total"]
+    return _report(config, run.model, seconds, flops)
 
 
 def bench_sample(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, Any]:
@@ -58,11 +52,11 @@ def bench_sample(spec: str, overrides: Sequence[str], repeats: int) -> dict[str,
         variables = jax.tree.map(
             lambda x: jax.numpy.full(x.shape, 0.02, x.dtype), abstract_variables(model)
         )
-        images = _batch(config)
+        batch = _batch(config, model)
         keys = jax.random.split(jax.random.key(0), config.data.batch_size)
         sampler = make_sampler(model, config)
-        labels = images["label"]
-        call = {"sample": lambda: sampler(variables, images["image"], labels, keys)}
+        image, cond = batch[IMAGE], cond_of(batch)
+        call = {"sample": lambda: sampler(variables, image, cond, keys)}
         seconds = medians(call, repeats)["sample"]
     sampling = config.sampling
     return _report(config, model, seconds, flops=None) | {
@@ -70,9 +64,9 @@ def bench_sample(spec: str, overrides: Sequence[str], repeats: int) -> dict[str,
     }  # fmt: skip
 
 
-def _batch(config) -> dict[str, np.ndarray]:
-    size = (config.model.image_size, config.model.image_size, config.model.channels)
-    return Synthetic(size, config.model.num_classes).take(np.arange(config.data.batch_size))
+def _batch(config, model) -> dict[str, np.ndarray]:
+    source = Synthetic(model.input_shape, model.cond_spec())
+    return source.take(np.arange(config.data.batch_size))
 
 
 def _report(config, model, seconds: float, flops: float | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 
+from moe_diffusion.conditions import cond_of
 from moe_diffusion.diffusion.loss_parts import Draws, LossAux, LossFn, forward, with_router_losses
 from moe_diffusion.errors import UserError
 
@@ -266,30 +267,31 @@ def ddpm_loss(
     batch: Mapping[str, jax.Array],
     draws: Draws,
     *,
-    label_dropout: float,
+    cond_dropout: float,
     loss_weights: Mapping[str, float],
 ) -> tuple[jax.Array, LossAux]:
     """mean(mse + vb) plus the weighted losses of the routers, see `with_router_losses`.
 
     Args:
-      batch: "image" [B, H, W, C], "label" i32[B].
+      batch: "image" [B, H, W, C], and the fields of the condition.
       draws: with t i32[B], steps of the process in 0..999.
     """
     process, image = linear_process(), batch["image"]
     x_t = diffuse(process, image, draws.t, draws.noise)
-    t, dropped = draws.t.astype(jnp.float32), draws.drop_uniform < label_dropout
+    t, dropped = draws.t.astype(jnp.float32), draws.drop_uniform < cond_dropout
     output, sown = forward(
-        model, params, router_state, x_t, t, batch["label"], dropped, draws.dropout
+        model, params, router_state, x_t, t, cond_of(batch), dropped, draws.dropout
     )
     mse, vb = (jnp.mean(x) for x in loss_terms(process, output, image, draws.t, draws.noise))
     return with_router_losses(mse + vb, sown, loss_weights, mse=mse, vb=vb)
 
 
 def make_ddpm_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
-    """The loss of `config` as `loss_fn(params, router_state, batch, rng) -> (loss, LossAux)`."""
-    label_dropout, loss_weights = config.diffusion.cond_dropout, dict(config.loss_weights)
+    """The loss of `config` as a `LossFn`."""
+    cond_dropout, loss_weights = config.diffusion.cond_dropout, dict(config.loss_weights)
 
-    def loss_fn(params, router_state, batch, rng):
+    def loss_fn(params, router_state, batch, rng, frozen=None):
+        del frozen
         rng_t, rng_noise, rng_drop, rng_dropout = jax.random.split(rng, 4)
         shape = batch["image"].shape
         draws = Draws(
@@ -304,7 +306,7 @@ def make_ddpm_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossF
             router_state,
             batch,
             draws,
-            label_dropout=label_dropout,
+            cond_dropout=cond_dropout,
             loss_weights=loss_weights,
         )
 

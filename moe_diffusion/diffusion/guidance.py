@@ -1,17 +1,19 @@
 """Classifier-free guidance (arXiv 2207.12598) around any velocity function.
 
-v = v_null + scale * (v_label - v_null)
+v = v_null + scale * (v_cond - v_null)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# (x [B, H, W, C], t scalar f32, label i32[B]) -> [B, H, W, C_out]
-LabelledVelocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Cond = Mapping[str, jax.Array]
+# (x [B, H, W, C], t scalar f32, cond {field: [B, ...]}) -> [B, H, W, C_out]
+ConditionalVelocity = Callable[[jax.Array, jax.Array, Cond], jax.Array]
 
 
 def combine(
@@ -31,18 +33,18 @@ def combine(
 
 
 def guide(
-    velocity: LabelledVelocity,
-    null_label: int,
+    velocity: ConditionalVelocity,
+    null: Callable[[Cond], Any],
     scale: float,
     *,
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
     joint: bool = False,
-) -> LabelledVelocity:
+) -> ConditionalVelocity:
     """Wraps `velocity` with guidance; `scale` 1 returns it as it is, at no extra cost.
 
     Args:
-      null_label: label of the unconditional prediction.
+      null: cond -> that of the unconditional prediction, as `model.null` makes it.
       interval: guide where low < t < high, strictly (arXiv 2404.07724); elsewhere the
         unconditional pass is not computed. An end at 0 or 1 is no bound, so that the default
         also guides the evaluations at t=0 and, for Heun, at t=1.
@@ -55,20 +57,20 @@ def guide(
         return velocity
     low, high = interval
 
-    def guided(x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
-        null = jnp.full_like(label, null_label)
+    def guided(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+        cond, absent = dict(cond), dict(null(cond))
         if joint:
-            both = velocity(jnp.concatenate([x, x]), t, jnp.concatenate([label, null]))
-            conditional, unconditional = jnp.split(both, 2)
+            twice = jax.tree.map(lambda *pair: jnp.concatenate(pair), (x, cond), (x, absent))
+            conditional, unconditional = jnp.split(velocity(twice[0], t, twice[1]), 2)
         else:
-            conditional, unconditional = velocity(x, t, label), velocity(x, t, null)
+            conditional, unconditional = velocity(x, t, cond), velocity(x, t, absent)
         return combine(conditional, unconditional, scale, channels)
 
     if low <= 0.0 and high >= 1.0:
         return guided
 
-    def guided_inside(x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+    def guided_inside(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         inside = jnp.logical_and(t > low if low > 0.0 else True, t < high if high < 1.0 else True)
-        return jax.lax.cond(inside, guided, velocity, x, t, label)
+        return jax.lax.cond(inside, guided, velocity, x, t, dict(cond))
 
     return guided_inside

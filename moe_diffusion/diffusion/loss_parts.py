@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_diffusion.conditions import drop
 from moe_diffusion.diffusion import sown as aux_losses
 
-LossFn = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array], tuple[jax.Array, "LossAux"]]
+# (params, router_state, batch, key, frozen) -> (loss, aux); frozen: what is not trained, see
+# training/step.py
+LossFn = Callable[..., tuple[jax.Array, "LossAux"]]
 
 
 class Draws(NamedTuple):
@@ -20,7 +22,7 @@ class Draws(NamedTuple):
     Attributes:
       t: [B], float32 in (0, 1) for a flow, integer steps for DDPM.
       noise: [B, H, W, C], standard normal.
-      drop_uniform: [B]; a label is dropped where it is below `label_dropout`.
+      drop_uniform: [B]; a condition is dropped where it is below `cond_dropout`.
       dropout: key of the network's own dropout; None for a network without.
     """
 
@@ -48,7 +50,7 @@ def forward(
     router_state: Any,
     x_t: jax.Array,
     t: jax.Array,
-    label: jax.Array,
+    cond: Mapping[str, jax.Array],
     dropped: jax.Array,
     dropout: jax.Array | None = None,
 ) -> tuple[jax.Array, Mapping[str, Any]]:
@@ -56,15 +58,14 @@ def forward(
 
     Args:
       t: f32[B], as the network wants it.
-      label: i32[B]; where dropped (bool[B]) the network sees the null label.
+      cond: the condition; where dropped (bool[B]) the network sees none.
       dropout: see `Draws`.
     """
-    label = jnp.where(dropped, model.num_classes, label)
     return model.apply(
         {"params": params, "router_state": router_state},
         x_t,
         t,
-        label,
+        drop(model, cond, dropped),
         True,
         rngs={} if dropout is None else {"dropout": dropout},
         mutable=["losses", "metrics", "router_stats"],

@@ -1,6 +1,6 @@
 """The velocity objective: what a training step minimises.
 
-    L = E || v(x_t, t, y) - (x_1 - x_0) ||^2 + sum_i weight_i * auxiliary_i
+    L = E || v(x_t, t, cond) - (x_1 - x_0) ||^2 + sum_i weight_i * auxiliary_i
 
 The random draws are a value of their own, so that a recorded trajectory can be replayed.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
+from moe_diffusion.conditions import cond_of
 from moe_diffusion.diffusion import ddpm, paths
 from moe_diffusion.diffusion.loss_parts import Draws, LossAux, LossFn, forward, with_router_losses
 
@@ -79,7 +80,7 @@ def flow_loss(
     batch: Mapping[str, jax.Array],
     draws: Draws,
     *,
-    label_dropout: float,
+    cond_dropout: float,
     loss_weights: Mapping[str, float],
     diffusion: Flow | ml_collections.ConfigDict = RECTIFIED,
 ) -> tuple[jax.Array, LossAux]:
@@ -89,8 +90,8 @@ def flow_loss(
     6), with the same floor of 1 - t on both sides.
 
     Args:
-      batch: "image" [B, H, W, C] in [-1, 1], "label" i32[B].
-      label_dropout: a label becomes the null class where drop_uniform < label_dropout.
+      batch: "image" [B, H, W, C] in [-1, 1], and the fields of the condition.
+      cond_dropout: a sample has no condition where drop_uniform < cond_dropout.
       loss_weights: name -> weight; the names must be those that the routers return.
       diffusion: `Flow`, or the section of a config.
 
@@ -100,9 +101,9 @@ def flow_loss(
     image, t = batch["image"], draws.t
     noise = diffusion.noise_scale * draws.noise
     x_t = paths.interpolate(image, noise, t)
-    dropped = draws.drop_uniform < label_dropout
+    dropped = draws.drop_uniform < cond_dropout
     output, sown = forward(
-        model, params, router_state, x_t, t, batch["label"], dropped, draws.dropout
+        model, params, router_state, x_t, t, cond_of(batch), dropped, draws.dropout
     )
     if diffusion.prediction == "data":
         target = paths.velocity_from_data(image, x_t, t, diffusion.t_eps)
@@ -120,11 +121,12 @@ def make_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
 
 
 def make_flow_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
-    """The loss of `config` as `loss_fn(params, router_state, batch, rng) -> (loss, LossAux)`."""
+    """The loss of `config` as a `LossFn`."""
     diffusion = config.diffusion
     loss_weights = dict(config.loss_weights)
 
-    def loss_fn(params, router_state, batch, rng):
+    def loss_fn(params, router_state, batch, rng, frozen=None):
+        del frozen
         draws = draw(
             rng,
             batch["image"],
@@ -139,7 +141,7 @@ def make_flow_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossF
             router_state,
             batch,
             draws,
-            label_dropout=diffusion.cond_dropout,
+            cond_dropout=diffusion.cond_dropout,
             loss_weights=loss_weights,
             diffusion=diffusion,
         )

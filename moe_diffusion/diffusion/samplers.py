@@ -20,7 +20,7 @@ from moe_diffusion.errors import UserError
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, scalar t) -> dx/dt
 # (keys [B], step i32, shape of a batch) -> f32[B, ...]
 StepNoise = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
-# (variables, z [B, H, W, C], labels i32[B], keys [B] or None) -> samples [B, H, W, C]
+# (variables, z [B, H, W, C], cond {field: [B, ...]}, keys [B] or None) -> samples [B, H, W, C]
 Sampler = Callable[..., jax.Array]
 
 STOCHASTIC = ("sde", "sde_heun", "ddpm", "ddim")
@@ -134,9 +134,9 @@ def make_sampler(
       noise: where the noise of stochastic samplers comes from; replaced to replay a record.
 
     Returns:
-      fn(variables, z, labels, keys=None) -> samples f32[B, H, W, C]. z [B, H, W, C] is standard
-      normal, whatever `diffusion.noise_scale` is; labels i32[B]; keys [B], one per image, are
-      needed by the samplers in STOCHASTIC only.
+      fn(variables, z, cond, keys=None) -> samples f32[B, H, W, C]. z [B, H, W, C] is standard
+      normal, whatever `diffusion.noise_scale` is; cond is the condition; keys [B], one per image,
+      are needed by the samplers in STOCHASTIC only.
 
     Raises:
       UserError: `sampling.respacing` or `sampling.steps` is impossible for ddpm.
@@ -148,10 +148,10 @@ def make_sampler(
         process = ddpm.respace(ddpm.linear_process(), ddpm.spaced_timesteps(spacing))
         run = partial(_ddpm, process)
 
-    def sampler(variables, z, labels, keys=None):
+    def sampler(variables, z, cond, keys=None):
         if keys is None and noise is step_noise and config.sampling.sampler in STOCHASTIC:
             raise ValueError(f"the sampler {config.sampling.sampler} needs keys, one per image")
-        return run(model, config, return_trajectory, noise, variables, z, labels, keys)
+        return run(model, config, return_trajectory, noise, variables, z, cond, keys)
 
     return jax.jit(sampler)
 
@@ -160,7 +160,7 @@ def _guide(output, model, sampling, channels):
     """Guidance around the network's output, or what is made of it, as the config says."""
     return guidance.guide(
         output,
-        model.num_classes,
+        model.null,
         sampling.cfg,
         interval=tuple(sampling.cfg_interval),
         channels=sampling.cfg_channels or channels,
@@ -168,17 +168,17 @@ def _guide(output, model, sampling, channels):
     )
 
 
-def _flow(model, config, return_trajectory, noise, variables, z, labels, keys):
+def _flow(model, config, return_trajectory, noise, variables, z, cond, keys):
     sampling, scale = config.sampling, config.diffusion.noise_scale
 
-    def of_label(x, t, label):
-        output = model.apply(variables, x, jnp.full(x.shape[:1], t), label, False)
+    def of_cond(x, t, cond):
+        output = model.apply(variables, x, jnp.full(x.shape[:1], t), cond, False)
         return objectives.velocity_of(output, x, t, config.diffusion)
 
-    guided = _guide(of_label, model, sampling, channels=None)
+    guided = _guide(of_cond, model, sampling, channels=None)
 
     def velocity(x, t):
-        return guided(x, t, labels)
+        return guided(x, t, cond)
 
     z = scale * z
     if sampling.sampler == "dopri5":
@@ -203,12 +203,12 @@ def _flow(model, config, return_trajectory, noise, variables, z, labels, keys):
     )
 
 
-def _ddpm(process, model, config, return_trajectory, noise, variables, z, labels, keys):
+def _ddpm(process, model, config, return_trajectory, noise, variables, z, cond, keys):
     sampling = config.sampling
     timesteps = jnp.asarray(process.timesteps, jnp.float32)
 
-    def output(x, t, label):
-        output = model.apply(variables, x, jnp.full(x.shape[:1], t), label, False)
+    def output(x, t, cond):
+        output = model.apply(variables, x, jnp.full(x.shape[:1], t), cond, False)
         return output.astype(jnp.float32)
 
     # The variance stays that of the conditional pass.
@@ -216,7 +216,7 @@ def _ddpm(process, model, config, return_trajectory, noise, variables, z, labels
 
     def step(x, executed):
         i = len(timesteps) - 1 - executed
-        p = ddpm.reverse(process, guided(x, timesteps[i], labels), x, i, sampling.clip)
+        p = ddpm.reverse(process, guided(x, timesteps[i], cond), x, i, sampling.clip)
         drawn = noise(keys, executed, x.shape)
         if sampling.sampler == "ddim":
             x = ddpm.ddim_step(process, p, x, i, drawn, sampling.eta)

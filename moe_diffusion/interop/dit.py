@@ -113,7 +113,7 @@ def _pos_embed(model: nn.Module) -> np.ndarray | None:
     """The sin-cos table [1, S, D], a frozen parameter of the authors' models."""
     if model.positions != "sincos":
         return None
-    return blocks.sincos_table(model.image_size // model.patch_size, model.hidden_size)[None]
+    return blocks.sincos_table(model.grid, model.hidden_size)[None]
 
 
 def _ema_decay(model: nn.Module) -> np.ndarray:

@@ -130,12 +130,7 @@ def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
 
 def block_paths(model: nn.Module) -> list[tuple[str, int]]:
     """Where each block lives: ("layers_<segment>/block_<j>", index on the stacked layer axis)."""
-    places = []
-    for segment, (period, repeats) in enumerate(model.segments):
-        for offset in range(len(period) * repeats):
-            repeat, j = divmod(offset, len(period))
-            places.append((f"layers_{segment}/block_{j}", repeat))
-    return places
+    return [(block.path, block.index) for block in model.blocks()]
 
 
 def entries(family: Family, model: nn.Module, leaves: Mapping[str, Any]) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""From a config to a model: `build(config.model)`; and the shapes of its variables.
+"""From a config to a model: `build(config.model)`.
 
 An architecture is a module with
 
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from functools import partial
 from types import ModuleType
 
-import jax
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError
+from moe_diffusion.models.stack import Model, abstract_variables
+
+__all__ = ["ARCHITECTURES", "abstract_variables", "architecture", "build"]
 
 ARCHITECTURES = {
     "dit": "moe_diffusion.models.dit",
@@ -38,7 +38,7 @@ def architecture(name: str) -> ModuleType:
     return importlib.import_module(ARCHITECTURES[name])
 
 
-def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
+def build(config: ConfigDict, losses: Sequence[str] = ()) -> Model:
     """The model that `config` (the `model` section of a config) describes.
 
     Args:
@@ -50,12 +50,3 @@ def build(config: ConfigDict, losses: Sequence[str] = ()) -> nn.Module:
         Combinations of numbers are checked by `config.validate`, which every command line calls.
     """
     return architecture(config.architecture).build(config, tuple(losses))
-
-
-def abstract_variables(model: nn.Module) -> dict:
-    """Shapes of params and router_state (if there is one), as trees of ShapeDtypeStruct."""
-    image = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, model.channels), "float32")
-    time, label = jax.ShapeDtypeStruct((1,), "float32"), jax.ShapeDtypeStruct((1,), "int32")
-    init = partial(model.init, train=False)
-    variables = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), image, time, label))
-    return {name: tree for name, tree in variables.items() if name in ("params", "router_state")}

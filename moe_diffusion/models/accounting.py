@@ -13,27 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
-from moe_diffusion.models import abstract_variables
 from moe_diffusion.models.blocks import Attention
+from moe_diffusion.models.stack import Model, abstract_variables
+from moe_diffusion.moe.layer import MoE
 
-# A parameter's kind is that of the first word that its path contains.
-KINDS = (
-    ("predictor", "capacity predictor"),
-    ("router", "router"),
-    ("experts", "routed experts"),
-    ("shared", "shared experts"),
-    ("attn", "attention"),
-    ("mlp", "dense ffn"),
-    ("final", "final layer"),
-    ("adaLN", "adaLN"),
-    ("norm1", "norms"),
-    ("norm2", "norms"),
-    ("_embed", "embedders"),
-)
-EXPERT_MATRICES = ("up", "gate", "down")  # those of all other modules are called kernel
+_EXPERTS = "routed experts"
 BACKWARD = 2  # FLOPs of a backward pass / those of its forward pass
 
 
@@ -45,7 +32,7 @@ class Count:
     activated: int
 
 
-def parameter_counts(model: nn.Module, experts_per_token: float | None = None) -> dict[str, Count]:
+def parameter_counts(model: Model, experts_per_token: float | None = None) -> dict[str, Count]:
     """Counts by kind, with a last row "total". Nothing is allocated.
 
     Of the routed experts a token uses `experts_per_token`, by default what the router is built for:
@@ -55,11 +42,11 @@ def parameter_counts(model: nn.Module, experts_per_token: float | None = None) -
     predictor, which has a row of its own here). The whole class table counts as used, as the papers
     count it; a fixed position table is no parameter.
     """
-    share = _used_share(model, experts_per_token)
+    share = _used_shares(model, experts_per_token)
     counts: dict[str, Count] = {}
     for path, leaf in _trace(model)[0].items():
-        kind = _kind(path)
-        used = round(leaf.size * share) if kind == "routed experts" else leaf.size
+        kind = model.kind_of(path)
+        used = round(leaf.size * share(path)) if kind == _EXPERTS else leaf.size
         old = counts.get(kind, Count(0, 0))
         counts[kind] = Count(old.total + leaf.size, old.activated + used)
     counts["total"] = Count(
@@ -69,7 +56,7 @@ def parameter_counts(model: nn.Module, experts_per_token: float | None = None) -
 
 
 def forward_flops(
-    model: nn.Module, batch: int = 1, experts_per_token: float | None = None
+    model: Model, batch: int = 1, experts_per_token: float | None = None
 ) -> dict[str, float]:
     """FLOPs of one forward pass over `batch` images, by kind, with a last row "total".
 
@@ -80,17 +67,19 @@ def forward_flops(
     v, 4 S^2 D per layer. A training step costs `1 + BACKWARD` times as much.
     """
     parameters, rows, maps = _trace(model)
-    share = _used_share(model, experts_per_token)
+    share = _used_shares(model, experts_per_token)
     flops: dict[str, float] = {}
     for path, leaf in parameters.items():
-        module, name, kind = path[:-1], path[-1], _kind(path)
-        if kind == "routed experts" and name in EXPERT_MATRICES:
-            _add(flops, kind, 2 * rows[module[:-1]] * leaf.size * share)
-        elif name == "kernel":
+        module, _, name = path.rpartition("/")
+        kind, axes = model.kind_of(path), leaf.ndim - model.is_stacked(path)
+        if kind == _EXPERTS and axes == 3:  # [experts, in, out]; biases have two
+            tokens = rows[module.rpartition("/")[0]]
+            _add(flops, kind, 2 * tokens * leaf.size * share(path))
+        elif name == "kernel" and module in rows:
             _add(flops, kind, 2 * rows[module] * leaf.size)
-        if path[-2:] == ("proj", "kernel") and path[:-2] in maps:
-            layers = math.prod(leaf.shape[:-3])  # [layers, heads, head_dim, D]
-            _add(flops, "attention maps", layers * maps[path[:-2]])
+    for path, value in maps.items():
+        layers = sum(path.startswith(f"{block.path}/") for block in model.blocks())
+        _add(flops, "attention maps", max(1, layers) * value)
     flops = {kind: batch * value for kind, value in flops.items()}
     return flops | {"total": sum(flops.values())}
 
@@ -109,38 +98,39 @@ def table(counts: dict[str, Count], flops: dict[str, float]) -> str:
 
 
 @functools.lru_cache(maxsize=1)  # counts and FLOPs are asked for one after the other
-def _trace(model: nn.Module) -> tuple[dict, dict, dict]:
+def _trace(model: Model) -> tuple[dict, dict, dict]:
     """What tracing the model for one image shows, by path: shapes of the parameters, how many rows
     reach each module, and the FLOPs of an attention's two maps in one layer."""
-    rows: dict[tuple[str, ...], int] = {}
-    maps: dict[tuple[str, ...], int] = {}
+    rows: dict[str, int] = {}
+    maps: dict[str, int] = {}
 
     def watch(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
+        module, path = context.module, "/".join(context.module.path)
+        if isinstance(module, MoE):  # linen freezes modules; the reference is traced fastest
+            object.__setattr__(module, "backend", "reference")
         if context.method_name == "__call__" and args and hasattr(args[0], "shape"):
             shape = args[0].shape
             contract = getattr(module, "contract", 1)  # trailing axes that a Linear sums over
-            rows[module.path] = math.prod(shape[:-contract])
+            rows[path] = math.prod(shape[:-contract])
             if isinstance(module, Attention):
-                maps[module.path] = 4 * shape[-2] ** 2 * shape[-1]
+                maps[path] = 4 * shape[-2] ** 2 * shape[-1]
         return call(*args, **kwargs)
 
-    if model.make_moe is not None:  # the reference is the dispatch that is traced fastest
-        model = model.clone(make_moe=functools.partial(model.make_moe, backend="reference"))
     with nn.intercept_methods(watch):
         tree = abstract_variables(model)["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(key.key for key in path): leaf for path, leaf in leaves}, rows, maps
+    return flatten_dict(tree, sep="/"), rows, maps
 
 
-def _used_share(model: nn.Module, experts_per_token: float | None) -> float:
-    """The share of the routed experts that a token meets."""
-    if model.make_moe is None:
-        return 0.0
-    moe = model.make_moe()
-    if experts_per_token is None:
-        experts_per_token = moe.make_router().experts_per_token
-    return experts_per_token / moe.make_experts().num_experts
+def _used_shares(model: Model, experts_per_token: float | None) -> Callable[[str], float]:
+    """Path of a weight of routed experts -> the share of the experts that a token meets."""
+    routers = model.routers()
+
+    def share(path: str) -> float:
+        router = next(r for where, r in routers.items() if path.startswith(where[: -len("router")]))
+        used = router.experts_per_token if experts_per_token is None else experts_per_token
+        return used / router.num_experts
+
+    return share
 
 
 def _add(flops: dict[str, float], kind: str, value: float) -> None:
@@ -149,8 +139,3 @@ def _add(flops: dict[str, float], kind: str, value: float) -> None:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.3f} M"
-
-
-def _kind(path: tuple[str, ...]) -> str:
-    text = "/".join(path)
-    return next(kind for word, kind in KINDS if word in text)

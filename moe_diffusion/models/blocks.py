@@ -1,7 +1,8 @@
 """What transformers for diffusion are made of: embedders, norms, attention, rope, adaLN, MLPs.
 
-Weights are f32; every module computes in `dtype`. Logical axis names of weights: embed, mlp,
-heads, expert, layers (see parallel/rules.py for where they go on a mesh).
+Every module computes in `dtype`, whatever the dtype of its weights. Logical axis names of weights:
+embed, mlp, heads, expert, layers (see parallel/rules.py for where they go on a mesh). A grid is
+(rows, columns) of patches.
 """
 
 from __future__ import annotations
@@ -77,29 +78,29 @@ def linear(features: int | Sequence[int], axes: Sequence[str | None], **options)
 # --- positions -----------------------------------------------------------------------------------
 
 
-def sincos_table(grid: int, width: int) -> np.ndarray:
-    """Fixed position embedding f32[grid * grid, width] of DiT.
+def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed position embedding f32[rows * columns, width] of DiT.
 
     The first half of the channels encodes the column, the second the row; each half is [sin, cos]
     of position / 10000^(2i / half). Computed in f64, like the tables inside published files.
     """
     quarter = width // 4
     frequency = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
-    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    row, column = np.indices(grid)
     angles = [np.outer(position.reshape(-1), frequency) for position in (column, row)]
     halves = [f(angle) for angle in angles for f in (np.sin, np.cos)]
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def rope_angles(kind: str, grid: int, head_dim: int) -> np.ndarray:
-    """Rotation angles f32[grid * grid, n, head_dim / n / 2] of the n axes of a rope.
+def rope_angles(kind: str, grid: tuple[int, int], head_dim: int) -> np.ndarray:
+    """Rotation angles f32[rows * columns, n, head_dim / n / 2] of the n axes of a rope.
 
     rope1d: one axis, the token's number in row-major order. rope2d and rope2d_pairs: the first half
     of a head turns with the row, the second with the column. Frequencies
     10000^(-i / number of pairs).
     """
-    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
-    positions = [np.arange(grid * grid)] if kind == "rope1d" else [row, column]
+    row, column = np.indices(grid)
+    positions = [np.arange(row.size)] if kind == "rope1d" else [row, column]
     pairs = head_dim // len(positions) // 2
     frequency = 1.0 / 10000.0 ** (np.arange(pairs) / pairs)
     angles = [np.outer(position.reshape(-1), frequency) for position in positions]
@@ -167,12 +168,11 @@ def patchify(x: jax.Array, patch: int) -> jax.Array:
     return x.swapaxes(2, 3).reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
-def unpatchify(x: jax.Array, patch: int) -> jax.Array:
-    """The inverse of `patchify` for square images."""
-    b, s, features = x.shape
-    grid, c = int(s**0.5), features // patch**2
-    x = x.reshape(b, grid, grid, patch, patch, c)
-    return x.swapaxes(2, 3).reshape(b, grid * patch, grid * patch, c)
+def unpatchify(x: jax.Array, patch: int, grid: tuple[int, int]) -> jax.Array:
+    """The inverse of `patchify` for images of `grid` patches."""
+    rows, columns = grid
+    x = x.reshape(x.shape[0], rows, columns, patch, patch, -1)
+    return x.swapaxes(2, 3).reshape(x.shape[0], rows * patch, columns * patch, -1)
 
 
 # --- inside a block ------------------------------------------------------------------------------
@@ -233,7 +233,9 @@ class MLP(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, is_null=None, train=False):
+        """x [.., D]; the other arguments are those of a layer of experts, whose place it takes."""
+        del is_null, train
         make = partial(linear, dtype=self.dtype, use_bias=self.use_bias)
         names = mlp.inputs(self.kind)
         hidden = (make(self.hidden_size, ("embed", "mlp"), name=name)(x) for name in names)
@@ -246,7 +248,7 @@ class Attention(nn.Module):
 
     num_kv_heads < num_heads groups the queries: key head j serves query heads j * r .. j * r + r-1.
     With qk_norm, queries and keys pass a `Norm` before rope. positions: one of ROPES turns them
-    on a square grid of tokens, anything else does not. The first `context` tokens stand before the
+    by their place in `grid`, anything else does not. The first `context` tokens stand before the
     grid and are not turned. dropout: of the result. implementation: see kernels/attention.py.
     """
 
@@ -254,6 +256,7 @@ class Attention(nn.Module):
     num_kv_heads: int
     qk_norm: bool
     positions: str
+    grid: tuple[int, int]
     dtype: Dtype
     qk_norm_kind: str = "rmsnorm"
     qk_norm_eps: float = 1e-6
@@ -282,11 +285,49 @@ class Attention(nn.Module):
             norm = partial(Norm, self.qk_norm_kind, self.qk_norm_eps)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if self.positions in ROPES:
-            grid = int((x.shape[1] - self.context) ** 0.5)
-            angles = rope_angles(self.positions, grid, head_dim)
+            angles = rope_angles(self.positions, self.grid, head_dim)
             angles = np.pad(angles, ((self.context, 0), (0, 0), (0, 0)))
             turn = partial(rotate, angles=angles, interleaved=self.positions == "rope2d_pairs")
             q, k = turn(q), turn(k)
         out = attend(q, k, v, self.implementation).swapaxes(1, 2)
         proj = linear(width, ("heads", None, "embed"), name="proj", dtype=self.dtype, contract=2)
         return drop(proj(out), self.dropout)
+
+
+class TransformerBlock(nn.Module):
+    """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x)).
+
+    make_ffn: makes an `MLP`, or a layer of experts (moe/layer.py). train: tells the experts.
+    """
+
+    norm: str
+    make_attention: Callable[..., Attention]
+    make_ffn: Callable[..., nn.Module]
+    train: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, c, is_null):
+        """x [B, S, D], condition c [B, D], is_null bool[B] -> [B, S, D]."""
+        axes, width = ("embed", "mlp"), 6 * x.shape[-1]
+        adaln = linear(width, axes, name="adaLN", dtype=self.dtype, kernel_init=ZEROS)(nn.silu(c))
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
+        h = Norm(self.norm, name="norm1")(x, (shift_a, scale_a))
+        x += gate_a[:, None] * self.make_attention(name="attn")(h)
+        h = Norm(self.norm, name="norm2")(x, (shift_f, scale_f))
+        return x + gate_f[:, None] * self.make_ffn()(h, is_null, self.train)
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then a linear layer to the values of a patch; both start at zero."""
+
+    features: int
+    dtype: Dtype
+    norm: str = "layernorm"
+
+    @nn.compact
+    def __call__(self, x, c):
+        make = partial(linear, dtype=self.dtype, kernel_init=ZEROS)
+        adaln = make(2 * x.shape[-1], ("embed", "mlp"), name="adaLN")(nn.silu(c))
+        x = Norm(self.norm, name="norm")(x, jnp.split(adaln, 2, axis=-1))
+        return make(self.features, ("embed", None), name="linear")(x)

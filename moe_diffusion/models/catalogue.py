@@ -50,7 +50,12 @@ def measure(spec: str, *overrides: str) -> Entry:
     """Counts and FLOPs of a config, without its weights."""
     model = build(configs.load(spec, overrides).model)
     family = Path(spec.partition(":")[0]).stem.rpartition("_")[0] or Path(spec).stem
-    return Entry(family, parameter_counts(model), forward_flops(model)["total"], model.grid**2)
+    return Entry(
+        family,
+        parameter_counts(model),
+        forward_flops(model)["total"],
+        model.grid[0] * model.grid[1],
+    )
 
 
 def specs() -> list[str]:

@@ -20,9 +20,8 @@ from moe_diffusion.models.blocks import (
     linear,
     patchify,
     sincos_table,
-    unpatchify,
 )
-from moe_diffusion.models.dit import DiT, FinalLayer, layer_segments, transformer
+from moe_diffusion.models.patches import PatchTransformer, transformer
 
 FIELDS = {
     "bottleneck": (128, "width between the pixels of a patch and its token"),
@@ -69,14 +68,16 @@ class BottleneckPatchEmbed(nn.Module):
         return linear(self.width, (None, "embed"), name="expand", dtype=self.dtype)(reduce(patches))
 
 
-class JiT(DiT):
+class JiT(PatchTransformer):
     """Noisy image, time and label -> predicted image (diffusion.prediction=data).
 
-    A DiT, of which it uses all fields but `reverse_time`, and more:
-    bottleneck: width between pixels and tokens. in_context_tokens: how many copies of the class
-      embedding, each with a learned position, stand before the image from block in_context_start
-      on. dropout: in training, of attention and dense MLPs in the middle half of the blocks.
-    The sin-cos table is added to the tokens whatever `positions` says, which is about rope.
+    Most fields are those of `PatchTransformer`. The sin-cos table is added to the tokens whatever
+    `positions` says, which is about rope.
+
+    bottleneck: width between pixels and tokens.
+    in_context_tokens: how many copies of the class embedding, each with a learned position, stand
+      before the image from block in_context_start on.
+    dropout: in training, of attention and dense MLPs in the middle half of the blocks.
     """
 
     bottleneck: int
@@ -85,61 +86,59 @@ class JiT(DiT):
     dropout: float
 
     @property
-    def _cuts(self) -> list[int]:
-        """First blocks of the parts between which blocks change: no scan runs across."""
+    def kinds(self) -> tuple[str, ...]:
+        """Like "moe.context.dropout": what differs between blocks, so that no scan mixes them."""
         depth = len(self.moe_pattern)
-        cuts = {0, depth}
-        if self.in_context_tokens:
-            cuts.add(self.in_context_start)
-        if self.dropout:
-            cuts |= {depth // 4, depth // 4 * 3}
-        return sorted(cuts)
 
-    @property
-    def segments(self) -> tuple[tuple[tuple[bool, ...], int], ...]:
-        cuts = self._cuts
-        parts = (self.moe_pattern[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
-        return tuple(segment for part in parts for segment in layer_segments(part))
+        def kind(block: int, base: str) -> str:
+            context = bool(self.in_context_tokens) and block >= self.in_context_start
+            middle = bool(self.dropout) and depth // 4 <= block < depth // 4 * 3
+            return base + ".context" * context + ".dropout" * middle
+
+        return tuple(kind(block, base) for block, base in enumerate(super().kinds))
+
+    @nn.nowrap
+    def make_block(self, kind: str, *, train: bool):
+        context = self.in_context_tokens if ".context" in kind else 0
+        dropout = self.dropout if train and ".dropout" in kind else 0.0
+        return super().make_block(kind, train=train, context=context, dropout=dropout)
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array, train: bool) -> jax.Array:
-        """x [B, H, W, C], t f32[B] (0 noise, 1 data), y i32[B] -> f32[B, H, W, C or 2C].
-
-        y == num_classes is the null label. train tells the routers and turns dropout on, which
-        draws from the random stream "dropout".
-        """
-        width, dtype, depth = self.hidden_size, self.dtype, len(self.moe_pattern)
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: dict[str, jax.Array],
+        train: bool,
+        capture: tuple[int, ...] = (),
+    ):
+        """See `Model`. train tells the routers and turns dropout on, which draws from the random
+        stream "dropout". Features are tokens [B, S, D], with the class tokens where they are."""
+        width, dtype, label = self.hidden_size, self.dtype, cond["label"]
         embed = BottleneckPatchEmbed(self.bottleneck, width, dtype, name="patch_embed")
         x = embed(patchify(x.astype(dtype), self.patch_size))
         x += jnp.asarray(sincos_table(self.grid, width), dtype)
-        label = LabelEmbed(self.num_classes, width, dtype, name="label_embed")(y)
-        c = TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + label
+        embedded = LabelEmbed(self.num_classes, width, dtype, name="label_embed")(label)
+        c = TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + embedded
 
-        block = context = 0
-        for index, (period, repeats) in enumerate(self.segments):
-            if self.in_context_tokens and block == self.in_context_start:
-                context = self.in_context_tokens
-                x = jnp.concatenate([self._in_context(label), x], axis=1)
-            in_middle = depth // 4 <= block < depth // 4 * 3
-            dropout = self.dropout if train and in_middle else 0.0
-            is_null = y == self.num_classes
-            x = self._segment(index, x, c, is_null, train, context=context, dropout=dropout)
-            block += len(period) * repeats
+        layers, is_null = self.layers(train), label == self.num_classes
+        first = self.in_context_start if self.in_context_tokens else 0
+        x, early = layers(x, c, is_null, capture=capture, stop=first)
+        if self.in_context_tokens:
+            x = jnp.concatenate([self._in_context(embedded), x], axis=1)
+        x, late = layers(x, c, is_null, capture=capture, start=first)
+        x = self.to_image(x[:, self.in_context_tokens :], c, self.norm)
+        return (x, early | late) if capture else x
 
-        features = self.patch_size**2 * self.channels * (2 if self.learn_sigma else 1)
-        x = FinalLayer(features, dtype, self.norm, name="final")(x[:, context:], c)
-        return unpatchify(x.astype(jnp.float32), self.patch_size)
-
-    def _in_context(self, label):
+    def _in_context(self, embedded):
         """Class tokens [B, in_context_tokens, D] of the class embedding [B, D]."""
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
         shape = (self.in_context_tokens, self.hidden_size)
         positions = self.param("in_context_embed", init, shape, jnp.float32)
-        return label[:, None] + positions.astype(self.dtype)
+        return embedded[:, None] + positions.astype(self.dtype)
 
 
 def build(config: ConfigDict, losses: tuple[str, ...]) -> JiT:
     """The model of a section `model` of a config; see `models.build`."""
     width = int(config.hidden_size * config.mlp_ratio) * 2 // 3
-    fields = transformer(config, losses, width)
-    return JiT(**fields, **config.jit.to_dict(), reverse_time=False)
+    return JiT(**transformer(config, losses, width), **config.jit.to_dict())

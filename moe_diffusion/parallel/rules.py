@@ -20,7 +20,10 @@ none), `fsdp` and `fsdp_ep` also keep the weights that they gathered, in the com
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +52,24 @@ PRESETS = {
 }
 
 
+_PRESET = contextvars.ContextVar("preset", default="dp")
+
+
+@contextlib.contextmanager
+def use_preset(preset: str | None) -> Iterator[None]:
+    """What is traced inside takes its weights to lie as `preset` says; None changes nothing."""
+    token = _PRESET.set(preset or _PRESET.get())
+    try:
+        yield
+    finally:
+        _PRESET.reset(token)
+
+
+def current_rules() -> Rules:
+    """Of the innermost `use_preset`; outside of any, of `dp`."""
+    return PRESETS[_PRESET.get()]
+
+
 def batch_sharding(mesh: Mesh, micro_batches: bool = False) -> NamedSharding:
     """Sharding of a batch [B, ...] or, with micro-batches, of [A, B / A, ...], along B."""
     leading = (None,) if micro_batches else ()
@@ -58,36 +79,35 @@ def batch_sharding(mesh: Mesh, micro_batches: bool = False) -> NamedSharding:
 def state_shardings(mesh: Mesh, preset: str, abstract_state: Any, logical_axes: Any) -> Any:
     """A NamedSharding for every leaf of a `TrainState`.
 
-    A leaf of the optimizer state or of an EMA takes the logical axes of the parameter whose whole
-    path is the tail of the leaf's path; leaves without one (counts, router state) are replicated.
-
     Args:
       abstract_state: TrainState of arrays or ShapeDtypeStructs.
-      logical_axes: tree like `abstract_state.params` with a tuple of names for each parameter.
+      logical_axes: tree with a tuple of names for each of the model's parameters.
     """
     rules = PRESETS[preset]
+    update = shardings_of(mesh, rules.update, abstract_state, logical_axes)
+    params = shardings_of(mesh, rules.params, abstract_state.params, logical_axes)
+    return update.replace(params=params)
+
+
+def shardings_of(
+    mesh: Mesh, table: dict[str, tuple[str, ...]], tree: Any, logical_axes: Any
+) -> Any:
+    """A NamedSharding for every leaf of a tree that holds parameters, or something of their shape.
+
+    A leaf takes the logical axes of the parameter whose whole path is the tail of the leaf's path
+    (so do moments and averages); leaves without one (counts, router state) are replicated.
+
+    table: logical axis -> mesh axes, of `Rules`.
+    """
     axes_of = _by_path(logical_axes)
 
     def shard(path: tuple, leaf: Any) -> NamedSharding:
         names = tuple(_name(key) for key in path)
-        table = rules.params if names[0] == "params" else rules.update
         tails = (names[start:] for start in range(len(names)))
         axes = next((axes_of[tail] for tail in tails if tail in axes_of), ())
         return NamedSharding(mesh, spec_of(leaf.shape, axes, table, mesh))
 
-    return jax.tree_util.tree_map_with_path(shard, abstract_state)
-
-
-def update_shardings(mesh: Mesh, preset: str, abstract_params: Any, logical_axes: Any) -> Any:
-    """A NamedSharding for every gradient: where its part of the update is computed."""
-    table = PRESETS[preset].update
-    axes_of = _by_path(logical_axes)
-
-    def shard(path: tuple, leaf: Any) -> NamedSharding:
-        axes = axes_of[tuple(_name(key) for key in path)]
-        return NamedSharding(mesh, spec_of(leaf.shape, axes, table, mesh))
-
-    return jax.tree_util.tree_map_with_path(shard, abstract_params)
+    return jax.tree_util.tree_map_with_path(shard, tree)
 
 
 def spec_of(
@@ -100,7 +120,7 @@ def spec_of(
     spec: list[str | tuple[str, ...] | None] = []
     taken: set[str] = set()
     for size, name in zip(shape, axes, strict=False):
-        free = tuple(a for a in table.get(name, ()) if a not in taken and mesh.shape[a] > 1)
+        free = tuple(a for a in table.get(name, ()) if a not in taken and mesh.shape.get(a, 1) > 1)
         fits = size % math.prod(mesh.shape[axis] for axis in free) == 0
         used = free if fits else ()
         taken.update(used)

@@ -16,19 +16,16 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards
-from moe_diffusion.parallel.rules import PRESETS, LogicalAxes, spec_of
+from moe_diffusion.parallel.rules import LogicalAxes, current_rules, spec_of
 
 Specs = dict[str, PartitionSpec]
-_SPLITTING = {"fsdp_ep": "expert", "fsdp": "fsdp"}  # preset -> the mesh axis that gives it away
 
 
 def weight_specs(
     weights: Mapping[str, jax.Array], logical_axes: Mapping[str, LogicalAxes]
 ) -> Specs:
-    """How weights lie on the mesh that is set, of which only some presets split them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    preset = next((p for p, axis in _SPLITTING.items() if mesh.shape.get(axis, 1) > 1), "dp")
-    table = PRESETS[preset].params
+    """How weights lie on the mesh that is set, by the preset in use (`rules.use_preset`)."""
+    mesh, table = jax.sharding.get_abstract_mesh(), current_rules().params
     return {name: spec_of(x.shape, logical_axes[name], table, mesh) for name, x in weights.items()}
 
 

@@ -5,27 +5,25 @@ Nothing is allocated: the arguments are shapes with shardings.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from moe_diffusion.diffusion.objectives import make_loss
+from moe_diffusion.conditions import IMAGE, cond_of
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import first_line
-from moe_diffusion.models import build
 from moe_diffusion.parallel import rules
-from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.planning.memory import sharded_bytes
-from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import abstract_state
-from moe_diffusion.training.step import make_train_step
+from moe_diffusion.training.run import Run, prepare_run
+from moe_diffusion.training.state import merge
+from moe_diffusion.training.step import Frozen
 
 
 @dataclass(frozen=True)
@@ -65,38 +63,29 @@ def compile_program(
 
 def lower_train(config: ConfigDict, devices: Sequence[Any]) -> Any:
     """The training step of `training.loop`, with its shardings, lowered."""
-    mesh, preset = make_mesh(config.parallel, devices), config.parallel.preset
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        model = build(config.model, losses=sorted(config.loss_weights))
-        optimizer = make_optimizer(config.optim)
-        shapes, axes = abstract_state(model, optimizer, config)
-        shardings = rules.state_shardings(mesh, preset, shapes, axes)
-        train_step = make_train_step(
-            make_loss(model, config),
-            optimizer,
-            make_schedule(config.optim, config.train.num_steps),
-            config,
-            model.update_router_state,
-            shardings,
-            rules.update_shardings(mesh, preset, shapes.params, axes),
-        )
-        accumulate = config.optim.accumulate
-        lead = (accumulate,) if accumulate > 1 else ()
-        batch = _batch(config, mesh, (*lead, config.data.batch_size // accumulate))
-        return train_step.lower(_place(shapes, shardings), batch, _key(mesh))
+    run, accumulate = prepare_run(config, devices=devices), config.optim.accumulate
+    lead = (accumulate,) if accumulate > 1 else ()
+    batch = run.batch(*lead, config.data.batch_size // accumulate)
+    with _on_absent_devices(run):
+        return run.step().lower(run.state, batch, _key(run.mesh), Frozen(run.untrained))
 
 
 def lower_sample(config: ConfigDict, devices: Sequence[Any]) -> Any:
     """The whole loop of the sampler over a batch of `data.batch_size` images, lowered."""
-    mesh, preset = make_mesh(config.parallel, devices), config.parallel.preset
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        model = build(config.model)
-        shapes, axes = abstract_state(model, make_optimizer(config.optim), config)
-        state = _place(shapes, rules.state_shardings(mesh, preset, shapes, axes))
-        batch = _batch(config, mesh, (config.data.batch_size,))
-        variables = {"params": state.params, "router_state": state.router_state}
-        keys = _keys(mesh, config.data.batch_size)
-        return make_sampler(model, config).lower(variables, batch["image"], batch["label"], keys)
+    run = prepare_run(config, devices=devices)
+    params = merge(run.state.params, run.untrained)
+    variables = {"params": params, "router_state": run.state.router_state}
+    batch, keys = run.batch(config.data.batch_size), _keys(run.mesh, config.data.batch_size)
+    with _on_absent_devices(run):
+        sampler = make_sampler(run.model, config)
+        return sampler.lower(variables, batch[IMAGE], cond_of(batch), keys)
+
+
+@contextlib.contextmanager
+def _on_absent_devices(run: Run) -> Iterator[None]:
+    mesh, preset = run.mesh.abstract_mesh, run.config.parallel.preset
+    with jax.sharding.use_abstract_mesh(mesh), rules.use_preset(preset):
+        yield
 
 
 def state_bytes(config: ConfigDict, what: str, devices: Sequence[Any]) -> int:
@@ -104,14 +93,10 @@ def state_bytes(config: ConfigDict, what: str, devices: Sequence[Any]) -> int:
 
     For "train" with the gradients, which are as many as the parameters; for "sample" the weights.
     """
-    mesh, preset = make_mesh(config.parallel, devices), config.parallel.preset
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        shapes, axes = abstract_state(build(config.model), make_optimizer(config.optim), config)
-        state = _place(shapes, rules.state_shardings(mesh, preset, shapes, axes))
+    run = prepare_run(config, devices=devices)
     if what == "sample":
-        return sharded_bytes(state.params)
-    grads = _place(shapes.params, rules.update_shardings(mesh, preset, shapes.params, axes))
-    return sharded_bytes((state, grads))
+        return sharded_bytes((run.state.params, run.untrained))
+    return sharded_bytes((run.state, run.untrained, run.grads))
 
 
 def needed_bytes(message: str) -> int | None:
@@ -121,25 +106,6 @@ def needed_bytes(message: str) -> int | None:
         return None
     number, unit = (group for group in sizes.groups() if group is not None)
     return int(float(number) * 1024 ** " KMGT".index(unit or " "))
-
-
-def _place(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-
-
-def _batch(config: ConfigDict, mesh: Any, lead: tuple[int, ...]) -> dict[str, Any]:
-    size = config.model.image_size
-    place = partial(
-        jax.ShapeDtypeStruct, sharding=rules.batch_sharding(mesh, micro_batches=len(lead) > 1)
-    )
-    return {
-        "image": place((*lead, size, size, config.model.channels), "float32"),
-        "label": place(lead, "int32"),
-    }
 
 
 def _key(mesh: Any) -> jax.ShapeDtypeStruct:

@@ -56,7 +56,7 @@ def dispatch_of(
 
 def _routing(model: nn.Module, train: bool) -> Routing:
     """The kind of routing that the model's router makes; nothing is computed."""
-    router, tokens = model.make_moe().make_router(), model.grid**2
+    router, tokens = model.make_moe().make_router(), model.grid[0] * model.grid[1]
     x = jax.ShapeDtypeStruct((1, 8 * tokens, model.hidden_size), "float32")
     is_null = jax.ShapeDtypeStruct((1, 8 * tokens), "bool")
 

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: `workdir/checkpoints/<step>/{state,data}`.
+"""Checkpoints of a run: `workdir/checkpoints/<step>/{state,data}`, and `workdir/untrained`.
 
 `state` is the TrainState (orbax, every process writes its own shards), `data` the state of the data
-iterator (JSON). A checkpoint is written under a temporary name and renamed when it is whole, so
+iterator (JSON). `untrained` has the parameters that `optim.trainable` leaves out, once for all
+steps. A checkpoint is written under a temporary name and renamed when it is whole, so
 what a killed process leaves behind is never taken for a checkpoint.
 """
 
@@ -11,7 +12,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ class Checkpointer:
 
     def __init__(self, workdir: str | os.PathLike, checkpoint_config: Any):
         self.folder = _folder(workdir)
+        self._untrained = _untrained_folder(workdir)
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_main_process():
             for leftover in self.folder.glob(_UNFINISHED):
@@ -86,7 +88,28 @@ class Checkpointer:
                 raise ValueError("its content is that of another step")
             return items.state, items.data
 
-        return _read(read, self.folder, step, self._manager.all_steps())
+        return _read(read, self.folder / str(step), self._manager.all_steps())
+
+    def save_untrained(self, untrained: Any) -> None:
+        """Saves the parameters that are not trained, if there are any and no run did it before."""
+        if not untrained or self._untrained.exists():
+            return
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                checkpointer.save(self._untrained, args=ocp.args.PyTreeSave(untrained))
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from error
+
+    def restore_untrained(self, target: Any) -> Any:
+        """What `save_untrained` saved. Raises UserError if it is damaged or of another model."""
+        if not target:
+            return {}
+
+        def read() -> Any:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(self._untrained, args=_restore_args(target))
+
+        return _read(read, self._untrained)
 
     def wait(self) -> None:
         """Waits until what was saved is whole on disk. Raises UserError if writing failed."""
@@ -152,62 +175,64 @@ class StoredWeights:
 
     def __init__(self, workdir: str | os.PathLike, step: int | None = None, ema: str | None = None):
         """See `restore_for_inference`."""
-        self._folder = _folder(workdir)
-        if not self._folder.is_dir():
+        folder = _folder(workdir)
+        if not folder.is_dir():
             raise UserError(f"{workdir} holds no checkpoints: train into it first, or name another")
-        self._manager = _open(self._folder)
-        try:
-            self._steps = sorted(self._manager.all_steps())
-            if not self._steps or (step is not None and step not in self._steps):
-                raise UserError(
-                    f"{self._folder} has no checkpoint{'' if step is None else f' of step {step}'};"
-                    f" it has: {', '.join(map(str, self._steps)) or 'none'}"
-                )
-            self.step = self._steps[-1] if step is None else step
-            stored = self._read(lambda: dict(self._manager.item_metadata(self.step).state.tree))
-            self._places = _places(stored, ema)
-        except BaseException:
-            self._manager.close()
-            raise
-        arrays = flatten_dict(stored)
+        self._steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+        if not self._steps or (step is not None and step not in self._steps):
+            raise UserError(
+                f"{folder} has no checkpoint{'' if step is None else f' of step {step}'};"
+                f" it has: {', '.join(map(str, self._steps)) or 'none'}"
+            )
+        self.step = self._steps[-1] if step is None else step
+        self._folder, self._handler = folder / str(self.step), ocp.PyTreeCheckpointHandler()
+        stored = self._metadata(self._folder / "state")
+        places = {k: (self._folder / "state", place) for k, place in _places(stored, ema).items()}
+        arrays, untrained = {place: flatten_dict(stored)[place] for _, place in places.values()}, {}
+        folder = _untrained_folder(workdir)
+        if folder.exists():
+            untrained = flatten_dict(self._metadata(folder))
+            places |= {"/".join(("params", *place)): (folder, place) for place in untrained}
+        self._places = places
         self.shapes = {
-            name: jax.ShapeDtypeStruct(arrays[place].shape, arrays[place].dtype)
-            for name, place in self._places.items()
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+            for name, (_, place) in places.items()
+            for array in [(arrays | untrained)[place]]
         }
 
     def __enter__(self) -> StoredWeights:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+        self._handler.close()
 
     def read(self, shardings: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
         """The arrays that are named, on the devices of their sharding; None gives numpy arrays."""
-        if not shardings:
-            return {}
-        target = {
-            self._places[name]: jax.ShapeDtypeStruct(
-                self.shapes[name].shape, self.shapes[name].dtype, sharding=sharding
+        return {
+            name: array
+            for folder in {self._places[name][0] for name in shardings}
+            for name, array in self._read_from(
+                folder, {k: v for k, v in shardings.items() if self._places[k][0] == folder}
+            ).items()
+        }
+
+    def _read_from(self, folder: epath.Path, shardings: Mapping[str, Any]) -> dict[str, Any]:
+        target, restore_args = {}, {}
+        for name, sharding in shardings.items():
+            shape, place = self.shapes[name], self._places[name][1]
+            target[place] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+            restore_args[place] = (
+                ocp.RestoreArgs(restore_type=np.ndarray)
+                if sharding is None
+                else ocp.checkpoint_utils.construct_restore_args(target[place])
             )
-            for name, sharding in shardings.items()
-        }
-        restore_args = {
-            place: ocp.RestoreArgs(restore_type=np.ndarray)
-            if leaf.sharding is None
-            else ocp.checkpoint_utils.construct_restore_args(leaf)
-            for place, leaf in target.items()
-        }
         args = ocp.args.PyTreeRestore(
             item=unflatten_dict(target),
             restore_args=unflatten_dict(restore_args),
             partial_restore=True,
         )
-
-        def restore() -> Any:
-            return self._manager.restore(self.step, args=ocp.args.Composite(state=args)).state
-
-        arrays = flatten_dict(self._read(restore))
-        return {name: arrays[self._places[name]] for name in shardings}
+        arrays = flatten_dict(self._read(lambda: self._handler.restore(folder, args=args)))
+        return {name: arrays[self._places[name][1]] for name in shardings}
 
     def read_tree(self, shardings: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
         """As `read`, but as {"params": ..., "router_state": ...}."""
@@ -218,11 +243,11 @@ class StoredWeights:
 
         n is what a chunk on disk holds, so that none is read twice.
         """
-        folder = self._folder / str(self.step) / "state"
+        folder, place = self._places[name]
         files: Any = {"driver": "file", "path": f"{folder}/"}
         if "://" in os.fspath(folder):
             files = f"{folder}/"
-        path = ".".join(self._places[name]) + "/"
+        path = ".".join(place) + "/"
         if (folder / "manifest.ocdbt").exists():
             files = {"driver": "ocdbt", "base": files, "path": path}
         elif isinstance(files, str):
@@ -238,8 +263,11 @@ class StoredWeights:
         for i in range(0, store.shape[0], size):
             yield i, self._read(store[i : min(i + size, store.shape[0])].read().result)
 
+    def _metadata(self, folder: epath.Path) -> dict[str, Any]:
+        return self._read(lambda: dict(self._handler.metadata(folder).tree))
+
     def _read(self, read: Callable[[], Any]) -> Any:
-        return _read(read, self._folder, self.step, self._steps)
+        return _read(read, self._folder, self._steps)
 
 
 def _places(stored: Mapping[str, Any], ema: str | None) -> dict[str, tuple[str, ...]]:
@@ -262,9 +290,13 @@ def _places(stored: Mapping[str, Any], ema: str | None) -> dict[str, tuple[str, 
     }
 
 
-def _folder(workdir: str | os.PathLike) -> epath.Path:
+def _folder(workdir: str | os.PathLike, name: str = "checkpoints") -> epath.Path:
     remote = "://" in os.fspath(workdir)
-    return epath.Path(workdir if remote else os.path.abspath(workdir)) / "checkpoints"
+    return epath.Path(workdir if remote else os.path.abspath(workdir)) / name
+
+
+def _untrained_folder(workdir: str | os.PathLike) -> epath.Path:
+    return _folder(workdir, "untrained")
 
 
 def _open(folder: epath.Path, **options: Any) -> ocp.CheckpointManager:
@@ -285,8 +317,10 @@ def _restore_args(target: Any, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(item=target, restore_args=restore_args, **options)
 
 
-def _read(read: Callable[[], Any], folder: epath.Path, step: int, steps: list[int]) -> Any:
-    """read(), or a UserError about checkpoint `step`, whatever a damaged file makes orbax raise.
+def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()) -> Any:
+    """read(), or a UserError about the folder, whatever a damaged file makes orbax raise.
+
+    steps: of all checkpoints, where the folder is that of one.
 
     When one array cannot be read, orbax drops the reads of all others, and each prints a traceback
     when it ends or is collected. That is silenced, also after a failure, which ends the program
@@ -305,9 +339,9 @@ def _read(read: Callable[[], Any], folder: epath.Path, step: int, steps: list[in
         if not reason:
             sys.unraisablehook = hook
     gc.collect()
-    older = [other for other in steps if other < step]
+    older = [step for step in steps if step < int(folder.name)]
+    fallback = f"step {max(older)}" if older else "a fresh start"
     raise UserError(
-        f"checkpoint {folder / str(step)} is damaged or of another model ({reason}): "
-        "use the code and config that wrote it, or delete that folder to fall back on "
-        f"{f'step {max(older)}' if older else 'a fresh start'}"
+        f"checkpoint {folder} is damaged or of another model ({reason}): use the code and config "
+        f"that wrote it, or delete that folder to fall back on {fallback}"
     )

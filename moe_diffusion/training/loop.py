@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,35 +15,39 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
+from moe_diffusion.conditions import Field, check_fields, cond_of
 from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
-from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.training import warm_start
 from moe_diffusion.training.allocator import host_memory, return_freed_memory
 from moe_diffusion.training.checkpoint import Checkpointer, is_started
 from moe_diffusion.training.logging import MetricWriter, Progress
-from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import TrainState, abstract_state, create_state
-from moe_diffusion.training.step import Metrics, TrainStep, make_train_step
+from moe_diffusion.training.run import Run, on_every_device, prepare_run
+from moe_diffusion.training.state import TrainState, matches, merge
+from moe_diffusion.training.step import Frozen, Metrics, large_constants
 
+Tree = Any
+_LARGEST_CONSTANT = 100 << 20  # bytes; tables of positions are smaller
 Hook = Callable[[int, TrainState], "dict[str, np.ndarray | float] | None"]
 
 
 def train(
     config: ConfigDict,
-    model: nn.Module,
+    model: Model,
     loss_fn: Callable,
     iterator_fn: Callable[[], Any],
     workdir: str | os.PathLike,
     *,
     hooks: Sequence[Hook] = (),
+    frozen: Any = None,
 ) -> TrainState:
     """Trains until step `config.train.num_steps`; called again on the same workdir, it resumes.
 
@@ -50,13 +55,15 @@ def train(
     run ends with the numbers of an undisturbed one. SIGTERM or SIGINT saves and returns early.
 
     Args:
-      model: as `models.build` makes it: `init`, `update_router_state`, `image_size`, `channels`.
+      model: see `models.stack.Model`.
       loss_fn: see `step.make_train_step`.
       iterator_fn: makes this process's iterator over batches of numpy arrays [B, ...], where all
         processes' batches together are `data.batch_size` images; with `get_state() -> dict` (JSON,
         the same on every process), `set_state` and `close`; see `data.pipeline`.
       hooks: called as hook(step, state) every `train.sample_every` steps on every process; may
         return images for TensorBoard, name -> [H, W, C], and numbers for the metrics.
+      frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights. They are not
+        saved. Those that lie on the run's mesh stay as they are; others go whole to every device.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -69,15 +76,15 @@ def train(
     if config.init_from and not is_started(workdir):
         warm_start.check(config, model)
     _use_compile_cache(config.compile_cache)
-    mesh = make_mesh(config.parallel)
+    run = prepare_run(config, model, loss_fn)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(run.on_mesh())
         iterator = iterator_fn()
         stack.callback(iterator.close)
         checkpoints = Checkpointer(workdir, config.checkpoint)
         stack.callback(checkpoints.close)
-        state, train_step = _restore_or_create(config, model, loss_fn, mesh, checkpoints, iterator)
+        state, untrained = _restore_or_create(run, checkpoints, iterator)
         start, num_steps = int(state.step), config.train.num_steps
         progress = Progress(start, num_steps, config.data.batch_size)
         stack.callback(progress.close)
@@ -85,17 +92,25 @@ def train(
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state
 
-        key = jax.random.key(config.seed)
-        place = partial(_to_device, mesh=mesh, accumulate=config.optim.accumulate)
-        batch = place(next(iterator))
-        jax.eval_shape(train_step, state, batch, key)  # a wrong loss fails here, nothing written
+        key, held = (
+            jax.random.key(config.seed),
+            Frozen(untrained, on_every_device(run.mesh, frozen)),
+        )
+        place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
+        first = next(iterator)
+        _check_batch(model, first)
+        batch, train_step = place(first), run.step()
+        # A wrong loss fails here, before anything is written.
+        _check_constants(train_step.trace(state, batch, key, held))
         writer = _open_workdir(config, workdir, start)
+        checkpoints.save_untrained(untrained)
         stack.callback(writer.close)
         verb = "resuming after" if start else "starting at"
         progress.write(f"{verb} step {start} of {num_steps}")
+        _tell_trainable(config, run, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
-            state, metrics = train_step(state, batch, key)
+            state, metrics = train_step(state, batch, key, held)
             monitor.follow(step, metrics)
             stopping = stop.requested(step)
             if step % config.checkpoint.every == 0 or step == num_steps or stopping:
@@ -221,12 +236,24 @@ def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
         check_writable(workdir)
 
 
-def _check_memory(shapes: TrainState) -> None:
+def _tell_trainable(config: ConfigDict, run: Run, progress: Progress) -> None:
+    """What each pattern of `optim.trainable` matches, where it leaves something out."""
+    if not run.untrained:
+        return
+    leaves = flatten_dict(run.state.params, sep="/")
+    for pattern, paths in matches(leaves, config.optim.trainable).items():
+        count = sum(math.prod(leaves[path].shape) for path in paths)
+        progress.write(f"trained: {pattern}: {len(paths)} arrays, {count:,} parameters")
+
+
+def _check_memory(run: Run) -> None:
     """On CPU, where the kernel would kill the process without a word: does the state fit?"""
     memory = host_memory()
     if memory is None:
         return
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((shapes, shapes.params)))
+    size = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves((run.state, run.grads, run.untrained))
+    )
     if size > memory / 3:
         return_freed_memory()
     if size + 1e9 > memory:
@@ -247,43 +274,39 @@ def _use_compile_cache(folder: str) -> None:
 
 
 def _restore_or_create(
-    config: ConfigDict,
-    model: nn.Module,
-    loss_fn: Callable,
-    mesh: Mesh,
-    checkpoints: Checkpointer,
-    iterator: Any,
-) -> tuple[TrainState, TrainStep]:
-    """The state of the newest checkpoint, with the iterator set to match, or a new one."""
-    preset = config.parallel.preset
-    optimizer = make_optimizer(config.optim)
-    shapes, axes = abstract_state(model, optimizer, config)
-    _check_memory(shapes)
-    shardings = rules.state_shardings(mesh, preset, shapes, axes)
+    run: Run, checkpoints: Checkpointer, iterator: Any
+) -> tuple[TrainState, Tree]:
+    """The state of the newest checkpoint, with the iterator set to match, or a new one.
+
+    And the untrained parameters, which are saved once.
+    """
+    _check_memory(run)
     if checkpoints.newest() is None:
         variables = None
-        if config.init_from:
-            places = {"params": shardings.params, "router_state": shardings.router_state}
-            variables = warm_start.read(config, places)
-        state = create_state(model, optimizer, config, mesh, config.seed, variables)
-    else:
-        target = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            shardings,
+        if run.config.init_from:
+            shapes = {"params": merge(run.state.params, run.untrained)}
+            shapes["router_state"] = run.state.router_state
+            shardings = jax.tree.map(lambda x: x.sharding, shapes)
+            variables = warm_start.read(run.config, shardings)
+        return run.create(run.config.seed, variables)
+    state, data_state = checkpoints.restore(run.state)
+    iterator.set_state(data_state)
+    return state, checkpoints.restore_untrained(run.untrained)
+
+
+def _check_batch(model: Model, batch: Mapping[str, Any]) -> None:
+    """Raises a UserError unless a batch [B, ...] has the fields that the model takes."""
+    found = {k: Field(v.shape[1:], str(v.dtype)) for k, v in cond_of(batch).items()}
+    check_fields(found, model.cond_spec(), "the data")
+
+
+def _check_constants(traced: Any) -> None:
+    """Raises a UserError if a loss brought weights into the program other than as arguments."""
+    for size, shape in large_constants(traced, _LARGEST_CONSTANT):
+        raise UserError(
+            f"the loss holds an array of shape {shape} ({size / 1e6:.0f} MB) as a constant of the "
+            "program: hand it to train as frozen"
         )
-        state, data_state = checkpoints.restore(target)
-        iterator.set_state(data_state)
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        make_schedule(config.optim, config.train.num_steps),
-        config,
-        model.update_router_state,
-        shardings,
-        rules.update_shardings(mesh, preset, shapes.params, axes),
-    )
-    return state, train_step
 
 
 def _open_workdir(config: ConfigDict, workdir: str | os.PathLike, start: int) -> MetricWriter:

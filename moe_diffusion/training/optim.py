@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import path_aware_map
 
 Tree = Any
 
 
 def make_schedule(optim_config: Any, num_steps: int) -> optax.Schedule:
-    """Learning rate of step n (0, 1, ...): linear warm-up from 0, then constant or a half cosine.
+    """Learning rate of step n (0, 1, ...): linear warm-up from 0, then what `schedule` names.
 
-    The cosine ends at zero after `num_steps`. With a warm-up, step 0 has rate 0.
+    `cosine` and `linear` end at `min_learning_rate` after `num_steps`; `inverse_sqrt` is
+    peak * sqrt(warmup / n). With a warm-up, step 0 has rate 0.
     """
     peak, warmup = optim_config.learning_rate, optim_config.warmup_steps
-    if optim_config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup))
-    else:
-        after = optax.constant_schedule(peak)
+    floor, rest = optim_config.min_learning_rate, max(1, num_steps - warmup)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=floor / peak),
+        "linear": lambda: optax.linear_schedule(peak, floor, rest),
+        "inverse_sqrt": lambda: lambda n: peak * jnp.sqrt(warmup / (n + warmup)),
+    }[optim_config.schedule]()
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(optim_config: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    optim_config: Any, is_stacked: Callable[[str], bool]
+) -> optax.GradientTransformation:
     """torch.optim.AdamW (1711.05101, Algorithm 2) before the multiplication by the learning rate.
 
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        (step n = 1, 2, ...)
         u = m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay p
 
     The training step subtracts rate * u. `decay_mask` "matrices" spares biases, scales and vectors.
+    is_stacked: tells of the path of a parameter whether it has a layer axis.
     """
     return optax.chain(
         _scale_by_adam(optim_config),
         optax.add_decayed_weights(
             optim_config.weight_decay,
-            mask=_matrices if optim_config.decay_mask == "matrices" else None,
+            mask=partial(_matrices, is_stacked) if optim_config.decay_mask == "matrices" else None,
         ),
     )
 
@@ -55,7 +64,7 @@ def _scale_by_adam(optim_config: Any) -> optax.GradientTransformation:
 
     def init(params: Tree) -> optax.ScaleByAdamState:
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-        nu = jax.tree.map(jnp.zeros_like, params)
+        nu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(grads: Tree, state: optax.ScaleByAdamState, params: Tree = None):
@@ -73,14 +82,14 @@ def _scale_by_adam(optim_config: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _matrices(params: Tree) -> Tree:
+def _matrices(is_stacked: Callable[[str], bool], params: Tree) -> Tree:
     """True for what has two axes or more in one layer and is no bias (JiT's parameter groups)."""
 
-    def is_matrix(path: tuple, param: jax.Array) -> bool:
-        is_stacked = path[0].key.startswith("layers_")  # scanned layers: one more axis
-        return param.ndim - is_stacked > 1 and not path[-1].key.endswith(("bias", "scale"))
+    def is_matrix(path: tuple[str, ...], param: jax.Array) -> bool:
+        axes = param.ndim - is_stacked("/".join(path))
+        return axes > 1 and not path[-1].endswith(("bias", "scale"))
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return path_aware_map(is_matrix, params)
 
 
 def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
@@ -91,14 +100,14 @@ def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
 
 
 def init_emas(params: Tree, router_state: Tree, ema_config: Any) -> dict[str, dict[str, Tree]]:
-    """One average per decay, by its text ("0.9999"), that starts at the given values.
+    """One f32 average per decay, by its text ("0.9999"), that starts at the given values.
 
     With `ema_config.router_state == "live"` an average has no router state of its own.
     """
     own = {} if ema_config.router_state == "live" else router_state
     return {
         str(decay): {
-            "params": jax.tree.map(jnp.copy, params),
+            "params": jax.tree.map(lambda p: jnp.array(p, jnp.float32), params),
             "router_state": jax.tree.map(jnp.copy, own),
         }
         for decay in ema_config.decays

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -10,11 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, PartitionSpec
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
-from moe_diffusion.parallel import rules
+from moe_diffusion.errors import UserError
+from moe_diffusion.models.stack import Model, abstract_inputs
 from moe_diffusion.parallel.mesh import num_batch_shards
 from moe_diffusion.training.optim import init_emas
+
+Tree = Any
 
 
 @flax.struct.dataclass
@@ -22,7 +28,8 @@ class TrainState:
     """A pytree of plain dicts and arrays.
 
     step: i32[], optimizer steps done, which is also the number of the next (0, 1, ...).
-    params, router_state: collections of the model; {} where the router keeps no state.
+    params: the parameters that are trained, see `split`.
+    router_state: a collection of the model; {} where the router keeps no state.
     emas: decay as text -> {"params", "router_state"}.
     opt_state: of the optimizer.
     """
@@ -34,7 +41,40 @@ class TrainState:
     opt_state: Any
 
 
-def weights(state: TrainState, ema: str | None = None) -> tuple[Any, Any]:
+def split(params: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
+    """(trained, untrained): the parameters whose path one of the patterns matches, and the others.
+
+    Args:
+      patterns: `optim.trainable`, like "layers_0/*/adaLN/*"; * stands for any text.
+
+    Raises:
+      UserError: a pattern matches nothing.
+    """
+    leaves = flatten_dict(params, sep="/")
+    trained: dict[str, Any] = {}
+    for pattern, paths in matches(leaves, patterns).items():
+        if not paths:
+            raise UserError(
+                f"optim.trainable = {pattern!r} matches no parameter: the model has "
+                f"{', '.join(sorted({path.split('/')[0] for path in leaves}))}, and a path is like "
+                f"{next(iter(leaves))}"
+            )
+        trained |= {path: leaves[path] for path in paths}
+    rest = {path: leaf for path, leaf in leaves.items() if path not in trained}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(rest, sep="/")
+
+
+def matches(leaves: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, list[str]]:
+    """Pattern -> the paths that it matches."""
+    return {p: [path for path in leaves if fnmatchcase(path, p)] for p in patterns}
+
+
+def merge(trained: Tree, untrained: Tree) -> Tree:
+    """The whole parameters again, of which `split` made two trees."""
+    return unflatten_dict(flatten_dict(trained) | flatten_dict(untrained))
+
+
+def weights(state: TrainState, ema: str | None = None) -> tuple[Tree, Tree]:
     """(params, router_state) of the live model or of the average with decay `ema`, to sample with.
 
     Raises KeyError for a decay that the state does not keep.
@@ -45,67 +85,42 @@ def weights(state: TrainState, ema: str | None = None) -> tuple[Any, Any]:
 
 
 def abstract_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: Any
-) -> tuple[TrainState, Any]:
-    """Shapes without memory: TrainState of ShapeDtypeStructs, and the params' logical axes.
+    model: Model, optimizer: optax.GradientTransformation, config: Any
+) -> tuple[TrainState, Tree, Tree]:
+    """Shapes without memory, trees of ShapeDtypeStructs.
 
-    The logical axes are a tree like `params` with a tuple of names (or None) per parameter.
+    Returns:
+      The state; the untrained parameters; and the logical axes of all parameters, a tree like them
+      with a tuple of names (or None) per parameter.
     """
-    variables = jax.eval_shape(partial(_init_variables, model), jax.random.key(0))
+    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
     axes = jax.tree.map(
         tuple,
         nn.get_partition_spec(variables["params"]),
         is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
-    state = jax.eval_shape(partial(_initial_state, optimizer, config), nn.meta.unbox(variables))
-    return state, axes
+    begin = partial(initial_state, optimizer, config)
+    return *jax.eval_shape(begin, nn.meta.unbox(variables)), axes
 
 
-def create_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    config: Any,
-    mesh: Mesh,
-    seed: int,
-    variables: dict[str, Any] | None = None,
-) -> TrainState:
-    """The state before step 0, each device making only its own part of every array.
-
-    The values depend on the seed alone, not on the mesh.
-
-    variables: {"params", "router_state"} to begin with instead, which are used up.
-    """
-    shapes, axes = abstract_state(model, optimizer, config)
-    shardings = rules.state_shardings(mesh, config.parallel.preset, shapes, axes)
-
-    if variables is not None:
-        begin = partial(_initial_state, optimizer, config)
-        return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(variables)
-
-    @partial(jax.jit, out_shardings=shardings)
-    def create(key: jax.Array) -> TrainState:
-        variables = nn.meta.unbox(_init_variables(model, key))
-        return _initial_state(optimizer, config, variables)
-
-    with jax.set_mesh(mesh):
-        return create(jax.random.key(seed))
-
-
-def _init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
     """Variables with their metadata; the inputs only give shapes, one sample per device."""
-    batch, size = num_batch_shards(), model.image_size
-    x = jnp.zeros((batch, size, size, model.channels))
-    return model.init(key, x, jnp.zeros(batch), jnp.zeros(batch, jnp.int32), False)
+    inputs = abstract_inputs(model, num_batch_shards())
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    return model.init(key, *zeros, False)
 
 
-def _initial_state(
+def initial_state(
     optimizer: optax.GradientTransformation, config: Any, variables: dict[str, Any]
-) -> TrainState:
-    params, router_state = variables["params"], variables.get("router_state", {})
-    return TrainState(
+) -> tuple[TrainState, Tree]:
+    """The state before step 0 of {"params", "router_state"}, and the untrained parameters."""
+    router_state = variables.get("router_state", {})
+    params, untrained = split(variables["params"], config.optim.trainable)
+    state = TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
         router_state=router_state,
         emas=init_emas(params, router_state, config.ema),
         opt_state=optimizer.init(params),
     )
+    return state, untrained

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from moe_diffusion.training.optim import clip_factor, update_emas
-from moe_diffusion.training.state import TrainState
+from moe_diffusion.training.state import TrainState, merge
 
 Tree = Any
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Tree, jax.Array], tuple[TrainState, Metrics]]
+
+
+class Frozen(NamedTuple):
+    """What a step reads and does not train. It is an argument of the program, never a constant.
+
+    untrained: the model's own parameters that `optim.trainable` leaves out.
+    given: any tree, for the loss: a teacher's weights.
+    """
+
+    untrained: Tree = {}
+    given: Tree = None
+
+
+NOTHING = Frozen()
+
+# (state, batch, key, frozen=NOTHING) -> (state, metrics)
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -26,7 +43,9 @@ def make_train_step(
     shardings: TrainState | None = None,
     update_shardings: Tree | None = None,
 ) -> TrainStep:
-    """Compiles step(state, batch, key) -> (state, metrics); the given state is consumed.
+    """Compiles step(state, batch, key, frozen=Frozen()) -> (state, metrics).
+
+    The given state is consumed; what is frozen has no gradient, moments or average.
 
     batch: leaves [B, ...] or, with optim.accumulate = A > 1, [A, B / A, ...], micro-batches first.
     key: of the run. Micro-batch i of step n draws from fold_in(fold_in(key, n), i).
@@ -35,7 +54,8 @@ def make_train_step(
       new state is the old one but for `step`, so that one bad batch cannot ruin a run.
 
     Args:
-      loss_fn: (params, router_state, batch, key) -> (loss, aux with `metrics`, `router_stats`).
+      loss_fn: (params, router_state, batch, key, frozen.given) -> (loss, aux with `metrics`,
+        `router_stats`). params are all of the model's; the gradient is that of the trained ones.
       optimizer: makes updates that are multiplied by -schedule(step) and added to the params.
       config: reads `optim.accumulate`, `optim.accumulate_reduce`, `optim.clip_norm` and `ema`.
       update_router_state: (router_state, mean router_stats of the micro-batches) -> router_state.
@@ -45,9 +65,12 @@ def make_train_step(
     """
     optim = config.optim
 
-    def gradients(state: TrainState, batch: Tree, key: jax.Array):
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, aux), grads = grad_fn(state.params, state.router_state, batch, key)
+    def gradients(state: TrainState, batch: Tree, key: jax.Array, frozen: Frozen):
+        def loss_of(trained: Tree):
+            params = merge(trained, frozen.untrained)
+            return loss_fn(params, state.router_state, batch, key, frozen.given)
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         metrics = {"loss": loss, **aux.metrics}
         return _constrain(grads, update_shardings), metrics, aux.router_stats
 
@@ -56,19 +79,21 @@ def make_train_step(
         grads = jax.tree.map(lambda g: factor * g, grads)
         params = _constrain(state.params, update_shardings)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
         router_state = update_router_state(state.router_state, router_stats)
         emas = update_emas(state.emas, params, router_state, state.step, config.ema)
         return state.replace(
             params=params, router_state=router_state, emas=emas, opt_state=opt_state
         )
 
-    def train_step(state: TrainState, batch: Tree, key: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step)
+    def train_step(
+        state: TrainState, batch: Tree, key: jax.Array, frozen: Frozen = NOTHING
+    ) -> tuple[TrainState, Metrics]:
+        key, of_micro_batch = jax.random.fold_in(key, state.step), partial(gradients, frozen=frozen)
         if optim.accumulate == 1:
-            grads, metrics, stats = gradients(state, batch, jax.random.fold_in(key, 0))
+            grads, metrics, stats = of_micro_batch(state, batch, jax.random.fold_in(key, 0))
         else:
-            grads, metrics, stats = _accumulate(gradients, state, batch, key, optim.accumulate)
+            grads, metrics, stats = _accumulate(of_micro_batch, state, batch, key, optim.accumulate)
         mean = 1 / optim.accumulate if optim.accumulate_reduce == "mean" else 1.0
         grad_norm = mean * optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
@@ -101,6 +126,20 @@ def _accumulate(
     grads, reports = jax.lax.scan(body, zeros, (jnp.arange(num), batch))
     metrics, stats = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
     return grads, metrics, stats
+
+
+def large_constants(traced: Any, least: int) -> list[tuple[int, tuple[int, ...]]]:
+    """(bytes, shape) of the constants of at least so many bytes in a traced program.
+
+    traced: `jax.jit(function).trace(...)`.
+    """
+    found, closed = {}, [traced.jaxpr]
+    while closed:
+        program = closed.pop()
+        found |= {id(c): (c.nbytes, c.shape) for c in program.consts if c.nbytes >= least}
+        values = [value for eqn in program.jaxpr.eqns for value in eqn.params.values()]
+        closed += [value for value in values if hasattr(value, "consts")]
+    return list(found.values())
 
 
 def _constrain(tree: Tree, shardings: Tree | None) -> Tree:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from etils import epath
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
-from moe_diffusion import models
 from moe_diffusion.errors import UserError
+from moe_diffusion.models.stack import Model, abstract_variables
 from moe_diffusion.training.checkpoint import StoredWeights, first_average
 
 _LISTED = 10
@@ -24,11 +23,11 @@ _LISTED = 10
 _FREE = ("dtype", "param_dtype", "remat", "unroll", "attention", "jit.dropout", "moe.", "router.")
 
 
-def check(config: ConfigDict, model: nn.Module) -> None:
+def check(config: ConfigDict, model: Model) -> None:
     """Raises a UserError listing what makes config.init_from another model; reads no weights."""
     there = _config(config)
     with _open(config, there) as stored:
-        wanted = flatten_dict(models.abstract_variables(model), sep="/")
+        wanted = flatten_dict(abstract_variables(model), sep="/")
         found = stored.shapes
     # What a router keeps beside the weights is not needed by one that keeps nothing.
     names = wanted.keys() | {name for name in found if name.startswith("params/")}

@@ -9,6 +9,7 @@ from flax import linen as nn
 from moe_diffusion import config as config_lib
 from moe_diffusion.diffusion import objectives
 from moe_diffusion.errors import UserError
+from tests.labelled import Labelled
 
 B, NULL = 6, 4
 IMAGE = np.random.default_rng(0).normal(size=(B, 2, 2, 3)).astype(np.float32)
@@ -20,13 +21,14 @@ DRAWS = objectives.Draws(
 )
 
 
-class Echo(nn.Module):
+class Echo(Labelled):
     """Twice the channels: the label in the first half, nonsense in the second. Two layers sow."""
 
     num_classes: int = NULL
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
+        y = cond["label"]
         assert train
         bias = self.param("bias", nn.initializers.zeros, ())
         for collection, name, values in (
@@ -40,7 +42,7 @@ class Echo(nn.Module):
 
 
 def evaluate(**changes):
-    options = {"label_dropout": 0.1, "loss_weights": {"balance": 0.5}} | changes
+    options = {"cond_dropout": 0.1, "loss_weights": {"balance": 0.5}} | changes
     params = {"bias": jnp.float32(0)}
     return objectives.flow_loss(Echo(), params, {}, BATCH, DRAWS, **options)
 
@@ -83,19 +85,19 @@ def test_loss_of_a_config():
     loss, aux = loss_fn(params, {}, BATCH, key)
     draws = objectives.draw(key, IMAGE, time_sampling="logit_normal")
     expected, _ = objectives.flow_loss(
-        Echo(), params, {}, BATCH, draws, label_dropout=1.0, loss_weights={"balance": 0.5}
+        Echo(), params, {}, BATCH, draws, cond_dropout=1.0, loss_weights={"balance": 0.5}
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert set(aux.metrics) == {"loss", "mse", "balance", "load_max"}
 
 
-class Oracle(nn.Module):
+class Oracle(Labelled):
     """Puts out the true images plus an offset."""
 
     num_classes: int = NULL
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
         return IMAGE + self.param("offset", nn.initializers.zeros, ())
 
 
@@ -104,7 +106,7 @@ def test_a_network_that_predicts_the_data():
     flow = objectives.Flow("data", t_eps=0.3, noise_scale=2.0)
 
     def loss(offset):
-        params, options = {"offset": jnp.float32(offset)}, {"label_dropout": 0, "loss_weights": {}}
+        params, options = {"offset": jnp.float32(offset)}, {"cond_dropout": 0, "loss_weights": {}}
         return objectives.flow_loss(Oracle(), params, {}, BATCH, DRAWS, diffusion=flow, **options)[
             0
         ]

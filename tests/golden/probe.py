@@ -60,7 +60,7 @@ def apply(model, variables, x, t, y, train: bool):
         variables,
         x,
         t,
-        y,
+        {"label": y},
         train,
         mutable=[*SOWN, "intermediates"],
         capture_intermediates=lambda module, _: re.fullmatch(RECORDED, str(module.name)),
@@ -69,17 +69,21 @@ def apply(model, variables, x, t, y, train: bool):
 
 def our_time(model, t: np.ndarray) -> np.ndarray:
     """The time that the authors' network is called with, f32[B], as ours."""
-    if not model.reverse_time:
+    if not _reverse(model):
         return t.astype(np.float32)
     return (1 - t.astype(np.float64) / model.time_scale).astype(np.float32)
 
 
 def authors_output(model, output):
     """Our output [B, H, W, C or 2C] as the authors' network gives it."""
-    if not model.reverse_time:
+    if not _reverse(model):
         return output
-    channels = model.channels
+    channels = model.input_shape[-1]
     return jnp.concatenate([-output[..., :channels], output[..., channels:]], axis=-1)
+
+
+def _reverse(model) -> bool:
+    return getattr(model, "reverse_time", False)
 
 
 class Record:

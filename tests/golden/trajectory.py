@@ -17,6 +17,7 @@ from moe_diffusion import interop
 from moe_diffusion.diffusion import objectives, paths
 from moe_diffusion.interop import keymap
 from moe_diffusion.interop.families import FAMILIES
+from moe_diffusion.models.stack import next_router_state
 from moe_diffusion.training import optim, state, step
 
 from . import cases, network, probe
@@ -108,13 +109,17 @@ class Replay(abc.ABC):
     def _start(self):
         """The training step, its loss reading the recorded draws, and the state before step 0."""
 
-        def loss_fn(params, router_state, batch, key):
-            del key
+        def loss_fn(params, router_state, batch, key, frozen):
+            del key, frozen
             return self.loss(params, router_state, batch)
 
-        optimizer = optim.make_optimizer(self.config.optim)
+        optimizer = optim.make_optimizer(self.config.optim, self.model.is_stacked)
         train_step = step.make_train_step(
-            loss_fn, optimizer, self.schedule(), self.config, self.model.update_router_state
+            loss_fn,
+            optimizer,
+            self.schedule(),
+            self.config,
+            functools.partial(next_router_state, self.model.routers()),
         )
 
         @probe.jit
@@ -141,7 +146,7 @@ class FlowReplay(Replay):
             router_state,
             {"image": batch["x1"], "label": batch["y"]},
             objectives.Draws(batch["t"], batch["z0"], batch["drop_uniform"]),
-            label_dropout=self.case.hparams["class_dropout_prob"],
+            cond_dropout=self.case.hparams["class_dropout_prob"],
             loss_weights=self.loss_weights,
         )
 
@@ -150,7 +155,7 @@ class FlowReplay(Replay):
         for x1, z0, t, y, drop in zip(*values, strict=True) if batch["y"].ndim == 2 else [values]:
             y = np.where(drop < self.case.hparams["class_dropout_prob"], self.model.num_classes, y)
             output, sown = self.forward(variables, paths.interpolate(x1, z0, t), t, y, True)
-            residual = output[..., : self.model.channels] - paths.velocity(x1, z0)
+            residual = output[..., : self.model.input_shape[-1]] - paths.velocity(x1, z0)
             self.log["out/mse"].append(jnp.mean(residual**2, axis=(1, 2, 3)))
             record = probe.Record(self.model, sown, len(y))
             log_routing(self, record)

@@ -27,7 +27,7 @@ class DdpmReplay(trajectory.Replay):
             router_state,
             {"image": batch["x_start"], "label": batch["y"]},
             Draws(batch["t"], batch["noise"], batch["drop_uniform"]),
-            label_dropout=self.case.hparams["class_dropout_prob"],
+            cond_dropout=self.case.hparams["class_dropout_prob"],
             loss_weights=self.loss_weights,
         )
 

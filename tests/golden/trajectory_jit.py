@@ -42,7 +42,7 @@ class JiTReplay(trajectory.Replay):
             router_state,
             {"image": batch["x"], "label": batch["y"]},
             self._draws(batch),
-            label_dropout=self.config.diffusion.cond_dropout,
+            cond_dropout=self.config.diffusion.cond_dropout,
             loss_weights={},
             diffusion=self.config.diffusion,
         )

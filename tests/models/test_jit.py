@@ -27,7 +27,7 @@ def config(spec="configs/jit_b16.py", **changes):
 
 def inputs():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
-    return x, jnp.array([0.2, 0.9]), jnp.array([1, 3])
+    return x, jnp.array([0.2, 0.9]), {"label": jnp.array([1, 3])}
 
 
 def variables_of(model):
@@ -61,13 +61,21 @@ def apply(model, variables, train=False, **rngs):
     ],
 )
 def test_segments_end_where_blocks_change(changes, segments):
-    assert build(config(**changes).model).segments == segments
+    assert segments_of(build(config(**changes).model)) == segments
+
+
+def segments_of(model):
+    """With True for the blocks that have experts."""
+    return tuple(
+        (tuple(kind.startswith("moe") for kind in period), repeats)
+        for period, repeats in model.stack.segments
+    )
 
 
 def test_segments_with_experts():
     model = build(config("configs/jitmoe_b16.py", **DEEP).model)
-    assert sum((period * repeats for period, repeats in model.segments), ()) == (F, T) * 4
-    assert model.segments == (((F,), 1), ((T,), 1), ((F,), 1), ((T, F), 2), ((T,), 1))
+    assert [kind.split(".")[0] for kind in model.kinds] == ["dense", "moe"] * 4
+    assert segments_of(model) == (((F,), 1), ((T,), 1), ((F,), 1), ((T, F), 2), ((T,), 1))
 
 
 def test_class_tokens_begin_at_their_block_and_are_gone_in_the_end():
@@ -88,8 +96,8 @@ def test_class_tokens_begin_at_their_block_and_are_gone_in_the_end():
 
 
 def test_rope_of_interleaved_pairs_is_the_other_rope_reordered():
-    angles = blocks.rope_angles("rope2d_pairs", 3, 8)
-    np.testing.assert_array_equal(angles, blocks.rope_angles("rope2d", 3, 8))
+    angles = blocks.rope_angles("rope2d_pairs", (3, 3), 8)
+    np.testing.assert_array_equal(angles, blocks.rope_angles("rope2d", (3, 3), 8))
     x = jax.random.normal(jax.random.key(0), (1, 2, 9, 8))
     order = np.array([0, 2, 1, 3, 4, 6, 5, 7])  # pairs (0, 1), (2, 3) -> (0, 2), (1, 3)
     turned = blocks.rotate(x, angles, interleaved=True)
@@ -119,7 +127,7 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.slow
 def test_recomputation_draws_the_same_dropout():
-    batch = {"image": inputs()[0], "label": inputs()[2] % 3}
+    batch = {"image": inputs()[0], "label": inputs()[2]["label"] % 3}
     found = []
     for remat in ("none", "full"):
         changes = {"jit.dropout": 0.5, "jit.in_context_tokens": 0, "remat": remat}

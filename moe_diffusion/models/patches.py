@@ -1,0 +1,173 @@
+"""What the class-conditional transformers on patches of an image, DiT and JiT, have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from moe_diffusion.conditions import Field
+from moe_diffusion.models.blocks import Attention, Dtype, FinalLayer, TransformerBlock, unpatchify
+from moe_diffusion.models.parts import compute_dtype, make_mlp, make_moe
+from moe_diffusion.models.stack import Model, Stack
+from moe_diffusion.moe.router import Router
+
+
+class PatchTransformer(Model):
+    """The base class: fields, the condition, and the layers; see `models.build` for their values.
+
+    input_shape: (H, W, C) of the input, pixels or latents; H and W are multiples of patch_size.
+    num_classes: cond is {"label": i32[B]}, and label num_classes stands for "no label".
+    learn_sigma: twice the channels come out; a flow uses the first half.
+    positions: `sincos` (fixed table), or one of `blocks.ROPES`.
+    time_scale: multiplies t before its embedding.
+    moe_pattern: True where a block has experts.
+    remat, unroll: see `Stack`. attention: None or one of kernels/attention.py.
+    dtype: to compute in.
+    """
+
+    input_shape: tuple[int, int, int]
+    patch_size: int
+    num_classes: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    qk_norm: bool
+    qk_norm_kind: str
+    qk_norm_eps: float
+    norm: str
+    positions: str
+    learn_sigma: bool
+    time_scale: float
+    moe_pattern: tuple[bool, ...]
+    make_mlp: Callable[..., nn.Module]
+    make_moe: Callable[..., nn.Module] | None
+    remat: str
+    unroll: int
+    attention: str | None
+    dtype: Dtype
+
+    parts = {
+        "patch_embed": "embedders",
+        "time_embed": "embedders",
+        "label_embed": "embedders",
+        "in_context_embed": "embedders",
+        "final": "final layer",
+    }
+    layer_parts = {
+        "attn": "attention",
+        "mlp": "dense ffn",
+        "adaLN": "adaLN",
+        "norm1": "norms",
+        "norm2": "norms",
+        "router": "router",
+        "predictor": "capacity predictor",
+        "experts": "routed experts",
+        "shared": "shared experts",
+    }
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width, _ = self.input_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the blocks: "moe" and "dense"."""
+        return tuple("moe" if is_moe else "dense" for is_moe in self.moe_pattern)
+
+    @nn.nowrap
+    def layers(self, train: bool) -> Stack:
+        """The blocks. train: tells the routers, and turns dropout on."""
+        return Stack(self.kinds, partial(self.make_block, train=train), self.remat, self.unroll)
+
+    @property
+    def stack(self) -> Stack:
+        return self.layers(train=False)
+
+    @nn.nowrap
+    def make_block(self, kind: str, *, train: bool, context: int = 0, dropout: float = 0.0):
+        """Factory of the blocks of a kind: (name=...) -> `TransformerBlock`.
+
+        context: tokens before those of the image. dropout: of attention and dense MLPs.
+        """
+        attention = partial(
+            Attention,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            qk_norm=self.qk_norm,
+            qk_norm_kind=self.qk_norm_kind,
+            qk_norm_eps=self.qk_norm_eps,
+            positions=self.positions,
+            grid=self.grid,
+            dtype=self.dtype,
+            context=context,
+            dropout=dropout,
+            implementation=self.attention,
+        )
+        is_moe = kind.startswith("moe")
+        ffn = self.make_moe if is_moe else partial(self.make_mlp, dropout=dropout)
+        return partial(
+            TransformerBlock,
+            norm=self.norm,
+            make_attention=attention,
+            make_ffn=ffn,
+            train=train,
+            dtype=self.dtype,
+        )
+
+    @nn.nowrap
+    def to_image(self, tokens: jax.Array, c: jax.Array, norm: str = "layernorm") -> jax.Array:
+        """Tokens [B, S, D] and condition [B, D] -> f32[B, H, W, C or 2C]; inside `__call__`."""
+        features = self.patch_size**2 * self.input_shape[-1] * (2 if self.learn_sigma else 1)
+        x = FinalLayer(features, self.dtype, norm, name="final")(tokens, c)
+        return unpatchify(x.astype(jnp.float32), self.patch_size, self.grid)
+
+    @nn.nowrap
+    def cond_spec(self) -> dict[str, Field]:
+        return {"label": Field((), "int32", self.num_classes)}
+
+    @nn.nowrap
+    def null(self, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"label": jnp.full_like(cond["label"], self.num_classes)}
+
+    @nn.nowrap
+    def routers(self) -> dict[str, Router]:
+        paths = dict.fromkeys(b.path for b in self.blocks() if b.kind.startswith("moe"))
+        return {f"{path}/moe/router": self.make_moe().make_router() for path in paths}
+
+
+def moe_pattern(depth: int, interleave: bool, skip_first: int) -> tuple[bool, ...]:
+    """Which blocks have experts: all, or the odd ones; never the first `skip_first`."""
+    layers = np.arange(depth)
+    moe = (layers % 2 == 1) if interleave else (layers >= 0)
+    return tuple(bool(v) for v in moe & (layers >= skip_first))
+
+
+def transformer(config: ConfigDict, losses: tuple[str, ...], mlp_width: int) -> dict[str, Any]:
+    """The fields of a class-conditional transformer that the shared keys of a config fill."""
+    make_moe_layer = make_moe(config, losses)
+    pattern = (False,) * config.depth
+    if make_moe_layer:
+        pattern = moe_pattern(config.depth, config.moe.interleave, config.moe.skip_first)
+    names = ("patch_size", "num_classes", "hidden_size", "num_heads")
+    names += ("qk_norm", "qk_norm_kind", "qk_norm_eps", "norm", "positions", "learn_sigma")
+    names += ("time_scale", "remat", "unroll")
+    height, width = config.image_size, config.image_width or config.image_size
+    return {name: config[name] for name in names} | {
+        "input_shape": (height, width, config.channels),
+        "num_kv_heads": config.num_kv_heads or config.num_heads,
+        "moe_pattern": pattern,
+        "make_mlp": make_mlp(config, mlp_width),
+        "make_moe": make_moe_layer,
+        "attention": None if config.attention == "auto" else config.attention,
+        "dtype": compute_dtype(config.dtype),
+        "param_dtype": jnp.dtype(config.param_dtype),
+    }
