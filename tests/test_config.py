@@ -456,6 +456,17 @@ def test_old_names_mean_the_new_ones(config_file, tmp_path):
     ]
     for old in olds:
         assert old == new and configs.compare(old, new) == []
+    sections = """config.loss_weights = {"capacity": 1.0}
+config.loss_weights.capacity = 0.5
+config.diffusion = {**config.diffusion.to_dict(), "label_dropout": 0.2}
+config.diffusion.label_dropout = 0.3
+config.optim = load("configs/digits.py").optim
+config.model.router = {"scope": "batch", "name": "diffmoe"}"""
+    imported = "from moe_diffusion.config import load\n"
+    sections = configs.load(config_file(imported + sections))
+    assert sections.loss_weights.to_dict() == {"capacity_predictor": 0.5}
+    assert sections.diffusion.cond_dropout == 0.3 and sections.optim.learning_rate == 1e-3
+    assert sections.model.router.group == "batch" and sections.model.router.capacity == 1
     reverse = configs.load(config_file("config.model.reverse_time = True"))
     assert reverse.model.dit.reverse_time and "reverse_time" not in reverse.model
     assert configs.load(config_file("config.loss_weights = {'balance': 1}")).loss_weights.balance

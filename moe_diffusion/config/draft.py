@@ -38,8 +38,14 @@ class Draft(ConfigDict):
         *sections, leaf = self._today(key).split(".")
         if sections:
             self[".".join(sections)][leaf] = value
-        else:
-            super().__setitem__(leaf, new_value(self._place + leaf, value))
+            return
+        old = self._fields.get(leaf)
+        if isinstance(old, Draft) and isinstance(value, dict | ConfigDict):  # a whole section
+            table = value.to_dict() if isinstance(value, ConfigDict) else value
+            value = type(old).of(table, old._place)
+            if old.is_locked:
+                value.lock()
+        super().__setitem__(leaf, new_value(self._place + leaf, value))
 
     def copy_and_resolve_references(self, visit_map=None):
         copied = super().copy_and_resolve_references(visit_map)
