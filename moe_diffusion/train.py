@@ -26,13 +26,13 @@ from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.figures import loss_curve
-from moe_diffusion.evaluation.generate import SampleHook
 from moe_diffusion.evaluation.periodic import EvaluationHook
+from moe_diffusion.figures.curves import loss_curve
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
 from moe_diffusion.parallel import distributed
+from moe_diffusion.sampling.hooks import SampleHook
 from moe_diffusion.training.allocator import keep_freed_memory
 from moe_diffusion.training.loop import train
 
@@ -66,7 +66,7 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
             return stack.enter_context(contextlib.closing(iterator))
 
         decode = autoencoder.decode if autoencoder else None
-        hooks = [SampleHook(config, model, workdir, decode)]
+        hooks = [SampleHook(config, model, workdir, source, decode)]
         if config.train.eval_samples and config.train.sample_every:
             hooks.append(EvaluationHook(config, model, source))
         loss_fn = make_loss(model, config)

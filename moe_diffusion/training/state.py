@@ -93,14 +93,20 @@ def abstract_state(
       The state; the untrained parameters; and the logical axes of all parameters, a tree like them
       with a tuple of names (or None) per parameter.
     """
-    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    variables, axes = abstract_weights(model)
+    return *jax.eval_shape(partial(initial_state, optimizer, config), variables), axes
+
+
+def abstract_weights(model: Model) -> tuple[dict[str, Any], Tree]:
+    """Shapes of params and router_state, and the logical axes of params; nothing is allocated."""
+    shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    variables = {name: shapes[name] for name in ("params", "router_state") if name in shapes}
     axes = jax.tree.map(
         tuple,
         nn.get_partition_spec(variables["params"]),
         is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
-    begin = partial(initial_state, optimizer, config)
-    return *jax.eval_shape(begin, nn.meta.unbox(variables)), axes
+    return nn.meta.unbox(variables), axes
 
 
 def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
