@@ -2,7 +2,8 @@
 
     python -m moe_diffusion.train --config configs/digits.py:router=diffmoe --workdir runs/diffmoe
 
-Arguments: router=token_choice | expert_choice | diffmoe | deepseek | dense, size=tiny | small.
+Arguments: router=token_choice | expert_choice | diffmoe | expert_race | deepseek | dense,
+size=tiny | small.
 """
 
 from __future__ import annotations

@@ -46,9 +46,17 @@ def drop(model: Any, cond: Mapping[str, jax.Array], dropped: jax.Array) -> dict[
 
 
 def check_fields(found: Mapping[str, Field], wanted: Mapping[str, Field], where: str) -> None:
-    """Raises a UserError unless the fields found are those wanted, each of its shape.
+    """Checks that `found` has the fields of `wanted` and no others, in their shapes and dtypes.
 
-    where: what has the fields found, to begin the message with.
+    The number of values is not compared: data may have fewer values than a model knows.
+
+    Args:
+      found: what the data has.
+      wanted: what the model takes.
+      where: the name of the data, with which the message begins.
+
+    Raises:
+      UserError: a field is lacking, unexpected, or of another shape or dtype.
     """
     lacking, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if lacking or unknown:
@@ -56,8 +64,9 @@ def check_fields(found: Mapping[str, Field], wanted: Mapping[str, Field], where:
         texts += [f"has the field {name!r}, which the model does not take" for name in unknown]
         raise UserError(f"{where} {' and '.join(texts)}: choose other data or another model")
     for name, field in wanted.items():
-        if tuple(found[name].shape) != tuple(field.shape):
+        has, takes = (f"{f.dtype}{list(f.shape)}" for f in (found[name], field))
+        if has != takes:
             raise UserError(
-                f"{where} has the field {name!r} of shape {tuple(found[name].shape)}, the model "
-                f"takes {tuple(field.shape)}: choose other data or another model"
+                f"{where} has the field {name!r} as {has}, the model takes {takes}: choose other "
+                "data or another model"
             )

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop.families import FAMILIES
-from moe_diffusion.interop.transfer import export_file, import_folder
+from moe_diffusion.interop.transfer import DTYPES, export_file, import_folder
 
-_IMPORT_ONLY = ("weights", "hparams", "config")
+_IMPORT_ONLY = ("weights", "hparams", "config", "dtype")
 
 
 @exits_on_user_error
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--hparams", help="the authors' hyperparameters: .yaml or .json, section model.params, "
         "model or all of it")  # fmt: skip
     add("--config", help="config file of the model instead of hyperparameters")
+    add("--dtype", choices=DTYPES, help="of the stored parameters: file (what the file has, and so "
+        "the default), or a number format that they are rounded to")  # fmt: skip
     add("--ema", help="--export: decay of the average to write, or none (the run's first)")
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = {name: getattr(args, name) for name in _IMPORT_ONLY}
         done = import_folder(args.family, args.input, args.output, **given, progress=True)
         entry = f"weights '{done['weights']}', " if done["weights"] else ""
-        what = f"{entry}hyperparameters of {done['hparams']}"
+        what = f"{entry}{done['dtype']}, hyperparameters of {done['hparams']}"
     print(f"{done['tensors']} tensors, {done['bytes'] / 1e6:,.1f} MB: {done['output']} ({what})")
     if args.json:
         print(json.dumps(done))

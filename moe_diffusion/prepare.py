@@ -6,7 +6,7 @@
       --vae ae.safetensors --kind flux --out data/imagenet256_flux
 
 On several hosts, start it on each, as for train; --out must be a folder that all of them see. Then
-train with --config.data.source=latents:<out>, and --config.data.augment=flip if --flip was given.
+train with --config.data.source=latents:<out>. After --flip, add --config.data.augment=flip.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data import encode
-from moe_diffusion.data.latents import read_manifest
+from moe_diffusion.data.latents import describe_fields, read_manifest
 from moe_diffusion.data.sources import open_images
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import autoencoder as autoencoders
@@ -31,32 +31,35 @@ from moe_diffusion.parallel import distributed
 
 
 def make_job(args: Any) -> encode.Job:
-    """Opens what the flags name; raises a UserError if it cannot be read or does not fit."""
-    for name, least in (("size", 1), ("shard_size", 1), ("workers", 1), ("seed", 0)):
+    """Opens what the flags name.
+
+    Raises:
+      UserError: a flag is wrong, or something cannot be read or does not fit the rest.
+    """
+    height, width = _parse_size(args.size)
+    for name, least in (("shard_size", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     autoencoder = autoencoders.load(args.vae, args.kind)
     network = autoencoder.network
-    if args.size % network.factor:
+    if height % network.factor or width % network.factor:
         raise UserError(
             f"--size {args.size} is no multiple of {network.factor}, the pixels per latent of "
             f"{args.vae}"
         )
-    pixels = (args.size, args.size, network.channels)
+    pixels = (height, width, network.channels)
     source = open_images(args.source, pixels, split=args.split, skip_broken=args.skip_broken)
     if tuple(source.image_shape) != pixels:
         raise UserError(
             f"--source {args.source} has images of shape {tuple(source.image_shape)}, --size and "
             f"--vae need {pixels}"
         )
-    side = args.size // network.factor
     settings = {
         "source": args.source,
         "split": args.split,
         "records": len(source),
-        "num_classes": source.num_classes,
-        "image_size": args.size,
-        "shape": [side, side, network.latent_channels],
+        "fields": describe_fields(source.cond_spec),
+        "shape": [height // network.factor, width // network.factor, network.latent_channels],
         "moments": not args.samples,
         "flip": args.flip,
         "seed": args.seed,
@@ -66,12 +69,20 @@ def make_job(args: Any) -> encode.Job:
         "shard_size": args.shard_size,
         "class_names": getattr(source, "class_names", None),
     }
-    batch = images_at_once(args.size**2) * jax.local_device_count()
+    batch = images_at_once(height * width) * jax.local_device_count()
     return encode.Job(source, autoencoder.moments, batch, Path(args.out), settings, args.workers)
 
 
+def _parse_size(text: str) -> tuple[int, int]:
+    """ "256" -> (256, 256) and "256x384" -> (256, 384)."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UserError(f"--size {text} is no size in pixels: give 256, or height x width: 256x384")
+    return int(sides[0]), int(sides[-1])
+
+
 def run(job: encode.Job) -> dict[str, Any]:
-    """Encodes what is not there yet, with all processes; returns the manifest."""
+    """Encodes what is not there yet; all processes call this. Returns the manifest."""
     main = distributed.is_main_process()
     unfinished = encode.begin(job) if main else True
     if multihost_utils.broadcast_one_to_all(unfinished):
@@ -89,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--source", required=True, help="folder:<path>, tfds:<name>, digits or synthetic")
     add("--split", default="train", help="of a tfds source (%(default)s)")
-    add("--size", type=int, required=True, help="side of the images, in pixels")
+    add("--size", required=True, help="of the images, in pixels: 256, or height x width: 256x384")
     add("--vae", required=True, help="the autoencoder: a weight file or a folder of diffusers")
     add("--kind", default="auto", help="sd or flux, for weights without config.json (%(default)s)")
     add("--out", required=True, help="folder of the latents")
     add("--flip", action="store_true", help="encode the mirrored images, too")
-    add("--samples", action="store_true", help="store one sample each, in half the space")
+    add("--samples", action="store_true", help="store one sample an image, in half the space")
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--shard-size", type=int, default=8192, help="records in a file (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="threads that read (%(default)s)")

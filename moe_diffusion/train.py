@@ -5,8 +5,9 @@
       --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
 
 The workdir then holds config.json, metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and
-samples/. Any key of the config can be set as --config.<key>=<value>; moe_diffusion/defaults.py
-lists them all.
+samples/. Any key of the config can be set as --config.<key>=<value>. The shared keys are listed in
+moe_diffusion/config/defaults.py, those of model.<architecture> in models/<architecture>.py, and
+those of model.router in moe/routers/<router>.py.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
 from moe_diffusion.parallel import distributed
+from moe_diffusion.planning.kernels import dispatch_line
 from moe_diffusion.sampling.hooks import SampleHook
 from moe_diffusion.training.allocator import keep_freed_memory
 from moe_diffusion.training.loop import train
@@ -40,13 +42,14 @@ from moe_diffusion.training.loop import train
 def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Trains the config `spec` (see `config.load`) in `workdir`; returns what it came to."""
     config = configs.load(spec, overrides)
-    source = open_source(config.data, config.model)
-    autoencoder = autoencoders.for_config(config)
     model = build(config.model, losses=sorted(config.loss_weights))
+    source = open_source(config.data, model.input_shape, model.cond_spec())
+    autoencoder = autoencoders.for_config(config)
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
               f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip
-        print(table(parameter_counts(model), forward_flops(model)), flush=True)
+        print(table(parameter_counts(model), forward_flops(model)))
+        print(dispatch_line(model, config.model, jax.default_backend()), flush=True)
     with contextlib.ExitStack() as stack:
 
         def open_iterator():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_diffusion.kernels import library
+from moe_diffusion.kernels.cpu import library
 
 COMPILER = next(library.compilers(), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
-from moe_diffusion.defaults import DEFAULTS
+from moe_diffusion.config.ranges import CHOICES
+from moe_diffusion.config.renamed import KEYS, VALUES
+from moe_diffusion.config.schema import fields_of_others, leaves, shared
 from moe_diffusion.errors import UserError
+from moe_diffusion.moe.routers import DiffMoE, TokenChoice
 
 
 def raises(message: str):
@@ -37,7 +42,8 @@ def test_default_is_valid_and_fresh():
     config = configs.default()
     configs.validate(config)
     configs.validate_devices(config, 8)
-    assert json.loads(config.to_json()) == json.loads(json.dumps(DEFAULTS))
+    assert config.to_dict() == shared()
+    assert configs.settle(config).to_dict().keys() == shared().keys()
     config.model.depth = 3
     config.loss_weights.balance = 0.5
     assert configs.default().model.depth == 12
@@ -258,7 +264,7 @@ def test_save_json_replaces_and_reports(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("old")
     configs.save_json(configs.default(), path)
-    assert configs.load_json(path) == configs.default()
+    assert configs.load_json(path) == configs.settle(configs.default())
     with raises("No such file or directory): choose another folder"):
         configs.save_json(configs.default(), tmp_path / "missing" / "config.json")
 
@@ -311,3 +317,213 @@ def test_compare_ignores_run_control():
     overrides += ["data.num_workers=1", "data.prefetch=3", "parallel.preset=fsdp"]
     new = configs.load("configs/digits.py", overrides)
     assert configs.compare(configs.load("configs/digits.py"), new) == []
+
+
+# The router's section
+
+
+def test_the_section_of_a_router_has_its_fields_alone(config_file):
+    section = configs.load(config_file("pass")).model.router
+    assert set(section) == {"name", "group", *TokenChoice.fields()}
+    assert type(section) is ConfigDict and section.is_locked
+    dense = configs.load(config_file("config.model.router.name = 'dense'")).model.router
+    assert dense.to_dict() == {"name": "dense", "group": "sample"}
+
+
+SET = ["config.model.router.max_capacity = 0", "config.model.router.top_k = 1"]
+NAME = "config.model.router.name = 'diffmoe'"
+
+
+@pytest.mark.parametrize("lines", [[NAME, *SET], [*SET, NAME], [SET[0], NAME, SET[1]]])
+def test_a_router_may_be_named_before_or_after_its_fields(config_file, lines):
+    """`top_k`, of another router, is accepted and dropped."""
+    router = configs.load(config_file("\n".join(lines))).model.router
+    assert router.max_capacity == 0.0 and isinstance(router.max_capacity, float)
+    assert set(router) == {"name", "group", *DiffMoE.fields()}
+
+
+def test_a_config_file_reads_defaults_of_the_router():
+    config = configs.default()
+    router = config.model.router
+    assert (router.scores, router.top_k, router.get("no", 3)) == ("softmax", 2, 3)
+    assert router.max_capacity == 4.0  # of another router
+    router.name = "expert_race"
+    assert router.scores == "identity"
+    router.scores = "sigmoid"
+    router.name = "token_choice"
+    assert router.scores == "sigmoid"
+    with pytest.raises(AttributeError):
+        _ = router.no_such_field
+    for copied in (copy.deepcopy(config), config.copy_and_resolve_references()):
+        copied.model.router.update(capacity=3.0)
+        assert copied.model.router.scores == "sigmoid" and copied.model.router.top_k == 2
+        copied.model.dropout = 0.5
+        assert copied.model.jit.dropout == 0.5
+    assert "capacity" not in router and config.model.jit.dropout == 0
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (
+            "router.topk = 1",
+            "mine.py: unknown config key 'model.router.topk'; the nearest is model",
+        ),
+        (
+            "router.top_k = '3'",
+            "mine.py: model.router.top_k = '3' is not an integer",
+        ),
+        ("router.max_capacity = 'x'", "mine.py: model.router.max_capacity = 'x' is not a number"),
+        ("router.no", "mine.py: get_config failed: unknown config key 'no'"),
+        (
+            "router.name = 'diffmo'",
+            "mine.py: model.router.name = 'diffmo' is unknown; choose token",
+        ),
+        ("router.name = 3", "TypeError: Could not override field 'name'"),
+    ],
+)
+def test_a_wrong_field_of_a_router(config_file, body, message):
+    with raises(message):
+        configs.load(config_file(f"config.model.{body}"))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_overrides_switch_the_router_in_any_order(reverse, tmp_path):
+    overrides = ["--config.model.router.name=diffmoe", "--config.model.router.threshold=0.4"]
+    overrides += ["loss_weights={'capacity_predictor': 1}"]
+    overrides = overrides[::-1] if reverse else overrides
+    router = configs.load("configs/digits.py", overrides).model.router
+    assert (router.name, router.threshold) == ("diffmoe", "0.4") and "top_k" not in router
+    assert router.kernel_init == "kaiming_uniform"  # as the file says
+    configs.save_json(configs.load("configs/digits.py"), tmp_path / "config.json")
+    assert configs.load_json(tmp_path / "config.json", overrides).model.router == router
+
+
+def test_an_override_mends_a_router_that_does_not_exist(config_file):
+    path = config_file("config.model.router.name = 'gone:Gone'")
+    with raises("mine.py: model.router.name = 'gone:Gone': module gone cannot be imported"):
+        configs.load(path)
+    assert configs.load(path, ["model.router.name=dense"]).model.router.name == "dense"
+    with raises("model.router.name = 'nothing' is unknown; choose token_choice | "):
+        configs.load(path, ["model.router.name=nothing"])
+
+
+# Old names
+
+OLD_FILE = """config.model.family = "jit"
+config.model.update(bottleneck=64, in_context_tokens=8, in_context_start=2)
+config.model.dropout = config.model.dropout + 0.1
+config.diffusion.label_dropout = 0.2
+config.model.router.update(name="diffmoe", scope="batch")
+config.loss_weights.capacity = 0.5
+config.model.moe.backend = "capacity"
+config.model.moe["transport"] = "a2a_capacity"
+assert config.model.family == "jit" and config.model.bottleneck == 64"""
+OLD_OVERRIDES = ["model.family=jit", "model.bottleneck=64", "--config.model.in_context_tokens=8"]
+OLD_OVERRIDES += ["model.in_context_start=2", "model.dropout=0.1", "diffusion.label_dropout=0.2"]
+OLD_OVERRIDES += ["model.router.name=diffmoe", "model.router.scope=batch"]
+OLD_OVERRIDES += ["loss_weights={'capacity': 0.5}", "model.moe.backend=capacity"]
+OLD_OVERRIDES += ["model.moe.transport=a2a_capacity"]
+OLD_JSON = {
+    "model": {
+        **{"family": "jit", "bottleneck": 64, "in_context_tokens": 8, "in_context_start": 2},
+        **{"dropout": 0.1, "reverse_time": False},
+        "moe": {"backend": "capacity", "transport": "a2a_capacity"},
+        "router": {"name": "diffmoe", "scope": "batch", "top_k": 3, "null_expert": True},
+    },
+    "diffusion": {"label_dropout": 0.2},
+    "loss_weights": {"capacity": 0.5},
+}
+
+
+def test_old_names_mean_the_new_ones(config_file, tmp_path):
+    """In a config file, in overrides and in a config.json, which has no version."""
+    new = configs.load(
+        config_file("pass", "new.py"),
+        [
+            *("model.architecture=jit", "model.jit.bottleneck=64", "model.jit.in_context_tokens=8"),
+            *("model.jit.in_context_start=2", "model.jit.dropout=0.1"),
+            *("diffusion.cond_dropout=0.2", "model.router.name=diffmoe"),
+            *("model.router.group=batch", "loss_weights.capacity_predictor=0.5"),
+            *("model.moe.backend=slots", "model.moe.transport=a2a_slots"),
+        ],
+    )
+    (tmp_path / "config.json").write_text(json.dumps(OLD_JSON))
+    olds = [
+        configs.load(config_file(OLD_FILE)),
+        configs.load(config_file("pass"), OLD_OVERRIDES),
+        configs.load_json(tmp_path / "config.json"),
+    ]
+    for old in olds:
+        assert old == new and configs.compare(old, new) == []
+    sections = """config.loss_weights = {"capacity": 1.0}
+config.loss_weights.capacity = 0.5
+config.diffusion = {**config.diffusion.to_dict(), "label_dropout": 0.2}
+config.diffusion.label_dropout = 0.3
+config.optim = load("configs/digits.py").optim
+config.model.router = {"scope": "batch", "name": "diffmoe"}"""
+    imported = "from moe_diffusion.config import load\n"
+    sections = configs.load(config_file(imported + sections))
+    assert sections.loss_weights.to_dict() == {"capacity_predictor": 0.5}
+    assert sections.diffusion.cond_dropout == 0.3 and sections.optim.learning_rate == 1e-3
+    assert sections.model.router.group == "batch" and sections.model.router.capacity == 1
+    reverse = configs.load(config_file("config.model.reverse_time = True"))
+    assert reverse.model.dit.reverse_time and "reverse_time" not in reverse.model
+    assert configs.load(config_file("config.loss_weights = {'balance': 1}")).loss_weights.balance
+
+
+def test_every_old_name_leads_to_a_key():
+    known = leaves(shared()) | fields_of_others()
+    for old, new in {**KEYS, **{key: key for key in VALUES}}.items():
+        assert new in known or new.startswith("loss_weights.")
+        # A section of a config file renames its own keys alone.
+        assert new.startswith(old.rpartition(".")[0] + ".")
+        assert old not in known or old in VALUES
+    for key, values in VALUES.items():
+        assert set(values.values()) <= set(CHOICES[key]) and not set(values) & set(CHOICES[key])
+
+
+def test_config_json_of_a_later_version(tmp_path):
+    path = tmp_path / "config.json"
+    configs.save_json(configs.default(), path)
+    saved = json.loads(path.read_text())
+    assert saved["version"] == 2
+    for version in (3, "2", None):
+        path.write_text(json.dumps({**saved, "version": version, "a_later_key": 1}))
+        with raises(
+            f"config.json is of version {version}, and this code reads versions up to 2: u"
+        ):
+            configs.load_json(path)
+    path.write_text(json.dumps({**saved, "a_later_key": 1}))
+    with raises("config.json: unknown config key 'a_later_key'"):
+        configs.load_json(path)
+
+
+# Lists of text
+
+
+@pytest.mark.parametrize(
+    "text, patterns",
+    [
+        ("layers_0/*,final/*", ("layers_0/*", "final/*")),
+        (" final/* ", ("final/*",)),
+        ("('a', 'b')", ("a", "b")),
+        ("5", ("5",)),
+    ],
+)
+def test_a_list_of_texts(text, patterns):
+    config = configs.load("configs/digits.py", [f"--config.optim.trainable={text}"])
+    assert config.optim.trainable == patterns
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "optim.trainable = () trains nothing"),
+        ("(1, 2)", "optim.trainable = 1 is not text"),
+        ("(oops", "optim.trainable = '(oops' is not a list of texts like layers_0/*,final/*"),
+    ],
+)
+def test_a_wrong_list_of_texts(text, message):
+    with raises(message):
+        configs.load("configs/digits.py", [f"--config.optim.trainable={text}"])

@@ -8,7 +8,7 @@ from moe_diffusion import config as configs
 
 DIGITS = [
     f"configs/digits.py:router={router},size={size}"
-    for router in ("token_choice", "expert_choice", "diffmoe", "deepseek", "dense")
+    for router in ("token_choice", "expert_choice", "diffmoe", "expert_race", "deepseek", "dense")
     for size in ("tiny", "small")
 ]
 DSMOE = [f"configs/dsmoe_{size}.py:experts={experts}" for size in "sbl" for experts in (16, 48)]
@@ -89,8 +89,10 @@ def test_jit_training_settings():
     config = configs.load("configs/jit_h32.py")
     model, sampling = config.model, config.sampling
     assert (model.depth, model.hidden_size, model.num_heads) == (32, 1280, 16)
-    assert (model.bottleneck, model.in_context_tokens, model.in_context_start) == (256, 32, 10)
-    assert (model.image_size, model.patch_size, model.dropout) == (512, 32, 0.2)
+    assert model.jit.to_dict() == dict(
+        bottleneck=256, in_context_tokens=32, in_context_start=10, dropout=0.2
+    )
+    assert (model.image_size, model.patch_size) == (512, 32)
     diffusion = config.diffusion
     assert (diffusion.prediction, diffusion.noise_scale, diffusion.t_eps) == ("data", 2.0, 0.05)
     assert (diffusion.time_mean, diffusion.time_std, diffusion.cond_dropout) == (-0.8, 0.8, 0.1)
@@ -114,7 +116,7 @@ def test_promoe_training_settings():
     assert config.loss_weights.to_dict() == {"contrast": 1.0}
     model = config.model
     assert (model.moe.num_experts, model.moe.hidden_size, model.router.top_k) == (13, 2048, 1)
-    assert (model.time_scale, model.reverse_time) == (1000.0, True)
+    assert (model.time_scale, model.dit.reverse_time) == (1000.0, True)
     diffusion = config.diffusion
     assert (diffusion.time_sampling, diffusion.time_mean, diffusion.time_std) == (
         *("logit_normal", 0.0, 1.0),
@@ -127,7 +129,7 @@ def test_published_objectives_of_dit_moe():
     for size in path:
         config = configs.load(f"configs/dit_moe_{size}.py")
         assert config.diffusion.path == path[size]
-        assert config.model.reverse_time == config.model.qk_norm == (path[size] == "flow")
+        assert config.model.dit.reverse_time == config.model.qk_norm == (path[size] == "flow")
         assert config.loss_weights.to_dict() == {"balance": 0.01}
 
 

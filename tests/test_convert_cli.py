@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 from moe_diffusion import config as configs
 from moe_diffusion import convert, interop, models, sample
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import describe, files, transfer
-from moe_diffusion.training.checkpoint import Checkpointer
+from moe_diffusion.interop import describe, files, tensors, transfer
+from moe_diffusion.training import warm_start
+from moe_diffusion.training.checkpoint import Checkpointer, StoredWeights
 from moe_diffusion.training.state import TrainState
 from tests import cli
 
@@ -67,7 +68,10 @@ def test_from_a_golden_to_images_and_back(tmp_path, capfd):
     done = json.loads(out[-1])
     stored = load_file(GOLDEN / "weights.safetensors")
     assert done["tensors"] == len(stored) and done["hparams"] == str(GOLDEN / "config.json")
-    assert out[-2].startswith(f"{len(stored)} tensors, 0.4 MB: {tmp_path / 'in'} (hyperparameters")
+    what = f"{tmp_path / 'in'} (float32, hyperparameters of"
+    assert (
+        out[-2].startswith(f"{len(stored)} tensors, 0.4 MB: {what}") and done["dtype"] == "float32"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
     assert configs.load_json(tmp_path / "in" / "config.json").ema.decays == ()
 
@@ -84,6 +88,70 @@ def test_from_a_golden_to_images_and_back(tmp_path, capfd):
     assert set(back) == set(stored)
     for key, tensor in stored.items():
         np.testing.assert_array_equal(back[key], tensor, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("file", "flag", "stored"),
+    [
+        ("bfloat16", None, "bfloat16"),
+        ("float16", None, "float16"),
+        ("float16", "bfloat16", "bfloat16"),
+        ("float64", "file", "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+    ],
+)
+def test_dtype(tmp_path, golden, file, flag, stored):
+    """What is stored, what the config says of it, and that the same bits are exported."""
+    path = golden / "weights.safetensors"
+    bias = "e_score_correction_bias"  # the router's state is no parameter
+    state = {key: x if key.endswith(bias) else x.astype(file) for key, x in load_file(path).items()}
+    files.write_state_dict(state, path)
+    run("--family", "dsmoe", "--input", path, "--output", tmp_path / "in",
+        *(["--dtype", flag] if flag else []))  # fmt: skip
+    assert configs.load_json(tmp_path / "in" / "config.json").model.param_dtype == stored
+    with StoredWeights(tmp_path / "in") as weights:
+        dtypes = {
+            (name.partition("/")[0], leaf.dtype.name) for name, leaf in weights.shapes.items()
+        }
+    assert dtypes == {("params", stored), ("router_state", "float32")}
+
+    back = tmp_path / "back.safetensors"
+    run("--export", "--family", "dsmoe", "--input", tmp_path / "in", "--output", back)
+    back = load_file(back)
+    for key, tensor in state.items():
+        expected = tensor if key.endswith(bias) else tensor.astype(stored)
+        assert back[key].dtype == expected.dtype
+        assert back[key].tobytes() == expected.tobytes(), key
+
+
+def test_weights_in_bfloat16_draw_and_train(tmp_path, golden):
+    run("--family", "dsmoe", "--input", golden, "--output", tmp_path / "in", "--dtype", "bfloat16")
+    draw = ["--workdir", tmp_path / "in", "--num", 2, "--steps", 1, "--cfg", 1]
+    draw += ["--out", tmp_path / "grid.png", "--npz", tmp_path / "x.npz"]
+    sample.main([str(arg) for arg in draw])
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert np.isfinite(arrays["arr_0"]).all() and arrays["arr_0"].std() > 0.1
+
+    config = configs.load_json(tmp_path / "in" / "config.json")
+    config.init_from, config.model.param_dtype = str(tmp_path / "in"), "float32"
+    model = models.build(config.model)
+    warm_start.check(config, model)  # no other model, since only the precision differs
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tree = warm_start.read(config, jax.tree.map(lambda _: device, models.abstract_variables(model)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
+
+
+def test_the_state_dict_may_be_changed_on_the_way(tmp_path, golden):
+    key = "final_layer.linear.weight"
+    plain = load_file(golden / "weights.safetensors")[key]
+    transfer.import_folder(
+        "dsmoe",
+        golden,
+        tmp_path / "in",
+        change=lambda state: tensors.adjusted(state, {key: lambda w: w + 1}),
+    )
+    transfer.export_file("dsmoe", tmp_path / "in", tmp_path / "back.safetensors")
+    np.testing.assert_array_equal(load_file(tmp_path / "back.safetensors")[key], plain + 1)
 
 
 @pytest.fixture
@@ -124,6 +192,7 @@ def test_an_average_of_a_run_is_exported(tmp_path, capfd, trained):
         (["y.safetensors", "--ema", "0.7"], "keeps no average of decay 0.7; it keeps: 0.5, 0.9"),
         (["y.pt"], "y.pt: weights are written as .safetensors"),
         (["y.safetensors", "--config", "x"], "--config does not go with --export"),
+        (["y.safetensors", "--dtype", "float32"], "--dtype does not go with --export"),
         (["y.safetensors", "--family", "jit"], "family 'jit' has no name for params/"),
         (["y.safetensors", "--input", tmp_path], "is not a workdir (it has no config.json)"),
     ):
@@ -294,7 +363,7 @@ def test_bad_flags(capfd, golden):
 
 
 def test_a_failed_write_leaves_nothing(golden, monkeypatch):
-    def fail(folder, leaves):
+    def fail(folder, leaves, done):
         folder.mkdir()
         raise OSError("disk full")
 

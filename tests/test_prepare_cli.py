@@ -45,11 +45,22 @@ def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
     assert last["autoencoder"]["name"] == "vae-tiny" and last["scale"] == 0.18215
     assert cli.contents(undisturbed) == before and len(before) == 11
     manifest = json.loads(before["manifest.json"])
+    assert manifest["format"] == 2
+    label = {"name": "label", "shape": [], "dtype": "int32", "num_values": 4}
+    assert manifest["fields"] == [label]
     assert manifest["class_names"] == [f"class_{i}" for i in range(4)]
     assert manifest["source"] == f"folder:{inputs[0]}" and len(manifest["statistics"]["std"]) == 4
     batch = Latents(str(undisturbed)).take(np.arange(200))
     assert batch["label"].tolist() == [i // 50 for i in range(200)]
     assert 0.01 < batch["image"].std() < 1
+
+
+def test_pictures_that_are_not_square(inputs, tmp_path):
+    out = tmp_path / "latents"
+    args = pictures.prepare_args(inputs[0], inputs[1], out)
+    prepare.main([*args, "--size", "32x48", "--shard-size", "200"])
+    source = Latents(str(out))
+    assert len(source) == 200 and source.image_shape == (4, 6, 4)
 
 
 @pytest.mark.slow
@@ -104,6 +115,10 @@ def test_two_processes_make_the_same_folder(inputs, undisturbed, tmp_path):
     [
         (["--vae", "nowhere.safetensors"], "no weight file at nowhere.safetensors"),
         (["--size", "60"], "--size 60 is no multiple of 8"),
+        (["--size", "64x60"], "--size 64x60 is no multiple of 8"),
+        (["--size", "0"], "--size 0 is no size in pixels: give 256, or height x width: 256x384"),
+        (["--size", "64x64x3"], "--size 64x64x3 is no size in pixels"),
+        (["--size", "64x-8"], "--size 64x-8 is no size in pixels"),
         (["--source", "folder:/nowhere"], "there is no folder /nowhere"),
         (["--source", "digits"], "has images of shape (8, 8, 1), --size and --vae need (64, 64, 3"),
         (["--source", "disk"], "'disk' is unknown; known are: digits, synthetic, folder:"),

@@ -59,7 +59,11 @@ def test_what_a_run_prints_and_leaves(trained):
     first, *_, last = output.splitlines()
     assert first == "digits_token_choice_tiny: 1,437 images, 1 x cpu, preset dp"
     assert json.loads(last) == {"step": 3, "num_steps": 3, "workdir": str(workdir)}
-    assert "routed experts" in output and "step 3/3: loss" in output
+    assert (
+        "routed experts" in output
+        and "\ndispatch of experts: " in output
+        and "step 3/3: loss" in output
+    )
     kinds = {path.name.split(".")[0] for path in workdir.iterdir()}
     assert kinds == {"checkpoints", "config", "events", "loss", "metrics"}
     assert cli.saved_steps(workdir) == [1, 2, 3]

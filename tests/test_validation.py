@@ -7,10 +7,10 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from moe_diffusion.config import default
+from moe_diffusion.config import default, validate, validate_devices
+from moe_diffusion.config.ranges import CHOICES
 from moe_diffusion.errors import UserError
-from moe_diffusion.ranges import CHOICES
-from moe_diffusion.validation import validate, validate_devices
+from moe_diffusion.models import ARCHITECTURES, architecture
 
 
 def raises(message: str):
@@ -26,6 +26,7 @@ def changed(changes: dict) -> ConfigDict:
 
 EXPERT_CHOICE = {"model.router.name": "expert_choice"}
 DIFFMOE = {"model.router.name": "diffmoe"}
+RACE = {"model.router.name": "expert_race"}
 BAD_COMBINATIONS = [
     ({"model.patch_size": 3}, "model.patch_size = 3 does not divide model.image_size = 32"),
     ({"model.num_heads": 5}, "model.num_heads = 5 does not divide model.hidden_size = 384"),
@@ -42,24 +43,24 @@ BAD_COMBINATIONS = [
         {"model.hidden_size": 36, "model.positions": "rope2d"},
         "rope2d needs model.hidden_size / model.num_heads = 6 to be a multiple of 4",
     ),
-    ({"model.router.scores": "identity"}, "identity is for model.router.name = promoe_tc or"),
+    ({"model.router.scores": "identity"}, "scores = 'identity' is unknown; choose softmax |"),
     (
         {"model.router.name": "promoe_tc", "model.router.top_k": 16},
-        "model.router.top_k = 16 exceeds the experts of labelled samples, model.moe.num_experts = "
+        "model.router.top_k = 16 exceeds the experts with a prototype, model.moe.num_experts = "
         "16 less model.router.null_expert = 1",
     ),
     (
         {"model.router.name": "promoe_ec", "model.router.capacity": 15.5},
-        "model.router.capacity = 15.5 exceeds the experts of labelled samples",
+        "model.router.capacity = 15.5 exceeds the experts with a prototype",
     ),
     (
         {
-            "model.reverse_time": True,
+            "model.dit.reverse_time": True,
             "model.learn_sigma": True,
             "diffusion.path": "ddpm",
             "sampling.sampler": "ddpm",
         },
-        "model.reverse_time turns the time of a flow",
+        "model.dit.reverse_time turns the time of a flow",
     ),
     ({"model.depth": 1}, "model.depth = 1, model.moe.skip_first = 0 and model.moe.interleave ="),
     ({"train.eval_samples": 1}, "train.eval_samples = 1 has no covariance: take some hundreds"),
@@ -83,19 +84,26 @@ BAD_COMBINATIONS = [
     (
         EXPERT_CHOICE | {"model.router.capacity": 0.05},
         "gives each of model.moe.num_experts = 16 less than one of the 256 tokens in "
-        "model.router.scope = sample",
+        "model.router.group = sample",
     ),
     (
         DIFFMOE
-        | {"model.router.scope": "batch", "model.router.capacity": 0.01}
+        | {"model.router.group": "batch", "model.router.capacity": 0.01}
         | {"data.batch_size": 8, "optim.accumulate": 4},
-        "less than one of the 512 tokens in model.router.scope = batch",
+        "less than one of the 512 tokens in model.router.group = batch",
     ),
     (DIFFMOE | {"model.router.max_capacity": 0.5}, "model.router.max_capacity = 0.5 would drop"),
-    ({"loss_weights.capacity": 1.0}, "loss_weights.capacity is no loss of model.router.name ="),
+    (RACE | {"model.router.max_capacity": 0.5}, "model.router.max_capacity = 0.5 would drop pairs"),
+    (RACE | {"model.router.capacity": 17.0}, "capacity = 17.0 exceeds model.moe.num_experts = 16"),
+    (
+        RACE | {"model.router.capacity": 0.001},
+        "capacity = 0.001 leaves no pair to the 256 tokens in model.router.group = sample",
+    ),
+    (RACE | {"model.router.threshold_decay": 1.0}, "model.router.threshold_decay = 1.0 must be at"),
+    ({"loss_weights.similarity": 1.0}, "loss_weights.similarity is no loss of model.router.na"),
     ({"loss_weights.balance": -1.0}, "loss_weights.balance = -1.0 must be zero or positive"),
     (EXPERT_CHOICE | {"loss_weights.balance": 1.0}, "expert_choice, which has router_z: remove"),
-    (DIFFMOE | {"loss_weights.balance": 1.0}, "diffmoe, which has capacity and router_z: remove"),
+    (DIFFMOE | {"loss_weights.balance": 1.0}, "diffmoe, which has capacity_predictor and router_z"),
     (
         {"model.router.name": "dense", "loss_weights.router_z": 1.0},
         "dense, which has none: remove it, or clear all: loss_weights={}",
@@ -107,9 +115,33 @@ BAD_COMBINATIONS = [
     ({"sampling.cfg_interval": (0.5, 0.5)}, "sampling.cfg_interval = (0.5, 0.5) must be two times"),
     ({"sampling.cfg_interval": (0.0, 1.5)}, "0 <= start < end <= 1"),
     ({"sampling.cfg_interval": (0.5,)}, "sampling.cfg_interval = (0.5,) must be"),
+    *(
+        (
+            {"optim.schedule": schedule, "optim.warmup_steps": 10, "train.num_steps": 10},
+            "optim.warmup_steps = 10 leaves nothing of train.num_steps = 10",
+        )
+        for schedule in ("cosine", "linear")
+    ),
+    ({"optim.schedule": "inverse_sqrt"}, "optim.warmup_steps = 0: set it to at least 1"),
+    *(
+        (
+            {"optim.schedule": s, "optim.warmup_steps": 1, "optim.min_learning_rate": 1e-6},
+            f"optim.min_learning_rate = 1e-06 is where optim.schedule = cosine or linear ends, and "
+            f"this is {s}: set it to 0",
+        )
+        for s in ("constant", "inverse_sqrt")
+    ),
     (
-        {"optim.schedule": "cosine", "optim.warmup_steps": 10, "train.num_steps": 10},
-        "optim.warmup_steps = 10 leaves nothing of train.num_steps = 10",
+        {"optim.schedule": "linear", "optim.min_learning_rate": 1e-3},
+        "optim.min_learning_rate = 0.001 exceeds optim.learning_rate = 0.0001: lower it",
+    ),
+    ({"optim.trainable": ()}, "optim.trainable = () trains nothing: name patterns of"),
+    ({"optim.trainable": ("*", "")}, "optim.trainable = ('*', '') trains nothing"),
+    ({"model.image_width": 31}, "model.patch_size = 2 does not divide model.image_width = 31"),
+    ({"model.jit.dropout": 0.1}, "model.jit.dropout = 0.1 is of model.architecture = jit, and"),
+    (
+        {"model.architecture": "jit", "model.dit.reverse_time": True},
+        "model.dit.reverse_time = True is of model.architecture = dit, and this is jit: set it to",
     ),
 ]
 
@@ -130,17 +162,28 @@ def test_impossible_combinations(changes, message):
         {"model.depth": 1, "model.moe.interleave": False},
         EXPERT_CHOICE | {"model.router.capacity": 16.0},
         EXPERT_CHOICE | {"model.router.capacity": 1 / 16},  # 256 tokens / 16 experts / 16 = 1
-        DIFFMOE | {"model.router.max_capacity": 0.0, "loss_weights.capacity": 0.0},
+        DIFFMOE | {"model.router.max_capacity": 0.0, "loss_weights.capacity_predictor": 0.0},
         {"loss_weights.balance": 0.01, "loss_weights.router_z": 0.001},
         {"ema.decays": ()},
         {"sampling.cfg_interval": (0.1, 1.0)},
+        # 128 tokens: 128 / 16 experts / 8 = 1.
+        EXPERT_CHOICE | {"model.image_width": 16, "model.router.capacity": 1 / 8},
+        {"optim.schedule": "linear", "optim.min_learning_rate": 1e-4},
+        {"optim.schedule": "inverse_sqrt", "optim.warmup_steps": 1},
+        {"optim.trainable": ("layers_0/*", "final/*"), "model.param_dtype": "bfloat16"},
+        RACE | {"model.router.max_capacity": 0.0, "loss_weights.similarity": 1e-4},
+        # What is off in another architecture may have any size there.
+        {"model.jit.bottleneck": 3, "model.jit.in_context_start": 99},
     ],
 )
 def test_possible_combinations(changes):
     validate(changed(changes))
 
 
-@pytest.mark.parametrize("key", sorted(CHOICES))
+ROUTER_CHOICES = ["model.router.name", "model.router.kernel_init", "model.router.scores"]
+
+
+@pytest.mark.parametrize("key", sorted(CHOICES) + ROUTER_CHOICES)
 def test_unknown_choices(key):
     with raises(f"{key} = 'nonsense' is unknown; choose "):
         validate(changed({key: "nonsense"}))
@@ -156,6 +199,10 @@ def test_unknown_choices(key):
         ("model.moe.skip_first", -1, "zero or positive"),
         ("optim.clip_norm", -0.1, "zero or positive"),
         ("optim.b2", 1.0, "at least 0 and below 1"),
+        ("optim.min_learning_rate", -1e-5, "zero or positive"),
+        ("model.image_width", -1, "zero or positive"),
+        ("model.router.top_k", 0, "positive"),
+        ("model.router.bias_update_rate", -0.1, "zero or positive"),
         ("diffusion.cond_dropout", 1.5, "between 0 and 1"),
     ],
 )
@@ -174,9 +221,23 @@ def test_batch_must_split_over_devices():
 
 
 def test_a_shard_must_have_tokens_for_every_expert():
-    changes = DIFFMOE | {"model.router.scope": "shard", "model.router.capacity": 0.05}
+    changes = DIFFMOE | {"model.router.group": "shard", "model.router.capacity": 0.05}
     config = changed(changes | {"data.batch_size": 8})
     validate(config)
     validate_devices(config, 4)
-    with raises("less than one of the 256 tokens in model.router.scope = shard"):
+    with raises("less than one of the 256 tokens in model.router.group = shard"):
         validate_devices(config, 8)
+
+
+def test_the_width_counts_in_a_group():
+    config = changed(EXPERT_CHOICE | {"model.image_width": 16, "model.router.capacity": 0.1})
+    with raises("less than one of the 128 tokens in model.router.group = sample"):
+        validate(config)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_field_of_an_architecture_has_a_comment(name):
+    config = changed({"model.architecture": name})
+    validate(config)
+    for field, (default_value, comment) in architecture(name).FIELDS.items():
+        assert config.model[name][field] == default_value and len(comment) > 10

@@ -32,9 +32,9 @@ def diffmoe(size: str, experts: int, objective: str, router: str = "diffmoe") ->
 def _diffmoe(config: ConfigDict) -> None:
     router = config.model.router
     router.name, router.capacity = "diffmoe", 1.0
-    router.scope = "shard"  # the authors pool the tokens of one GPU
+    router.group = "shard"  # the authors pool the tokens of one GPU
     router.kernel_init = "normal_0.006"
-    config.loss_weights.capacity = 1.0
+    config.loss_weights.capacity_predictor = 1.0
 
 
 def _tcdit(config: ConfigDict) -> None:
@@ -46,5 +46,5 @@ def _tcdit(config: ConfigDict) -> None:
 
 def _ecdit(config: ConfigDict) -> None:
     router = config.model.router
-    router.name, router.capacity, router.scope = "expert_choice", 1.0, "sample"
+    router.name, router.capacity, router.group = "expert_choice", 1.0, "sample"
     router.kernel_init = "normal_0.006"

@@ -8,7 +8,7 @@ from moe_diffusion import config as configs
 
 # size -> depth, width, heads
 _DIGITS_SIZES = {"tiny": (6, 96, 4), "small": (8, 128, 4)}
-DIGITS_ROUTERS = ("token_choice", "expert_choice", "diffmoe", "deepseek", "dense")
+DIGITS_ROUTERS = ("token_choice", "expert_choice", "diffmoe", "expert_race", "deepseek", "dense")
 
 
 def digits(router: str, size: str) -> ConfigDict:
@@ -31,6 +31,7 @@ def digits(router: str, size: str) -> ConfigDict:
         "token_choice": _token_choice,
         "expert_choice": _expert_choice,
         "diffmoe": _diffmoe,
+        "expert_race": _expert_race,
         "deepseek": _deepseek,
         "dense": _dense,
     }[router](config)
@@ -63,10 +64,18 @@ def _expert_choice(config: ConfigDict) -> None:
 def _diffmoe(config: ConfigDict) -> None:
     """As in DiffMoE: every expert takes its best tokens of the whole batch."""
     config.model.router.name = "diffmoe"
-    config.model.router.scope = "batch"
+    config.model.router.group = "batch"
     config.model.router.capacity = 2.0
     config.model.router.kernel_init = "normal_0.006"
-    config.loss_weights.capacity = 1.0
+    config.loss_weights.capacity_predictor = 1.0
+
+
+def _expert_race(config: ConfigDict) -> None:
+    """As in Race-DiT: the best pairs of a token and an expert in the whole batch."""
+    config.model.router.name = "expert_race"
+    config.model.router.group = "batch"
+    config.model.router.capacity = 2.0
+    config.loss_weights.similarity = 1e-4
 
 
 def _deepseek(config: ConfigDict) -> None:

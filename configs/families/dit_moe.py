@@ -56,7 +56,7 @@ def dit_moe(size: str, experts: int, objective: str, qk_norm: bool = False) -> C
         config.diffusion.path = "ddpm"
         config.sampling.update(sampler="ddpm", steps=250, cfg=1.5, cfg_channels=3)
     else:
-        model.reverse_time = True
+        model.dit.reverse_time = True
         config.diffusion.time_sampling = "logit_normal"
         config.sampling.update(sampler="euler", steps=50, cfg=1.5)
     return config

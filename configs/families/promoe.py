@@ -43,7 +43,7 @@ def promoe(size: str, routing: str, objective: str) -> ConfigDict:
     model.moe.bias = model.moe.shared_bias = True
     model.router.name = {"token_choice": "promoe_tc", "expert_choice": "promoe_ec"}[routing]
     model.router.scores = "identity"
-    model.router.top_k, model.router.capacity = 1, 1.0
+    model.router.top_k, model.router.capacity = 1, 1.0  # one of the two is a field of the router
     model.router.kernel_init = "normal_0.02"
     config.loss_weights.contrast = 1.0
 
@@ -58,7 +58,7 @@ def promoe(size: str, routing: str, objective: str) -> ConfigDict:
         config.diffusion.path = "ddpm"
         config.sampling.update(sampler="ddpm", cfg_channels=3)
     else:
-        model.time_scale, model.reverse_time = 1000.0, True
+        model.time_scale, model.dit.reverse_time = 1000.0, True
         config.diffusion.time_sampling = "logit_normal"
         config.sampling.sampler = "euler"
     # The protocol of the published FIDs: 250 steps, guidance 1.0 and 1.5.

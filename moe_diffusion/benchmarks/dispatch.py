@@ -2,7 +2,7 @@
 
     rho = time of (route + gather + experts + combine) / time of a dense MLP over as many rows (T K)
 
-both SwiGLU in the same dtype, in turn in one run, medians.
+Both are SwiGLUs in the same dtype. They run in turn in one process, and medians are compared.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from moe_diffusion.benchmarks.rivals import rivals
 from moe_diffusion.benchmarks.timing import medians, peak_bytes, peak_flops
 from moe_diffusion.errors import UserError, first_line
 from moe_diffusion.kernels import mlp
-from moe_diffusion.moe.dispatch import default_backend, dispatch
+from moe_diffusion.moe.dispatch import choose_backend, dispatch
 from moe_diffusion.moe.layer import Experts
 from moe_diffusion.moe.routers import TokenChoice
 from moe_diffusion.moe.routing import expert_load
 from moe_diffusion.parallel.mesh import platform
 
-# (D, H, E, K): DSMoE-S-E48 and its like up to 3B, and one of a large language model's size.
+# (D, H, E, K): those of diffusion models from DSMoE-S-E48 up to 3B, and one as in a large language
+# model.
 SHAPES = (
     (384, 128, 16, 1),
     (384, 192, 48, 5),
@@ -60,11 +61,11 @@ def bench_dispatch(
     repeats: int = 11,
     compare: bool = False,
 ) -> dict[str, Any]:
-    """rho_fwd, rho_fwd_bwd, peak_bytes and more of one shape (D, H, E, K).
+    """Measures one shape (D, H, E, K): rho_fwd, rho_fwd_bwd, peak_bytes and more.
 
-    routing: that of a random gate on random tokens, "uniform", or with a preference for the first
-    experts like 1 / rank, "zipf". compare: also the rho of other kernels, see `rivals`, or what
-    they failed with.
+    routing: "uniform" takes a random gate on random tokens; "zipf" adds a preference for the first
+    experts, like 1 / rank.
+    compare: also measure other kernels, see `rivals`; a kernel that fails is named with its error.
     """
     width, hidden, num_experts, top_k = shape
     key = jax.random.key(0)
@@ -73,7 +74,7 @@ def bench_dispatch(
     router, experts = TokenChoice(num_experts, top_k=top_k), Experts(num_experts, hidden)
     gate, stacked = (nn.meta.unbox(m.init(key, a)) for m, a in ((router, x), (experts, width)))
     if routing == "zipf":
-        # The first feature is 1 in every token, its weights prefer expert e by 1 / (e + 1).
+        # The first feature is 1 in every token, and its weights prefer expert e by 1 / (e + 1).
         x = x.at[..., 0].set(1)
         preference = -np.log(np.arange(1, num_experts + 1))
         kernel = gate["params"]["kernel"].at[0].set(preference)
@@ -85,10 +86,13 @@ def bench_dispatch(
         chosen, _ = router.apply(gate, x)
         return apply(x, chosen, stacked)
 
+    def dispatched(x, chosen, stacked):
+        return dispatch(x, chosen, stacked, kind="swiglu", backend=backend)[0]
+
     def dense(x, single):
         return mlp.apply(x, single, "swiglu")
 
-    ours = partial(layer, apply=partial(dispatch, kind="swiglu", backend=backend))
+    ours = partial(layer, apply=dispatched)
     compiled = _compile({"dense": (dense, (rows, single)), "moe": (ours, (x, gate, stacked))})
     failures, others = {}, rivals() if compare else {}
     for name, apply in others.items():
@@ -97,7 +101,7 @@ def bench_dispatch(
             for function, args in theirs.values():
                 jax.block_until_ready(function(*args))
             compiled |= theirs
-        except Exception as error:  # of any kind: it is other people's code
+        except Exception as error:  # other people's code may raise anything
             failures[name] = first_line(error)
     seconds = medians({name: partial(f, *args) for name, (f, args) in compiled.items()}, repeats)
 
@@ -111,7 +115,7 @@ def bench_dispatch(
         "dtype": dtype,
         "routing": routing,
         "load_max": float(load.max() / load.mean()),
-        "backend": backend or default_backend(platform(), chosen),
+        "backend": choose_backend(platform(), chosen, dtype, dropout=False, name=backend)[0],
         "rho_fwd": seconds["moe_fwd"] / seconds["dense_fwd"],
         "rho_fwd_bwd": seconds["moe_fwd_bwd"] / seconds["dense_fwd_bwd"],
         "peak_bytes": peaks["moe"],
@@ -126,7 +130,7 @@ def bench_dispatch(
 
 
 def _compile(functions: dict[str, tuple[Callable, tuple]]) -> dict[str, tuple[Any, tuple]]:
-    """Two programs for each function: forward, and forward + backward with a cotangent like x."""
+    """Compiles each function twice: forward, and forward + backward with a cotangent like x."""
     compiled = {}
     for name, (function, args) in functions.items():
 

@@ -1,4 +1,4 @@
-"""Other people's grouped products in the place of our kernels, where they are installed."""
+"""Other people's grouped products in place of our kernels, as far as they are installed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def rivals() -> dict[str, Callable]:
-    """Name -> (x[1, T, D], routing, params) -> [1, T, D], for what this machine can run.
+    """The rivals that this machine can run: name -> ((x[1, T, D], routing, params) -> [1, T, D]).
 
-    ragged_dot: XLA's. megablox: jax's own Pallas kernel for TPU. tokamax: the library's choice.
+    ragged_dot is XLA's, megablox is jax's Pallas kernel for TPU, tokamax is what that library
+    chooses.
     """
     found: dict[str, Product] = {"ragged_dot": jax.lax.ragged_dot}
     if platform() == "tpu":

@@ -1,4 +1,4 @@
-"""Measuring candidates for the tiles of the Pallas kernels."""
+"""Measures candidates for the tile sizes of the Pallas kernels."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tqdm import tqdm
 
 from moe_diffusion.benchmarks.timing import medians
 from moe_diffusion.kernels import tuning
-from moe_diffusion.kernels.gpu import choose
+from moe_diffusion.kernels.gpu.gpu import choose
 from moe_diffusion.kernels.grouped import sorted_by_expert
-from moe_diffusion.kernels.tpu import TPUKernels
+from moe_diffusion.kernels.tpu.tpu import TPUKernels
 from moe_diffusion.parallel.mesh import platform
 
 Shape = tuple[int, int, int, int]
 
 
 def candidates(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
-    """Tiles worth a try for these experts on the platform at hand.
+    """The tile sizes to try for these experts on the platform at hand.
 
-    On a GPU of compute capability 9 also for the Mosaic kernels, which nothing else lets in.
+    On a GPU of compute capability 9 some are for the Mosaic kernels (kernels/gpu/hopper.py).
     """
     hidden = params["up"].shape[-1]
     if platform() == "tpu":
@@ -42,8 +42,8 @@ def candidates(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
 
 
 def _for_mosaic(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
-    """Four warps for every 64 rows and four that copy; none where Triton would have to help out."""
-    from moe_diffusion.kernels.hopper import can_run
+    """Blocks that Mosaic can run, with four warps for every 64 rows and four that copy."""
+    from moe_diffusion.kernels.gpu.hopper import can_run
 
     blocks = [
         tuning.GPUBlocks(rows, columns, 64, rows // 16 + 4, "mosaic")
@@ -55,9 +55,10 @@ def _for_mosaic(params: dict[str, jax.Array]) -> list[tuple[Any, ...]]:
 def best_tiles(
     shapes: Sequence[Shape], *, tokens: int, dtype: str, repeats: int
 ) -> Iterator[tuple[str, list[Any]]]:
-    """(`tuning.key`, the fastest candidate) of each shape, forward + backward, uniform routing.
+    """Yields (`tuning.key`, the fastest candidate) for each shape.
 
-    A candidate whose numbers are not those of the first is left out, with a warning.
+    It times forward + backward with uniform routing. A candidate whose numbers differ from those of
+    the first is left out, with a warning.
     """
     for shape in tqdm(shapes, desc="tune", unit="shape", disable=None):
         width, hidden, num_experts, top_k = shape
@@ -67,7 +68,7 @@ def best_tiles(
             call = _call(sizes, params, tokens, top_k)
             try:
                 result = jax.block_until_ready(call())
-            # It does not fit the device's fast memory, or Mosaic's rules.
+            # The tiles do not fit into the device's fast memory, or break a rule of Mosaic.
             except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
                 continue
             expected = result if expected is None else expected
@@ -81,7 +82,7 @@ def best_tiles(
 
 
 def agree(result: Any, expected: Any, tolerance: float = 0.03) -> bool:
-    """Whether trees of arrays are equal up to a part of the largest value of each."""
+    """Whether two trees of arrays agree up to `tolerance` times the largest value of each array."""
 
     def close(a, b):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -91,7 +92,7 @@ def agree(result: Any, expected: Any, tolerance: float = 0.03) -> bool:
 
 
 def merge(path: Path, device_kind: str, found: dict[str, list[Any]]) -> None:
-    """Adds to a table, replacing what it has for the same device and shapes."""
+    """Adds `found` to a table; it replaces entries for the same device and shapes."""
     table = json.loads(path.read_text()) if path.exists() else {}
     table[device_kind] = dict(sorted({**table.get(device_kind, {}), **found}.items()))
     part = path.with_name(f".{path.name}.part")
@@ -109,7 +110,7 @@ def _params(width: int, hidden: int, num_experts: int, dtype: str) -> dict[str, 
 
 
 def _call(sizes: Iterable[Any], params: dict[str, jax.Array], tokens: int, top_k: int) -> Any:
-    """Forward and backward with these tiles, ready to be timed."""
+    """A function without arguments that runs forward and backward with these tiles."""
     num_experts, width, _ = params["up"].shape
     if platform() == "tpu":
         kernels, tile = TPUKernels(tuning.TPUTiles(*sizes).hidden), next(iter(sizes))

@@ -1,7 +1,7 @@
-"""The same MoE layer in plain PyTorch, to stand beside ours in one run.
+"""The same MoE layer in plain PyTorch, to be timed beside ours in one run.
 
-`loop`: a loop over the experts with index_select and index_add, as most published code has it.
-`grouped`: torch's grouped matmul over sorted rows, where this torch has one for the device.
+`loop`: a loop over the experts with index_select and index_add, as in most published code.
+`grouped`: torch's grouped matmul over sorted rows, if this torch has one for the device.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 def torch_seconds(
     shape: Sequence[int], tokens: int, dtype: str, repeats: int
 ) -> dict[str, float] | None:
-    """Median seconds of forward + backward: {"torch_loop": s, "torch_grouped": s}; None: no torch.
+    """Median seconds of forward + backward, on the GPU if torch sees one, else on the CPU.
 
-    On the GPU if torch sees one, else on the CPU.
+    Returns {"torch_loop": s, "torch_grouped": s}, or None if torch is not installed.
     """
     if not importlib.util.find_spec("torch"):
         return None

@@ -1,8 +1,8 @@
-"""Writes a folder of latents: shard by shard, each whole or not at all; a killed run goes on.
+"""Writes a folder of latents shard by shard; a run that was killed can be continued.
 
-Shards are cut by record numbers and not by processes, so the folder is the same whatever ran it.
-A finished shard has a note `<shard>.json` beside it; when all have one, the manifest is written
-and the notes go.
+A shard is written whole or not at all. The numbers of its records do not depend on the processes,
+so the folder is the same however many there are. A finished shard has a note `<shard>.json` beside
+it. When all shards have one, `finish` writes the manifest and deletes the notes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from moe_diffusion.data.latents import FORMAT, MANIFEST, UNFINISHED, WRITER_OPTIONS, Record
+from moe_diffusion.data.latents import FORMAT, MANIFEST, UNFINISHED, Record, read_settings
+from moe_diffusion.data.sources import check_batch, stack
 from moe_diffusion.errors import UserError, check_writable
+
+# Every record is a group of its own, for random access. fp16 noise does not compress.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +32,13 @@ class Job:
     """What to encode, how, and where to.
 
     Attributes:
-      source: images; see `sources`. Its optional `read(i)` may return None for a broken image.
+      source: of images and conditions; see `sources`. It may have `read(i)`, which returns None
+        for a broken image.
       moments: images f32[B, H, W, C] -> f32[B, h, w, 2c], always called with `batch` images.
-      settings: what the manifest says of source and autoencoder; "shape", "moments", "flip",
-        "scale", "shift", "seed" and "shard_size" are read here.
+      batch: images that are encoded at once.
+      folder: where the latents go.
+      settings: what the manifest says of the source and the autoencoder. This module reads
+        "shape", "moments", "flip", "fields", "scale", "shift", "seed" and "shard_size".
       workers: threads that read images.
     """
 
@@ -44,8 +51,7 @@ class Job:
 
     @property
     def record(self) -> Record:
-        s = self.settings
-        return Record(tuple(s["shape"]), s["moments"], s["flip"])
+        return Record.of(self.settings)
 
     @property
     def shards(self) -> list[range]:
@@ -61,7 +67,10 @@ class Job:
 
 
 def begin(job: Job) -> bool:
-    """Claims the folder; False if it is finished already. To be called by one process.
+    """Claims the folder. One process alone calls this.
+
+    Returns:
+      Whether there is work to do: False if the folder is finished already.
 
     Raises:
       UserError: the folder belongs to something else, or was begun with other settings.
@@ -83,7 +92,7 @@ def begin(job: Job) -> bool:
 
 
 def write_shards(job: Job, process_index: int, process_count: int) -> None:
-    """Writes this process's share of the shards that are not there yet, with a progress bar."""
+    """Writes those shards of this process that are not there yet, and shows the progress."""
     mine = range(process_index, len(job.shards), process_count)
     todo = [n for n in mine if not job.note(n).is_file()]
     total = sum(len(job.shards[n]) for n in mine)
@@ -98,7 +107,7 @@ def write_shards(job: Job, process_index: int, process_count: int) -> None:
 
 
 def finish(job: Job) -> dict[str, Any]:
-    """Writes the manifest, once every process has written its shards; returns it."""
+    """Writes and returns the manifest. Every process must have written its shards before."""
     notes = [json.loads(job.note(n).read_text()) for n in range(len(job.shards))]
     count = sum(note["count"] for note in notes)
     if not count:
@@ -119,18 +128,19 @@ def finish(job: Job) -> dict[str, Any]:
 def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) -> None:
     path, count, skipped = job.shard_file(number), 0, []
     part = path.with_name(f".{path.name}.part")
-    sums = []
-    writer = ArrayRecordWriter(str(part), WRITER_OPTIONS)
+    layout, sums = job.record, []
+    writer = ArrayRecordWriter(str(part), _WRITER_OPTIONS)
     try:
         for indices, records in _read_ahead(job, job.shards[number], readers):
-            skipped += [
-                job.source.name(i) for i, r in zip(indices, records, strict=True) if r is None
-            ]
-            good = [(i, r) for i, r in zip(indices, records, strict=True) if r is not None]
+            found = dict(zip(indices, records, strict=True))
+            skipped += [job.source.name(i) for i, record in found.items() if record is None]
+            good = {i: record for i, record in found.items() if record is not None}
             if good:
-                latents = _encode(job, [i for i, _ in good], [r["image"] for _, r in good])
-                for latent, (_, record) in zip(latents, good, strict=True):
-                    writer.write(job.record.pack(latent, record["label"]))
+                batch = stack(list(good.values()))
+                check_batch(batch, list(good), layout.fields)
+                latents = _encode(job, list(good), batch["image"])
+                for latent, record in zip(latents, good.values(), strict=True):
+                    writer.write(layout.pack(latent, record))
                 count += len(good)
                 sums.append(_sums(job, latents))
             bar.update(len(indices))
@@ -148,7 +158,7 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
 def _read_ahead(
     job: Job, indices: range, readers: ThreadPoolExecutor
 ) -> Iterator[tuple[range, list[Any]]]:
-    """Batches of records; while one is encoded, the next is read."""
+    """Yields batches of records. While the caller encodes one, the threads read the next."""
     read = job.source.read if hasattr(job.source, "read") else job.source.__getitem__
     batches = [indices[i : i + job.batch] for i in range(0, len(indices), job.batch)]
     coming = [readers.submit(read, i) for i in batches[0]]
@@ -159,9 +169,8 @@ def _read_ahead(
         yield batch, [future.result() for future in records]
 
 
-def _encode(job: Job, indices: list[int], images: list[np.ndarray]) -> np.ndarray:
-    """f16[B, F, h, w, k] as they are stored."""
-    image = np.stack(images)
+def _encode(job: Job, indices: list[int], image: np.ndarray) -> np.ndarray:
+    """Images f32[B, H, W, C] -> latents f16[B, F, h, w, k] as they are stored."""
     views = [image, image[:, :, ::-1]] if job.settings["flip"] else [image]
     padding = [(0, job.batch - len(image)), (0, 0), (0, 0), (0, 0)]
     latents = [job.moments(np.pad(view, padding))[: len(image)] for view in views]
@@ -184,7 +193,14 @@ def _encode(job: Job, indices: list[int], images: list[np.ndarray]) -> np.ndarra
 
 
 def _sums(job: Job, latents: np.ndarray) -> np.ndarray:
-    """f16[B, F, h, w, k] -> sums of every channel and of its square, f64[B, 2, c], unscaled."""
+    """Sums of every channel and of its square over an image.
+
+    Args:
+      latents: f16[B, F, h, w, k], unscaled.
+
+    Returns:
+      f64[B, 2, c].
+    """
     latents = latents.astype(np.float64)
     channels = job.settings["shape"][-1]
     mean = latents[..., :channels]
@@ -195,7 +211,7 @@ def _sums(job: Job, latents: np.ndarray) -> np.ndarray:
 
 
 def _statistics(job: Job, notes: list[dict[str, Any]], count: int) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel of the latents that the model sees."""
+    """Mean and standard deviation of each channel of the scaled latents."""
     flips, height, width, _ = job.record.array_shape
     sums = np.sum([note["sums"] for note in notes if note["count"]], axis=0)
     first, second = sums / (count * flips * height * width)
@@ -205,10 +221,8 @@ def _statistics(job: Job, notes: list[dict[str, Any]], count: int) -> dict[str, 
 
 
 def _compare(path: Path, settings: dict[str, Any]) -> None:
-    try:
-        before = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON: delete the folder and prepare anew") from None
+    """Raises a UserError unless `path` has the same settings."""
+    before = read_settings(path)
     for key, value in settings.items():
         if before.get(key) != value:
             raise UserError(

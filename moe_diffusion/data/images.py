@@ -1,4 +1,4 @@
-"""Image files: ADM's centre crop, and a source that reads a folder of one sub-folder per class."""
+"""Image files: ADM's centre crop, and a source that reads one sub-folder per class."""
 
 from __future__ import annotations
 
@@ -9,52 +9,55 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from moe_diffusion.conditions import Field
 from moe_diffusion.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_NEIGHBOURS = 100  # where broken images are skipped: this many in a row are too many
+_NEIGHBOURS = 100  # a source that skips broken images gives up after this many in a row
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square as size x size pixels.
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scales an image until it just covers height x width pixels, and crops its centre.
 
-    Halved by box filter while twice too large, then bicubic to the size: as ADM prepared ImageNet
-    (Dhariwal and Nichol, 2105.05233, `guided_diffusion/image_datasets.py`), so that FIDs compare.
+    A box filter halves the image while it is twice too large in both directions, then a bicubic
+    filter scales it. ADM prepared ImageNet like this (Dhariwal and Nichol, 2105.05233,
+    `guided_diffusion/image_datasets.py`), and FIDs compare only between equal preparations.
     """
-    while min(image.size) >= 2 * size:
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     shape = round(image.width * scale), round(image.height * scale)
     image = image.resize(shape, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_array(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     """The centre crop as f32[H, W, C] in [-1, 1], in grey (C = 1) or RGB (C = 3)."""
-    height, _, channels = shape
-    pixels = np.asarray(center_crop(image.convert("RGB" if channels == 3 else "L"), height))
+    height, width, channels = shape
+    mode = "RGB" if channels == 3 else "L"
+    pixels = np.asarray(center_crop(image.convert(mode), height, width))
     return pixels.reshape(shape).astype(np.float32) / 127.5 - 1
 
 
 class ImageFolder:
     """`<folder>/<class>/**/<file>`: classes are the sorted names of the sub-folders.
 
-    The same labels as torchvision's ImageFolder gives. Every process lists the folder; an image is
-    read when it is asked for. A file that is no image is a UserError that names it, or with
-    `skip_broken` a line on stderr, and the next good image takes its place.
+    The labels are those of torchvision's ImageFolder. Every process lists the folder at the start
+    and reads an image when it needs it. A file that is no image raises a UserError that names it.
+    With `skip_broken` it is a line on stderr instead, and the next good image takes its place.
     """
 
     def __init__(self, folder: str, image_shape: tuple[int, int, int], skip_broken: bool = False):
-        if image_shape[0] != image_shape[1] or image_shape[2] not in (1, 3):
+        if image_shape[2] not in (1, 3):
             raise UserError(
-                f"images of folder:{folder} are square, in grey or colour: they cannot be "
-                f"{image_shape}. For latents: data.source=latents:<folder>"
+                f"images of folder:{folder} are grey or in colour: they cannot be {image_shape}. "
+                "For latents: data.source=latents:<folder>"
             )
         self.image_shape = image_shape
         self.skip_broken = skip_broken
         self.class_names, self._files, labels = _list(Path(folder))
-        self.num_classes = len(self.class_names)
+        self.cond_spec = {"label": Field((), "int32", len(self.class_names))}
         self.labels = np.array(labels, np.int32)
         self._folder = folder
         self._reported: set[int] = set()
@@ -96,7 +99,12 @@ class ImageFolder:
 
 
 def _list(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """Class names, files relative to their class's folder, and labels, in the order of names."""
+    """Lists a folder of one sub-folder per class.
+
+    Returns:
+      The sorted names of the classes; the files, each relative to the folder of its class; the
+      label of each file.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: data.source=folder:<path> names one")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
@@ -118,6 +126,7 @@ def _list(folder: Path) -> tuple[list[str], list[str], list[int]]:
 
 
 def _files(folder: Path) -> list[str]:
+    """Sorted paths, relative to `folder`, of the images in it and in its sub-folders."""
     found = []
     for place, _, names in os.walk(folder, followlinks=True):
         images = (name for name in names if name.lower().endswith(SUFFIXES))

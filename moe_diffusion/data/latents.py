@@ -1,8 +1,11 @@
 """A folder of prepared latents: its manifest, its records, and the source that reads it.
 
-The folder holds `manifest.json` and ArrayRecord shards. A record is an int32 label and fp16
-numbers [F, h, w, k]: F = 2 where the mirrored image was encoded, too; k = 2c for the moments of
-the autoencoder's Gaussian (mean, log variance), k = c for a sample. Both are unscaled.
+The folder holds `manifest.json` and ArrayRecord shards. A record is the fields of the condition,
+in the order of the manifest's "fields", and then the latent: fp16 [F, h, w, k], unscaled. F is 2
+if the mirrored image was encoded too, else 1. k is 2c for the moments of the autoencoder's Gaussian
+(mean, log variance), and c for a sample. All numbers are little-endian and packed without gaps.
+
+Format 1 of the manifest had no "fields": its records hold one int32 label, as `read_settings` says.
 """
 
 from __future__ import annotations
@@ -16,58 +19,94 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from moe_diffusion.errors import UserError
+from moe_diffusion.conditions import Field
+from moe_diffusion.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
-UNFINISHED = "prepare.json"  # settings of a run that has not ended; then the manifest has them
-FORMAT = 1
-# Of the writer: every record by itself (random access), and fp16 noise does not compress.
-WRITER_OPTIONS = "group_size:1,uncompressed"
+UNFINISHED = "prepare.json"  # settings of a run that has not ended; the manifest repeats them
+FORMAT = 2
 _READER_OPTIONS = "readahead_buffer_size:0"
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """How one record is laid out."""
+    """How one record is laid out.
 
-    shape: tuple[int, int, int]  # of a latent: h, w, c
+    Attributes:
+      shape: (h, w, c) of a latent.
+      moments: whether mean and log variance are stored, or else one sample.
+      flip: whether the latent of the mirrored image is stored, too.
+      fields: of the condition, in the order in which they are stored.
+    """
+
+    shape: tuple[int, int, int]
     moments: bool
     flip: bool
+    fields: dict[str, Field]
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Record:
+        """The layout that a manifest, or the settings of a run of `prepare`, describes."""
+        fields = {
+            f["name"]: Field(tuple(f["shape"]), f["dtype"], f["num_values"])
+            for f in settings["fields"]
+        }
+        return cls(tuple(settings["shape"]), settings["moments"], settings["flip"], fields)
 
     @property
     def array_shape(self) -> tuple[int, int, int, int]:
+        """(F, h, w, k) of the stored numbers."""
         height, width, channels = self.shape
         return 1 + self.flip, height, width, channels * (1 + self.moments)
 
     @property
-    def num_bytes(self) -> int:
-        return 4 + 2 * int(np.prod(self.array_shape))
+    def layout(self) -> np.dtype:
+        """One record as a structured dtype of numpy; the latent is called "image"."""
+        fields = [(name, field.dtype, field.shape) for name, field in self.fields.items()]
+        return np.dtype([*fields, ("image", "<f2", self.array_shape)])
 
-    def pack(self, latent: np.ndarray, label: int) -> bytes:
-        return np.int32(label).tobytes() + latent.astype("<f2").tobytes()
+    def pack(self, latent: np.ndarray, cond: dict[str, Any]) -> bytes:
+        """A latent [F, h, w, k] and its condition as the bytes of one record."""
+        row = (*(cond[name] for name in self.fields), latent)
+        return np.array(row, self.layout).tobytes()
 
-    def unpack(self, records: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """f16[B, F, h, w, k] and labels i32[B]."""
-        table = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.num_bytes)
-        labels = np.ascontiguousarray(table[:, :4]).view("<i4")[:, 0]
-        latents = np.ascontiguousarray(table[:, 4:]).view("<f2")
-        return latents.reshape(len(records), *self.array_shape), labels
+    def unpack(self, records: list[bytes]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """B records as latents f16[B, F, h, w, k] and the condition {field: [B, ...]}."""
+        table = np.frombuffer(b"".join(records), self.layout).reshape(len(records))
+        cond = {name: np.ascontiguousarray(table[name]) for name in self.fields}
+        return np.ascontiguousarray(table["image"]), cond
+
+
+def describe_fields(spec: dict[str, Field]) -> list[dict[str, Any]]:
+    """The entry "fields" of a manifest, see `Record.of`."""
+    return [{"name": n, **field._asdict(), "shape": list(field.shape)} for n, field in spec.items()]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A manifest, or the settings of an unfinished run. Both have "fields", also in format 1.
+
+    Raises:
+      UserError: the file is no JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text())
+        label = Field((), "int32", settings.get("num_classes"))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): prepare the folder again") from None
+    return {"fields": describe_fields({"label": label}), **settings}
 
 
 class Latents:
     """The source of a prepared folder.
 
-    `take` gives the means (or stored samples) as the model sees them, (z - shift) * scale, never
-    mirrored; training batches are `take_stored` followed by `draw`.
+    `take` returns the means (or the stored samples) as the model sees them, (z - shift) * scale,
+    and never mirrors. A training batch is made by `take_stored` and `draw`.
     """
 
     def __init__(self, folder: str):
         self.manifest = read_manifest(folder)
-        self.record = Record(
-            tuple(self.manifest["shape"]), self.manifest["moments"], self.manifest["flip"]
-        )
-        self.image_shape = self.record.shape
-        self.num_classes = self.manifest["num_classes"]
+        self.record = Record.of(self.manifest)
+        self.image_shape, self.cond_spec = self.record.shape, self.record.fields
         self._scale, self._shift = self.manifest["scale"], self.manifest["shift"]
         self._folder = Path(folder)
         self._files = [shard["file"] for shard in self.manifest["shards"]]
@@ -86,12 +125,13 @@ class Latents:
         return self.__dict__ | {"_readers": {}}  # a worker process opens its own
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        stored = self.take_stored(indices)
-        mean = stored["stored"][:, 0, ..., : self.image_shape[-1]].astype(np.float32)
-        return {"image": (mean - self._shift) * self._scale, "label": stored["label"]}
+        """{"image": f32[B, h, w, c], **cond} of the records `indices`."""
+        batch = self.take_stored(indices)
+        mean = batch["image"][:, 0, ..., : self.image_shape[-1]].astype(np.float32)
+        return {**batch, "image": (mean - self._shift) * self._scale}
 
     def take_stored(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """{"stored": f16[B, F, h, w, k], "label": i32[B]}."""
+        """{"image": f16[B, F, h, w, k] as stored, **cond} of the records `indices`."""
         indices = np.asarray(indices)
         shards = np.searchsorted(self._ends, indices, side="right")
         records: list[bytes] = [b""] * len(indices)
@@ -101,14 +141,24 @@ class Latents:
             found = self._read(int(shard), (indices[places] - first).tolist())
             for place, record in zip(places.tolist(), found, strict=True):
                 records[place] = record
-        stored, labels = self.record.unpack(records)
-        return {"stored": stored, "label": labels}
+        stored, cond = self.record.unpack(records)
+        return {"image": stored, **cond}
 
     def draw(self, stored: np.ndarray, positions: range, seed: int, flip: bool) -> np.ndarray:
-        """Latents f32[B, h, w, c] for training, from f16[B, F, h, w, k].
+        """Draws the latents of a training batch.
 
-        Which of the two images (if `flip`) and, of moments, which sample, is a function of the
-        seed and a record's position in the global batch: processes need not draw for each other.
+        A draw chooses one of the two images (if `flip`) and a sample of the Gaussian (if moments
+        are stored). It is a function of the seed and of the record's position in the global batch,
+        so a process need not draw for the others.
+
+        Args:
+          stored: f16[B, F, h, w, k].
+          positions: of the B records in the global batch.
+          seed: of this batch.
+          flip: whether to choose between the image and its mirror image.
+
+        Returns:
+          f32[B, h, w, c], scaled.
         """
         channels = self.image_shape[-1]
         image = np.empty((len(stored), *self.image_shape), np.float32)
@@ -121,20 +171,16 @@ class Latents:
             image[i] = latent
         return (image - np.float32(self._shift)) * np.float32(self._scale)
 
-    def _reader(self, shard: int) -> Any:
-        if shard not in self._readers:
-            path = self._folder / self._files[shard]
-            self._readers[shard] = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
-        return self._readers[shard]
-
     def _read(self, shard: int, indices: list[int]) -> list[bytes]:
+        path = self._folder / self._files[shard]
         try:
-            return self._reader(shard).read(indices)
+            if shard not in self._readers:
+                reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
+                self._readers[shard] = reader
+            return self._readers[shard].read(indices)
         except (RuntimeError, IndexError, ValueError) as error:
-            reason = (str(error).splitlines() or ["unreadable"])[0]
             raise UserError(
-                f"{self._folder / self._files[shard]} is damaged ({reason}): delete the folder "
-                "and prepare it again"
+                f"{path} is damaged ({first_line(error)}): delete the folder and prepare it again"
             ) from None
 
     def _check_shard(self, shard: dict[str, Any]) -> None:
@@ -149,18 +195,23 @@ class Latents:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a finished folder. Raises a UserError where there is none."""
+    """The manifest of a finished folder, with "fields" whatever its format.
+
+    Raises:
+      UserError: the folder is not finished, or its manifest is damaged or of a later format.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         if (Path(folder) / UNFINISHED).is_file():
             raise UserError(f"{folder} is half prepared: run the same `prepare` command again")
         raise UserError(f"{folder} holds no prepared latents (it has no {MANIFEST})")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): prepare the folder again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is not of format {FORMAT}: prepare the folder again")
+    manifest = read_settings(path)
+    number = manifest.get("format")
+    if not isinstance(number, int) or not 1 <= number <= FORMAT:
+        raise UserError(
+            f"{path} is of format {number!r}, this version of moe_diffusion reads 1 to {FORMAT}: "
+            "update moe_diffusion, or prepare the folder again"
+        )
     counted = sum(shard["count"] for shard in manifest["shards"])
     if counted != manifest["count"]:
         raise UserError(

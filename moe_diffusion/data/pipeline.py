@@ -1,24 +1,22 @@
-"""Source -> shuffled, repeated, augmented, checkpointable batches, for ever.
+"""Makes endless batches of a source: shuffled, augmented, and resumable at any batch.
 
-Batch number b of a run is a pure function of (source, seed, b): the records are positions
-b*G .. (b+1)*G-1 of an endless sequence of permutations (one per epoch; G the global batch size),
-and the augmentation draws from (seed, b). Everything else follows from that: the iterator's state
-is one number, a resumed run sees the same data, and so does a run on other numbers of workers
-or processes. grain supplies the seeded random map, prefetching and worker processes.
+Batch b of a run is a pure function of (source, seed, b). Its records are the positions
+b*G .. (b+1)*G-1 of an endless sequence of permutations, one per epoch, where G is the size of the
+global batch. The augmentation draws from (seed, b). Therefore the iterator's state is one number,
+a resumed run sees the same data, and so does a run with another number of workers or processes.
+grain supplies the seeded random map, the prefetching and the worker processes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from moe_diffusion.data.sources import Batch, Source, check_labels
+from moe_diffusion.data.sources import Batch, Source, check_batch, stack
 from moe_diffusion.errors import UserError
 
 AUGMENTATIONS = ("none", "flip", "dequantize")
@@ -33,11 +31,11 @@ def make_iterator(
     process_index: int,
     process_count: int,
 ) -> BatchIterator:
-    """Endless training batches of one process.
+    """Makes the endless training batches of one process.
 
-    Every process receives its own contiguous block of each global batch, so that blocks laid side
-    by side in the order of the processes are the batch that a single process would see. Within
-    an epoch no record comes twice, on no process; a batch may straddle two epochs.
+    Each process receives one contiguous block of each global batch. The blocks in the order of
+    the processes are the batch that a single process would see. No record comes twice in an epoch,
+    whatever the number of processes. A batch may reach from one epoch into the next.
 
     Args:
       source: the records; see `sources`.
@@ -49,11 +47,12 @@ def make_iterator(
       process_count: number of processes that share the global batch.
 
     Returns:
-      Iterator of {"image": f32[B,H,W,C], "label": i32[B]}. `close` ends its threads and workers.
+      Iterator of {"image": f32[B, H, W, C], **cond}, where cond has the fields [B, ...] of
+      `source.cond_spec`. `close` ends its threads and workers.
 
     Raises:
-      UserError: `augment` is unknown or does not fit the source; while iterating, a label out of
-        range.
+      UserError: `augment` is unknown or does not fit the source. While iterating: a record does
+        not have the fields that the source promises, or a value is out of range.
     """
     if data_config.augment not in AUGMENTATIONS:
         raise UserError(
@@ -65,36 +64,29 @@ def make_iterator(
     if flip and stored and not source.record.flip:
         raise UserError("data.augment=flip needs latents of mirrored images: prepare with --flip")
     order_seed, augment_seed = _split_seed(seed)
-    global_batch_size = batch_size_per_process * process_count
-    block = slice(
-        process_index * batch_size_per_process, (process_index + 1) * batch_size_per_process
-    )
-    read = functools.partial(
-        _read_block, source=source, seed=order_seed, block=block, batch_size=global_batch_size
-    )
+    total, first = batch_size_per_process * process_count, batch_size_per_process * process_index
+    block = slice(first, first + batch_size_per_process)
+    read = partial(_read_block, source=source, seed=order_seed, block=block, batch_size=total)
     # 2**40 batches are "for ever" and keep every position below 2**63.
     batches = grain.MapDataset.range(2**40).map(read)
+    transform = None
     if stored:
-        batches = batches.random_map(_Draw(source, block, flip), seed=augment_seed)
+        transform = partial(_draw, source=source, block=block, flip=flip)
     elif flip:
-        batches = batches.random_map(_Flip(global_batch_size, block), seed=augment_seed)
+        transform = partial(_flip, total=total, block=block)
     elif data_config.augment == "dequantize":
-        transform = _Dequantize(global_batch_size, block, source.levels)
+        transform = partial(_dequantize, total=total, block=block, levels=source.levels)
+    if transform is not None:
         batches = batches.random_map(transform, seed=augment_seed)
     return BatchIterator(batches, data_config.num_workers, data_config.prefetch)
-
-
-def full_batches(source: Source, batch_size: int) -> Iterator[Batch]:
-    """All records once, in order, as they are; the last batch may be shorter."""
-    for start in range(0, len(source), batch_size):
-        yield _take(source, np.arange(start, min(start + batch_size, len(source))))
 
 
 class BatchIterator(grain.DatasetIterator):
     """Iterates over a dataset of batches; its state is the number of batches handed out.
 
     grain's own iterators keep a state per worker process, which a run with another `num_workers`
-    cannot read. Here the dataset is cut at that number instead, and prefetching starts afresh.
+    cannot read. This iterator drops the first batches of the dataset instead and starts to
+    prefetch at the next one.
     """
 
     def __init__(self, batches: grain.MapDataset, num_workers: int, prefetch: int):
@@ -120,7 +112,7 @@ class BatchIterator(grain.DatasetIterator):
         self._next_index = int(state["next_index"])
 
     def start_prefetch(self) -> None:
-        """Begins to read ahead in the background; `next` does so by itself."""
+        """Begins to read ahead in the background. `next` calls this, so nobody has to."""
         if self._reader is not None:
             return
         rest = self._batches.slice(slice(self._next_index, None))
@@ -145,14 +137,14 @@ class BatchIterator(grain.DatasetIterator):
 
 
 def _split_seed(seed: int) -> tuple[int, int]:
-    """Two independent seeds below 2**32, of the order and of the augmentation."""
+    """Two independent seeds below 2**32: one for the order, one for the augmentation."""
     order, augment = np.random.SeedSequence(seed % 2**64).generate_state(2)
     return int(order), int(augment)
 
 
-@functools.lru_cache(maxsize=2)  # a batch touches at most two epochs unless it exceeds the data
+@lru_cache(maxsize=2)  # a batch touches at most two epochs unless it exceeds the data
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the records in one epoch. 1.3 million records take 25 ms once an epoch."""
+    """Order of the records in one epoch. It takes 25 ms for 1.3 million records."""
     return np.random.Generator(np.random.Philox([seed, epoch])).permutation(size)
 
 
@@ -170,63 +162,45 @@ def _read_block(number: int, *, source: Source, seed: int, block: slice, batch_s
     """One process's block of global batch `number`."""
     first = number * batch_size
     indices = _records_at(first + block.start, first + block.stop, len(source), seed)
-    return _take(source, indices, stored=hasattr(source, "draw"))
-
-
-def _take(source: Source, indices: np.ndarray, stored: bool = False) -> Batch:
-    if stored:
+    if hasattr(source, "draw"):
         batch = source.take_stored(indices)
     elif hasattr(source, "take"):
         batch = source.take(indices)
     else:
-        records = [source[int(i)] for i in indices]
-        batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-    check_labels(batch["label"], indices, source.num_classes)
+        batch = stack([source[int(i)] for i in indices])
+    check_batch(batch, indices, source.cond_spec)
     return batch
 
 
-@dataclasses.dataclass(frozen=True)
-class _Draw(grain.transforms.RandomMap):
+def _draw(
+    batch: Batch, rng: np.random.Generator, *, source: Source, block: slice, flip: bool
+) -> Batch:
     """Draws latents from what is stored, see `latents.Latents.draw`."""
-
-    source: Source
-    block: slice
-    flip: bool
-
-    def random_map(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        positions = range(self.block.start, self.block.stop)
-        seed = int(rng.integers(2**63))
-        image = self.source.draw(batch["stored"], positions, seed, self.flip)
-        return {"image": image, "label": batch["label"]}
+    seed = int(rng.integers(2**63))
+    image = source.draw(batch["image"], range(block.start, block.stop), seed, flip)
+    return {**batch, "image": image}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Flip(grain.transforms.RandomMap):
-    """Mirrors left and right with probability one half."""
-
-    global_batch_size: int  # drawn for all processes: their number must not change the numbers
-    block: slice
-
-    def random_map(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        flip = (rng.random(self.global_batch_size) < 0.5)[self.block, None, None, None]
-        image = batch["image"]
-        return {**batch, "image": np.where(flip, image[:, :, ::-1], image)}
+# The next two draw for all N images of the global batch and keep their block of it, so that the
+# number of processes does not change what is drawn.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Dequantize(grain.transforms.RandomMap):
-    """Adds uniform noise of half a grey level to either side; a level is 2 / (levels - 1) wide.
+def _flip(batch: Batch, rng: np.random.Generator, *, total: int, block: slice) -> Batch:
+    """Mirrors left and right with probability one half; `total` is N."""
+    flip = (rng.random(total) < 0.5)[block, None, None, None]
+    image = batch["image"]
+    return {**batch, "image": np.where(flip, image[:, :, ::-1], image)}
 
-    Spreads the few values of quantised images into a density (Theis et al., 2016, section 3.1).
-    Black and white reach half a level beyond [-1, 1]; clipping would pile them up there again.
+
+def _dequantize(
+    batch: Batch, rng: np.random.Generator, *, total: int, block: slice, levels: int
+) -> Batch:
+    """Adds uniform noise of up to half a grey level; a level is 2 / (levels - 1) wide.
+
+    The noise turns the few values of quantised images into a density (Theis et al., 2016,
+    section 3.1). Black and white reach half a level beyond [-1, 1]. They are not clipped, because
+    that would pile them up at -1 and 1 again.
     """
-
-    global_batch_size: int
-    block: slice
-    levels: int
-
-    def random_map(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        image = batch["image"]
-        shape = (self.global_batch_size, *image.shape[1:])
-        noise = rng.random(shape, dtype=np.float32)[self.block]
-        return {**batch, "image": image + (2 * noise - 1) / (self.levels - 1)}
+    image = batch["image"]
+    noise = rng.random((total, *image.shape[1:]), dtype=np.float32)[block]
+    return {**batch, "image": image + (2 * noise - 1) / (levels - 1)}

@@ -1,4 +1,4 @@
-"""Random-access sources of labelled images, opened by name from `config.data.source`.
+"""Random-access sources of images with conditions, opened by name from `config.data.source`.
 
 | name                              | what it is                                  | where        |
 |-----------------------------------|---------------------------------------------|--------------|
@@ -7,34 +7,41 @@
 | `tfds:<name>`, `tfds:<path>`      | prepared by TensorFlow Datasets             | `tfds.py`    |
 | `latents:<path>`                  | written by `python -m moe_diffusion.prepare`| `latents.py` |
 
-A source has `__len__`, `__getitem__(i) -> {"image": f32[H,W,C] in [-1,1], "label": i32[]}` and
-the attributes `num_classes` and `image_shape` (H, W, C). Optional: `take(indices) -> batch` where
-a batch can be read at once, `labels` where all labels are known beforehand, `levels`, the number
-of grey levels of quantised images (augmentation "dequantize" needs it), and `take_stored` with
-`draw` where a training record is drawn at random from a stored one (`latents.Latents`).
+A source has `__len__` and `__getitem__(i) -> {"image": f32[H, W, C] in [-1, 1], **cond}`. The
+attribute `image_shape` is (H, W, C); `cond_spec` names the fields of cond (see `conditions`). For
+example, `Digits.cond_spec` is {"label": Field((), "int32", 10)}. A source may also have
+
+* `take(indices) -> batch`, if it can read a batch at once;
+* `labels`, i32[N], if it knows all labels beforehand: they are then checked before training;
+* `levels`, the number of grey levels of quantised images; the augmentation "dequantize" needs it;
+* `take_stored` and `draw`, if it draws a training record from a stored one (`latents.Latents`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from moe_diffusion.conditions import Field, check_fields, cond_of
 from moe_diffusion.data.images import ImageFolder
-from moe_diffusion.data.latents import MANIFEST, Latents
+from moe_diffusion.data.latents import Latents
 from moe_diffusion.data.tfds import TfdsImages
 from moe_diffusion.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Spec = dict[str, Field]
 SPLITS = ("train", "test")
+TEN_CLASSES = {"label": Field((), "int32", 10)}
 
 
 class Source(Protocol):
-    """What the pipeline asks of a source; see the top of this file for what it may add."""
+    """What every source has; the top of this file lists what a source may add."""
 
-    num_classes: int
     image_shape: tuple[int, int, int]
+    cond_spec: Spec
 
     def __len__(self) -> int: ...
 
@@ -45,16 +52,16 @@ class Digits:
     """scikit-learn's handwritten digits: 1,797 real 8x8 images of 17 grey levels, 10 classes.
 
     The split is fixed: 1,437 training and 360 held-out images, 80/20 in every class. The images
-    ship with scikit-learn, nothing is downloaded.
+    come with scikit-learn, so nothing is downloaded.
     Source: UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998).
     """
 
-    num_classes = 10
     image_shape = (8, 8, 1)
+    cond_spec = TEN_CLASSES
     levels = 17
 
     def __init__(self, split: str):
-        # Imported here: takes a second, and only this source needs scikit-learn.
+        # Imported here because it takes a second and only this source needs it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -70,44 +77,67 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int | np.ndarray) -> Batch:
         return {"image": self.images[index], "label": self.labels[index]}
 
-    def take(self, indices: np.ndarray) -> Batch:
-        return {"image": self.images[indices], "label": self.labels[indices]}
+    take = __getitem__
 
 
 class Synthetic:
     """Endless supply of images for tests, benchmarks and machines without data; stores nothing.
 
-    Image i is a plane wave. Its class, i mod num_classes, fixes the direction and the colours; the
-    phase and the strength are a hash of i. So a model can learn the classes, and every process
-    makes the same record i. There are no splits: both names give the same images.
+    Record i is a pure function of i, so every process makes the same record. Both splits are the
+    same records. Image i is a plane wave: its class, which is i modulo the number of classes, fixes
+    the direction and the colours; a hash of i fixes the phase and the strength. So a model can
+    learn the classes.
+
+    The condition has every field of `cond_spec`, so any model can be tried out. With j the position
+    inside the field: integers are (i + j) modulo `num_values`; a mask is true for the first
+    1 + i mod L of its L places along the last axis; floats are a hash of (i, j), uniform with mean
+    0 and variance 1. The number of classes is the `num_values` of the first field that has one.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, size: int = 65_536):
-        self.image_shape = tuple(image_shape)
-        self.num_classes = num_classes
-        self.labels = np.arange(size, dtype=np.int32) % num_classes
+    def __init__(self, image_shape: tuple[int, int, int], cond_spec: Spec, size: int = 65_536):
+        self.image_shape, self.cond_spec, self._size = tuple(image_shape), dict(cond_spec), size
+        self._classes = next((f.num_values for f in cond_spec.values() if f.num_values), 10)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._size
 
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.take(np.array([index])).items()}
 
     def take(self, indices: np.ndarray) -> Batch:
+        indices = np.asarray(indices)
+        fields = enumerate(self.cond_spec.items(), 1)
+        cond = {name: _made_up(field, indices, number) for number, (name, field) in fields}
+        return {"image": self._images(indices), **cond}
+
+    def _images(self, indices: np.ndarray) -> np.ndarray:
+        """f32[B, H, W, C]."""
         height, width, channels = self.image_shape
-        labels = self.labels[indices]
-        phase, strength = _hashed_uniform(np.asarray(indices), 2)[..., None, None]
-        colours = 1 - 2 * _hashed_uniform(labels, channels + 1)[1:].T[:, None, None, :]
-        rows = np.arange(height)[None, :, None] * (labels % 4)[:, None, None] / height
-        columns = np.arange(width)[None, None, :] * (labels // 4 % 4)[:, None, None] / width
-        # cos(a + b) by the addition theorem: cosines of H + W angles per image, not of H * W.
+        classes = indices % self._classes
+        phase, strength = _hashed_uniform(indices, 2)[..., None, None]
+        colours = 1 - 2 * _hashed_uniform(classes, channels + 1)[1:].T[:, None, None, :]
+        rows = np.arange(height)[None, :, None] * (classes % 4)[:, None, None] / height
+        columns = np.arange(width)[None, None, :] * (classes // 4 % 4)[:, None, None] / width
+        # The addition theorem of cos(a + b) needs cosines of H + W angles an image, not of H * W.
         a, b = 2 * np.pi * (rows + phase), 2 * np.pi * columns
         wave = (np.cos(a) * np.cos(b) - np.sin(a) * np.sin(b)) * (0.5 + 0.5 * strength)
-        images = wave.astype(np.float32)[..., None] * colours.astype(np.float32)
-        return {"image": images, "label": labels}
+        return wave.astype(np.float32)[..., None] * colours.astype(np.float32)
+
+
+def _made_up(field: Field, indices: np.ndarray, number: int) -> np.ndarray:
+    """The values [B, *shape] of field `number` (1, 2, ...) in records i64[B]; see `Synthetic`."""
+    dtype, size = np.dtype(field.dtype), int(np.prod(field.shape))
+    if dtype.kind == "b":
+        length = field.shape[-1] if field.shape else 1
+        values = np.arange(size) % length <= indices[:, None] % length
+    elif dtype.kind in "iu":
+        values = (indices[:, None] + np.arange(size)) % (field.num_values or 128)
+    else:
+        values = (2 * _hashed_uniform(indices + (number << 32), size).T - 1) * 3**0.5
+    return values.reshape(len(indices), *field.shape).astype(dtype)
 
 
 def _hashed_uniform(numbers: np.ndarray, count: int) -> np.ndarray:
@@ -119,32 +149,27 @@ def _hashed_uniform(numbers: np.ndarray, count: int) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def open_source(data_config: Any, model_config: Any) -> Source:
+def open_source(data: Any, input_shape: tuple[int, int, int], cond_spec: Spec) -> Source:
     """Opens `data.source` and checks that it fits the model.
 
     Args:
-      data_config: `config.data`; reads `source` (see the top of this file), `split` and
+      data: `config.data`; reads `source` (see the top of this file), `split` and
         `skip_broken`.
-      model_config: `config.model`; reads `image_size`, `channels` and `num_classes`.
+      input_shape: (H, W, C), the model's `input_shape`.
+      cond_spec: the model's `cond_spec()`.
 
     Raises:
-      UserError: the name or split is unknown, the data is not there, or the image shape, the number
-        of classes or a label does not fit the model.
+      UserError: the name or split is unknown, the data is not there, or it does not fit the model
+        (see `check_fits`).
     """
-    name = data_config.source
-    wanted = (model_config.image_size, model_config.image_size, model_config.channels)
+    name = data.source
     kind, _, place = name.partition(":")
-    if kind == "latents" and place and not (Path(place) / MANIFEST).is_file():
-        if not Path(place).exists():
-            raise UserError(_how_to_prepare(place, wanted))
+    if kind == "latents" and place and not Path(place).exists():
+        raise UserError(_how_to_prepare(place, input_shape))
     source = open_images(
-        name,
-        wanted,
-        split=data_config.split,
-        skip_broken=data_config.skip_broken,
-        num_classes=model_config.num_classes,
+        name, input_shape, split=data.split, skip_broken=data.skip_broken, cond_spec=cond_spec
     )
-    check_fits(source, name, wanted, model_config.num_classes)
+    check_fits(source, name, input_shape, cond_spec)
     return source
 
 
@@ -154,34 +179,38 @@ def open_images(
     *,
     split: str = "train",
     skip_broken: bool = False,
-    num_classes: int = 10,
+    cond_spec: Spec = TEN_CLASSES,
 ) -> Source:
     """Opens a source by name, without a model to fit.
 
     Args:
-      image_shape: [H, W, C] to crop and scale image files to; other sources have their own.
-      num_classes: of the source "synthetic".
+      name: see the top of this file.
+      image_shape: (H, W, C) to which image files are scaled and cropped, and of the images that
+        "synthetic" makes. Other sources have a shape of their own.
+      split: of the sources that have splits.
+      skip_broken: whether a folder may hold files that are no images.
+      cond_spec: the fields that "synthetic" makes. Other sources have fields of their own.
+
+    Raises:
+      UserError: the name or split is unknown, or the data cannot be read.
     """
     kind, _, place = name.partition(":")
-    if kind in ("folder", "latents"):
-        if split != "train":
-            raise UserError(
-                f"data.split={split!r} means nothing to {kind}: sources; name the folder of that "
-                "split in data.source"
-            )
-        if place:
-            return (
-                ImageFolder(place, image_shape, skip_broken)
-                if kind == "folder"
-                else (Latents(place))
-            )
-    elif kind == "tfds" and place:
+    if kind in ("folder", "latents") and split != "train":
+        raise UserError(
+            f"data.split={split!r} means nothing to {kind}: sources; name the folder of that split "
+            "in data.source"
+        )
+    if kind == "folder" and place:
+        return ImageFolder(place, image_shape, skip_broken)
+    if kind == "latents" and place:
+        return Latents(place)
+    if kind == "tfds" and place:
         return TfdsImages(place, split, image_shape)
-    elif name == "digits":
+    if name == "digits":
         return Digits(split)
-    elif name == "synthetic":
+    if name == "synthetic":
         _check_split(split)
-        return Synthetic(image_shape, num_classes)
+        return Synthetic(image_shape, cond_spec)
     raise UserError(
         f"data.source={name!r} is unknown; known are: digits, synthetic, folder:<path>, "
         "tfds:<name>, latents:<path>"
@@ -189,30 +218,70 @@ def open_images(
 
 
 def check_fits(
-    source: Source, name: str, image_shape: tuple[int, int, int], num_classes: int
+    source: Source, name: str, input_shape: tuple[int, int, int], cond_spec: Spec
 ) -> None:
-    """Raises a UserError unless the source's images, classes and known labels fit the model's."""
-    if tuple(source.image_shape) != image_shape:
+    """Checks that a model can train on a source.
+
+    Args:
+      source: the source.
+      name: its name in `data.source`, for the message.
+      input_shape: (H, W, C) of the model's input.
+      cond_spec: the fields that the model takes.
+
+    Raises:
+      UserError: the image shapes differ; the source lacks a field that the model takes, or has one
+        that the model does not take; the source knows more values of a field than the model; a
+        label that is known beforehand is out of range.
+    """
+    if tuple(source.image_shape) != tuple(input_shape):
         raise UserError(
             f"data.source={name} has images of shape {tuple(source.image_shape)}, the model takes "
-            f"{image_shape}: change model.image_size and model.channels, or the source"
+            f"{tuple(input_shape)}: change model.image_size, model.image_width and model.channels, "
+            "or the source"
         )
-    if source.num_classes > num_classes:
-        raise UserError(
-            f"data.source={name} has {source.num_classes} classes, the model only {num_classes}: "
-            f"set model.num_classes={source.num_classes}"
-        )
+    check_fields(source.cond_spec, cond_spec, f"data.source={name}")
+    for field, (_, _, most) in cond_spec.items():
+        has = source.cond_spec[field].num_values or np.inf
+        if most and has > most:
+            what, remedy = f"values of '{field}'", "choose a model that takes as many"
+            if field == "label":
+                what, remedy = "classes", f"set model.num_classes={has}"
+            raise UserError(f"data.source={name} has {has} {what}, the model only {most}: {remedy}")
     if hasattr(source, "labels"):
-        check_labels(source.labels, np.arange(len(source)), source.num_classes)
+        _check_values("label", source.labels, np.arange(len(source)), source.cond_spec["label"])
 
 
-def check_labels(labels: np.ndarray, indices: np.ndarray, num_classes: int) -> None:
-    """Raises a UserError that names the first record whose label is not in 0..num_classes-1."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if wrong.size:
+def stack(records: Sequence[Batch]) -> Batch:
+    """Records as one batch."""
+    return {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+
+def check_batch(batch: Batch, indices: Sequence[int], cond_spec: Spec) -> None:
+    """Checks that a batch has the fields of `cond_spec`, with values in their range.
+
+    Args:
+      batch: {"image": any, **cond}.
+      indices: the numbers of its B records in the source, for the message.
+      cond_spec: of the source.
+
+    Raises:
+      UserError: a field is lacking, unexpected or of another shape or dtype, or a value of an
+        integer field is outside 0..num_values-1; the message names the first such record.
+    """
+    cond = cond_of(batch)
+    found = {name: Field(values.shape[1:], str(values.dtype)) for name, values in cond.items()}
+    check_fields(found, cond_spec, f"record {indices[0]} of the data")
+    for name, values in cond.items():
+        _check_values(name, values, indices, cond_spec[name])
+
+
+def _check_values(name: str, values: np.ndarray, indices: Sequence[int], field: Field) -> None:
+    most = field.num_values
+    wrong = np.argwhere((values < 0) | (values >= most)) if most else ()
+    if len(wrong):
         raise UserError(
-            f"record {indices[wrong[0]]} of the data has label {labels[wrong[0]]}, outside "
-            f"0..{num_classes - 1}: mend the record or the source's number of classes"
+            f"record {indices[wrong[0, 0]]} of the data has {name} {values[tuple(wrong[0])]}, "
+            f"outside 0..{most - 1}: mend the record or the source's number of values"
         )
 
 
@@ -224,9 +293,11 @@ def _check_split(split: str) -> None:
 def _how_to_prepare(folder: str, shape: tuple[int, int, int]) -> str:
     """What a latents folder holds and how it is made; every autoencoder used divides by 8."""
     height, width, channels = shape
+    pixels = f"{8 * height}x{8 * width}"
+    size = 8 * height if height == width else pixels
     return (
         f"the folder of data.source=latents:{folder} is not there. It must hold labelled {height}x"
-        f"{width}x{channels} latents of {8 * height}x{8 * width} images, written by `python -m "
-        f"moe_diffusion.prepare --source folder:/data --size {8 * height} --vae sd-vae-ft-ema/ "
+        f"{width}x{channels} latents of {pixels} images, written by `python -m "
+        f"moe_diffusion.prepare --source folder:/data --size {size} --vae sd-vae-ft-ema/ "
         f"--out {folder}`. To train right now without data: --config.data.source=synthetic"
     )

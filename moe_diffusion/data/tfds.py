@@ -1,6 +1,6 @@
-"""Images of a dataset that TensorFlow Datasets has prepared as array_record; no TensorFlow needed.
+"""Images of a dataset that TensorFlow Datasets has prepared as array_record.
 
-docs/data.md gives the one-off command that prepares ImageNet.
+Reading needs no TensorFlow. docs/data.md has the command that prepares ImageNet once.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from moe_diffusion.conditions import Field
 from moe_diffusion.data.images import to_array
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, first_line
 
 
 class TfdsImages:
     """`tfds:<name>`, like imagenet2012:5.1.0, or `tfds:<folder of a prepared version>`.
 
-    A name is looked up in $TFDS_DATA_DIR, else ~/tensorflow_datasets. Records need the features
-    "image" and "label".
+    A name is looked up in $TFDS_DATA_DIR, or in ~/tensorflow_datasets where that is not set. The
+    dataset must have the features "image" and "label".
     """
 
     def __init__(self, place: str, split: str, image_shape: tuple[int, int, int]):
@@ -38,10 +39,10 @@ class TfdsImages:
             self._records = builder.as_data_source(split=split)
         except Exception as error:  # AssertionError, NotImplementedError, OSError, ...
             raise UserError(
-                f"tfds:{place} cannot be read ({_first_line(error)}): prepare it with "
+                f"tfds:{place} cannot be read ({first_line(error)}): prepare it with "
                 "file_format=array_record, see docs/data.md"
             ) from None
-        self.num_classes = features["label"].num_classes
+        self.cond_spec = {"label": Field((), "int32", features["label"].num_classes)}
         self.class_names = list(features["label"].names)
 
     def __len__(self) -> int:
@@ -68,9 +69,5 @@ def _builder(place: str) -> Any:
         return tfds.builder(place)
     except Exception as error:  # tfds raises many kinds, some of them its own
         raise UserError(
-            f"tfds:{place} is no prepared dataset ({_first_line(error)}): see docs/data.md"
+            f"tfds:{place} is no prepared dataset ({first_line(error)}): see docs/data.md"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

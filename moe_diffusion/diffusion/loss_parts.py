@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from moe_diffusion.conditions import drop
-from moe_diffusion.moe import losses as aux_losses
+from moe_diffusion.diffusion import sown as aux_losses
 
 # (params, router_state, batch, key, frozen) -> (loss, aux); frozen: what is not trained, see
 # training/step.py

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_diffusion import config as configs
+from moe_diffusion.config import validate
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.images import check_shape
@@ -101,7 +101,7 @@ class RunImages:
         other = copy.copy(self)
         other.config = copy.deepcopy(self.config)
         other.config.sampling.cfg = float(cfg)
-        configs.validate(other.config)
+        validate(other.config)
         return other
 
     def check_ema(self, ema: str | None) -> None:

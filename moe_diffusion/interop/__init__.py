@@ -17,6 +17,7 @@ from moe_diffusion import models
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import families, files, keymap
 from moe_diffusion.interop.families import config_from_torch, model_config_from_torch
+from moe_diffusion.interop.tensors import listed
 from moe_diffusion.models.jit import JiT
 from moe_diffusion.moe import routers
 
@@ -36,6 +37,8 @@ def import_state_dict(
 ) -> dict[str, dict[str, Any]]:
     """PyTorch's state dict (arrays) -> {"params": ..., "router_state": ...}, numpy leaves.
 
+    Parameters get the model's dtype (`model.param_dtype`), whatever the tensors have.
+
     Raises:
       UserError: unknown family, or keys that are missing, unexpected or misshaped (all in one).
     """
@@ -46,6 +49,8 @@ def export_state_dict(
     variables: Mapping[str, Any], model: nn.Module, family: str | None = None
 ) -> dict[str, np.ndarray]:
     """The way back: a complete state dict under the authors' names, buffers included.
+
+    Tensors have the dtype of our leaves.
 
     Args:
       variables: {"params": ..., "router_state": ...}, the second only if the model has one.
@@ -59,9 +64,8 @@ def export_state_dict(
         {name: variables.get(name, {}) for name in ("params", "router_state")}, chosen, model
     )
     needed = {e.key for e in keymap.entries(chosen, model, keymap.abstract_variables(model))}
-    if set(state) != needed:
-        lacking = sorted(needed - set(state))
-        raise UserError(f"the variables lack {', '.join(lacking[: keymap.LISTED])}")
+    if lacking := sorted(needed - set(state)):
+        raise UserError(f"the variables lack {listed(lacking)}")
     return state | keymap.constants(chosen, model)
 
 
@@ -95,16 +99,17 @@ def save_torch(
 
 def family_of(model: nn.Module) -> str:
     """The family that writes models of this kind: by its class, its router, the router's bias."""
+    router = next(iter(model.routers().values()), None)
     if isinstance(model, JiT):
-        return "jitmoe" if model.make_moe else "jit"
-    if model.make_moe is None:
+        return "jit" if router is None else "jitmoe"
+    if router is None:
         return "dit"
-    router = model.make_moe().make_router()
     if isinstance(router, routers.TokenChoice):
         if router.selection_bias:
             return "dsmoe"
-        swiglu = model.make_moe().make_experts().kind == "swiglu"
-        return "dit_moe" if swiglu and all(model.moe_pattern) else "tcdit"
+        gated = any(path.endswith("/moe/experts/gate") for path in keymap.abstract_variables(model))
+        everywhere = all(block.kind == "moe" for block in model.blocks())
+        return "dit_moe" if gated and everywhere else "tcdit"
     return {
         routers.ExpertChoice: "ecdit",
         routers.DiffMoE: "diffmoe",

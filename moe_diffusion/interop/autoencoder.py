@@ -6,21 +6,23 @@ Three layouts of the same network: `native` (CompVis, FLUX.1's ae.safetensors), 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from moe_diffusion.data import latents
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import files
-from moe_diffusion.interop.keymap import LISTED
+from moe_diffusion.interop import files, keymap
+from moe_diffusion.interop.rows import CONV, CONV_1X1, LINEAR, SAME, Family, Row
+from moe_diffusion.interop.tensors import lazy, without
 from moe_diffusion.models.autoencoder import Autoencoder, AutoencoderKL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # beside config.json in a folder of diffusers
@@ -31,51 +33,31 @@ KINDS = {
 }
 _IGNORED = ("loss.", "model_ema.")  # of training, in CompVis's own checkpoints
 
-# Ours -> theirs, piece by piece. {l} counts levels from the highest resolution, {r} from the
-# lowest, {j} blocks of a level.
-_TRUNK = {
-    "encoder/conv_in": "encoder.conv_in",
-    "encoder/conv_out": "encoder.conv_out",
-    "decoder/conv_in": "decoder.conv_in",
-    "decoder/conv_out": "decoder.conv_out",
-    "quant": "quant_conv",
-    "post_quant": "post_quant_conv",
-}
-_RES = {"norm_0": "norm1", "conv_0": "conv1", "norm_1": "norm2", "conv_1": "conv2"}
-_PLACES = {
-    "native": {
-        "encoder/norm_out": "encoder.norm_out",
-        "decoder/norm_out": "decoder.norm_out",
-        "encoder/level_{l}/block_{j}/": "encoder.down.{l}.block.{j}.",
-        "encoder/level_{l}/down": "encoder.down.{l}.downsample.conv",
-        "decoder/level_{l}/block_{j}/": "decoder.up.{l}.block.{j}.",
-        "decoder/level_{l}/up": "decoder.up.{l}.upsample.conv",
-        "encoder/mid/block_0/": "encoder.mid.block_1.",
-        "encoder/mid/attn/": "encoder.mid.attn_1.",
-        "encoder/mid/block_1/": "encoder.mid.block_2.",
-        "decoder/mid/block_0/": "decoder.mid.block_1.",
-        "decoder/mid/attn/": "decoder.mid.attn_1.",
-        "decoder/mid/block_1/": "decoder.mid.block_2.",
-    },
-    "diffusers": {
-        "encoder/norm_out": "encoder.conv_norm_out",
-        "decoder/norm_out": "decoder.conv_norm_out",
-        "encoder/level_{l}/block_{j}/": "encoder.down_blocks.{l}.resnets.{j}.",
-        "encoder/level_{l}/down": "encoder.down_blocks.{l}.downsamplers.0.conv",
-        "decoder/level_{l}/block_{j}/": "decoder.up_blocks.{r}.resnets.{j}.",
-        "decoder/level_{l}/up": "decoder.up_blocks.{r}.upsamplers.0.conv",
-        "encoder/mid/block_0/": "encoder.mid_block.resnets.0.",
-        "encoder/mid/attn/": "encoder.mid_block.attentions.0.",
-        "encoder/mid/block_1/": "encoder.mid_block.resnets.1.",
-        "decoder/mid/block_0/": "decoder.mid_block.resnets.0.",
-        "decoder/mid/attn/": "decoder.mid_block.attentions.0.",
-        "decoder/mid/block_1/": "decoder.mid_block.resnets.1.",
-    },
-}
-_PLACES["diffusers_old"] = _PLACES["diffusers"]
-_SHORTCUT = {
-    "native": "nin_shortcut", "diffusers": "conv_shortcut", "diffusers_old": "conv_shortcut",
+# Our layer -> native and diffusers' name. {side} is encoder or decoder; {l} counts levels from the
+# highest resolution, {r} from the lowest; {j} counts blocks from 0, {n} from 1.
+_LAYERS = {
+    "quant": ("quant_conv",) * 2,
+    "post_quant": ("post_quant_conv",) * 2,
+    "{side}/conv_in": ("{side}.conv_in",) * 2,
+    "{side}/norm_out": ("{side}.norm_out", "{side}.conv_norm_out"),
+    "{side}/conv_out": ("{side}.conv_out",) * 2,
+    "{side}/mid/block_{j}": ("{side}.mid.block_{n}", "{side}.mid_block.resnets.{j}"),
+    "{side}/mid/attn": ("{side}.mid.attn_1", "{side}.mid_block.attentions.0"),
+    "encoder/level_{l}/block_{j}": (
+        "encoder.down.{l}.block.{j}", "encoder.down_blocks.{l}.resnets.{j}",
+    ),
+    "encoder/level_{l}/down": (
+        "encoder.down.{l}.downsample.conv", "encoder.down_blocks.{l}.downsamplers.0.conv",
+    ),
+    "decoder/level_{l}/block_{j}": (
+        "decoder.up.{l}.block.{j}", "decoder.up_blocks.{r}.resnets.{j}",
+    ),
+    "decoder/level_{l}/up": (
+        "decoder.up.{l}.upsample.conv", "decoder.up_blocks.{r}.upsamplers.0.conv",
+    ),
 }  # fmt: skip
+# What is inside a residual block, and inside the attention, by layout.
+_BLOCK = {"norm_0": "norm1", "conv_0": "conv1", "norm_1": "norm2", "conv_1": "conv2"}
 _ATTENTION = {
     "native": {"norm": "norm", "q": "q", "k": "k", "v": "v", "out": "proj_out"},
     "diffusers": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"},
@@ -95,14 +77,17 @@ def load(path: str | os.PathLike, kind: str = "auto") -> Autoencoder:
     """Reads an autoencoder.
 
     Args:
-      path: a weight file (.safetensors, .pt, .pth) or a folder of diffusers. A diffusers
-        config.json beside the weights gives the network, scale and shift.
+      path: a weight file (.safetensors, .pt, .pth), a folder of diffusers, or a whole pipeline with
+        a subfolder `vae`. A config.json of diffusers beside the weights gives the network, scale
+        and shift.
       kind: "sd" | "flux" for a file without config.json; "auto" tells by the latent channels.
 
     Raises:
       UserError: no such file, not an autoencoder, or keys that do not fit.
     """
     path = Path(path)
+    if (path / "vae").is_dir():
+        path = path / "vae"
     if path.is_dir():
         path = path / WEIGHTS
     state = files.read_state_dict(path)
@@ -202,85 +187,51 @@ def import_state_dict(state: Mapping[str, Any], network: AutoencoderKL) -> dict[
     Raises:
       UserError: an unknown layout, or keys missing, unexpected or misshaped (all in one error).
     """
-    shapes = _shapes(network)
-    layout = layout_of(state)
-    names = dict(_entries(layout, shapes, network))
-    found = {key for key in state if not key.startswith(_IGNORED)}
-    leaves, misshaped = {}, []
-    for path, key in names.items():
-        if key not in found:
-            continue
-        leaf = _to_ours(np.asarray(state[key], np.float32), shapes[path])
-        if leaf.shape != shapes[path]:
-            misshaped.append(key)
-        leaves[path] = leaf
-    problems = {
-        "missing": sorted(set(names.values()) - found),
-        "unexpected": sorted(found - set(names.values())),
-        "misshaped": misshaped,
-    }
-    text = "; ".join(f"{len(k)} {n}: {', '.join(k[:LISTED])}" for n, k in problems.items() if k)
-    if text:
-        raise UserError(f"this is no state dict of such an autoencoder ({layout}): {text}")
-    return unflatten_dict(leaves, sep="/")
+    table, abstract = family(layout_of(state), network), abstract_params(network)
+    return keymap.import_tree(without(state, _IGNORED), table, network, abstract)["params"]
 
 
 def export_state_dict(
     params: Mapping[str, Any], network: AutoencoderKL, layout: str
 ) -> dict[str, np.ndarray]:
     """The way back, under the names of `layout`: "native" | "diffusers" | "diffusers_old"."""
-    leaves = flatten_dict(params, sep="/")
-    shapes = _shapes(network)
-    return {
-        key: _to_torch(np.asarray(leaves[path]), point=layout == "native")
-        for path, key in _entries(layout, shapes, network)
-    }
+    return keymap.export_tree({"params": params}, family(layout, network), network)
 
 
-def _entries(
-    layout: str, shapes: Mapping[str, Any], network: AutoencoderKL
-) -> Iterator[tuple[str, str]]:
-    """(our path, PyTorch's key) of every parameter."""
-    levels = len(network.block_channels)
-    inside = {**_RES, "shortcut": _SHORTCUT[layout]}
-    ends = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-    for ours, theirs in {**_TRUNK, **_PLACES[layout]}.items():
-        pieces = {"": ""}
-        if ours.endswith("/"):
-            pieces = _ATTENTION[layout] if "attn" in ours else inside
-        for level in range(levels if "{l}" in ours else 1):
-            for j in range(network.layers_per_block + 1 if "{j}" in ours else 1):
-                at = {"l": level, "j": j, "r": levels - 1 - level}
-                for our_piece, their_piece in pieces.items():
-                    for our_end, their_end in ends.items():
-                        path = f"{ours.format(**at)}{our_piece}/{our_end}"
-                        if path in shapes:
-                            yield path, f"{theirs.format(**at)}{their_piece}.{their_end}"
+def family(layout: str, network: AutoencoderKL) -> Family:
+    """The key map of a layout: a row for every tensor that the network may have."""
+    attention = CONV_1X1 if layout == "native" else LINEAR
+    shortcut = {"shortcut": "nin_shortcut" if layout == "native" else "conv_shortcut"}
+    levels, blocks = range(len(network.block_channels)), range(network.layers_per_block + 1)
+    rows = {}  # by our path: a layer without {l} and {j} is met again and again
+    for side, level, j in itertools.product(("encoder", "decoder"), levels, blocks):
+        at = {"side": side, "l": level, "r": levels[-1] - level, "j": j, "n": j + 1}
+        for ours, names in _LAYERS.items():
+            kernel, pieces = CONV, {"": ""}
+            if ours.endswith("block_{j}"):
+                pieces = _BLOCK | shortcut
+            elif ours.endswith("attn"):
+                kernel, pieces = attention, _ATTENTION[layout]
+            for our_piece, their_piece in pieces.items():
+                path = f"params/{ours.format(**at)}/{our_piece}".rstrip("/")
+                key = f"{names[layout != 'native'].format(**at)}.{their_piece}".rstrip(".")
+                rows |= {
+                    f"{path}/kernel": Row(f"{key}.weight", f"{path}/kernel", kernel),
+                    f"{path}/scale": Row(f"{key}.weight", f"{path}/scale", SAME),
+                    f"{path}/bias": Row(f"{key}.bias", f"{path}/bias", SAME),
+                }
+    return Family(f"autoencoder, {layout}", tuple(rows.values()))
 
 
-def _to_ours(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """[O, I, kh, kw] -> [kh, kw, I, O]; a projection [O, I] or [O, I, 1, 1] -> [I, O]."""
-    if tensor.ndim == 4 and len(shape) == 2 and tensor.shape[2:] == (1, 1):
-        tensor = tensor[..., 0, 0]
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-
-
-def _to_torch(leaf: np.ndarray, point: bool) -> np.ndarray:
-    """The way back; `point`: projections are 1x1 convolutions."""
-    if leaf.ndim == 4:
-        return np.ascontiguousarray(leaf.transpose(3, 2, 0, 1))
-    tensor = np.ascontiguousarray(leaf.T)
-    return tensor[..., None, None] if point and leaf.ndim == 2 else tensor
-
-
-def _shapes(network: AutoencoderKL) -> dict[str, tuple[int, ...]]:
-    side = network.factor
-    image = jax.ShapeDtypeStruct((1, side, side, network.channels), np.float32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(abstract, sep="/").items()}
+def abstract_params(network: AutoencoderKL) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path ("params/...") and shape of every parameter."""
+    image = jax.ShapeDtypeStruct((1, network.factor, network.factor, network.channels), np.float32)
+    abstract = jax.eval_shape(network.init, jax.random.key(0), image)
+    return flatten_dict({"params": abstract["params"]}, sep="/")
 
 
 def layout_of(state: Mapping[str, Any]) -> str:
+    """The layout whose names a state dict has. Raises UserError if it has those of none."""
     for layout, mark in _MARKS.items():
         if mark in state:
             return layout
@@ -294,7 +245,7 @@ def _guess(state: Mapping[str, Any], kind: str, path: Path) -> AutoencoderKL:
     if kind not in (*KINDS, "auto"):
         raise UserError(f"autoencoder kind '{kind}' is unknown; known: auto, {', '.join(KINDS)}")
     layout_of(state)
-    channels = np.asarray(state["decoder.conv_in.weight"]).shape[1]
+    channels = lazy(state).specs["decoder.conv_in.weight"].shape[1]
     fitting = [name for name, fixed in KINDS.items() if fixed["latent_channels"] == channels]
     if not fitting or kind not in (fitting[0], "auto"):
         raise UserError(

@@ -1,8 +1,9 @@
 """What model a weight file holds: its hyperparameters and its family.
 
 Hyperparameters come from a file that the user names, else from one beside the weights, else from
-the arguments that the weight file itself remembers. The shapes of the tensors fill what these
-leave out; for DiT and SiT they are enough, for the others they tell all but what no shape shows.
+the arguments that the weight file itself remembers. The shapes of the tensors fill in what these
+leave out. For DiT and SiT the shapes alone are enough; the other families have hyperparameters that
+no shape shows.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 import yaml
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import files, keymap
+from moe_diffusion.interop import files, keymap, tensors
 from moe_diffusion.interop.families import FAMILIES
-from moe_diffusion.interop.keymap import Family
+from moe_diffusion.interop.rows import Family
 
 _PLAIN = (".yaml", ".yml")
 
@@ -93,7 +94,7 @@ def _beside(weights: Path) -> Path | None:
     for suffix in (*_PLAIN, ".json"):
         if weights.with_suffix(suffix).is_file():
             return weights.with_suffix(suffix)
-    folders = [weights.parent]
+    folders = [weights if weights.is_dir() else weights.parent]
     if weights.absolute().parent.name == "checkpoints":
         folders.append(weights.absolute().parent.parent)
     for folder in folders:
@@ -110,7 +111,9 @@ def _beside(weights: Path) -> Path | None:
 
 def from_shapes(family: Family, state: Mapping[str, Any]) -> dict[str, Any]:
     """Those hyperparameters that the shapes of a state dict tell."""
-    return family.from_shapes({keymap.bare(k): v for k, v in keymap.shapes_of(state).items()})
+    return family.from_shapes(
+        {keymap.bare(k): v.shape for k, v in tensors.lazy(state).specs.items()}
+    )
 
 
 def merge(told: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

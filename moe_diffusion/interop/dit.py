@@ -9,12 +9,12 @@ from flax import linen as nn
 
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.hparams import configure
-from moe_diffusion.interop.keymap import (
-    CONV,
+from moe_diffusion.interop.rows import (
     FLAT,
     HEADS_IN,
     HEADS_OUT,
     LINEAR,
+    PATCHES,
     SAME,
     Constant,
     Family,
@@ -62,7 +62,7 @@ MOE = "params/{block}/moe"
 _STATE = "router_state/{block}/moe/router"
 
 TRUNK = (
-    *linear("x_embedder.proj", "params/patch_embed", CONV),
+    *linear("x_embedder.proj", "params/patch_embed", PATCHES),
     *linear("t_embedder.mlp.0", "params/time_embed/dense_0"),
     *linear("t_embedder.mlp.2", "params/time_embed/dense_1"),
     Row("y_embedder.embedding_table.weight", "params/label_embed/embedding", SAME),
@@ -113,12 +113,13 @@ def _pos_embed(model: nn.Module) -> np.ndarray | None:
     """The sin-cos table [1, S, D], a frozen parameter of the authors' models."""
     if model.positions != "sincos":
         return None
-    return blocks.sincos_table(model.image_size // model.patch_size, model.hidden_size)[None]
+    return blocks.sincos_table(model.grid, model.hidden_size)[None]
 
 
 def _ema_decay(model: nn.Module) -> np.ndarray:
     """The decay of DiffMoE's thresholds, a buffer of shape [1]."""
-    return np.asarray([model.make_moe().make_router().threshold_decay], np.float32)
+    router = next(iter(model.routers().values()))
+    return np.asarray([router.threshold_decay], np.float32)
 
 
 TABLE = (Constant("pos_embed", _pos_embed),)

@@ -11,7 +11,7 @@ import ml_collections
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import BLOCK, MOE, TABLE, TRUNK, experts, linear, mlp
 from moe_diffusion.interop.hparams import fill
-from moe_diffusion.interop.keymap import FLAT, HEADS_IN, HEADS_OUT, LINEAR, SAME, Family, Row
+from moe_diffusion.interop.rows import FLAT, HEADS_IN, HEADS_OUT, LINEAR, SAME, Family, Row
 
 # Size -> depth, width, heads.
 SIZES = {**shapes.SIZES, "G": (40, 1408, 16)}
@@ -85,7 +85,7 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
     config.loss_weights.balance = 0.01
     config.diffusion.cond_dropout = float(h["class_dropout_prob"])
     if h["rf"]:
-        model.reverse_time = True
+        model.dit.reverse_time = True
         config.diffusion.time_sampling = "logit_normal"
         config.sampling.update(sampler="euler", steps=50, cfg=1.5)
     else:

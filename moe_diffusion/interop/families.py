@@ -10,7 +10,7 @@ import ml_collections
 from moe_diffusion import config as config_lib
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import dit, dit_moe, jit, promoe
-from moe_diffusion.interop.keymap import Family
+from moe_diffusion.interop.rows import Family
 
 FAMILIES: dict[str, Family] = {
     **dit.FAMILIES,
@@ -39,6 +39,7 @@ def config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.C
         family(name).configure(hparams, config)
     except TypeError as error:  # a value of the wrong kind, such as depth: "12"
         raise UserError(f"hyperparameters of {name}: {error}") from error
+    config = config_lib.settle(config)
     config_lib.validate(config)
     return config
 

@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 
 from moe_diffusion.errors import UserError, first_line
+from moe_diffusion.interop.tensors import Lazy, Spec, joined, of_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 INDEX = ".safetensors.index.json"
@@ -37,88 +38,59 @@ class Weights(NamedTuple):
     """What lies in a weight file.
 
     Attributes:
-      state: tensor name -> numpy array, read when it is asked for; `state.shapes` reads nothing.
+      state: tensor name -> numpy array.
       entry: which of several state dicts in the file it is; None if the file is just one.
       args: arguments of the training script, where the file holds them under "args".
     """
 
-    state: Mapping[str, np.ndarray]
+    state: Lazy
     entry: str | None = None
     args: dict[str, Any] | None = None
 
 
-class _Lazy(Mapping):
-    """A state dict whose tensors are read when they are asked for.
-
-    Attributes:
-      shapes: tensor name -> shape.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-class SafetensorsFiles(_Lazy):
+def of_safetensors(*paths: str | os.PathLike) -> Lazy:
     """One `.safetensors` file, or the shards of one state dict, mapped: tensors are views."""
+    specs, places = {}, {}
+    for path in paths:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # it checks the header, and that the file is as long as it says
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise UserError(f"{path}: {key} is {entry['dtype']}; readable are {known}")
+            specs[key] = Spec(tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]]))
+            places[key] = mapped, start + entry["data_offsets"][0]
 
-    def __init__(self, *paths: str | os.PathLike):
-        self._place = {}
-        self.shapes = {}
-        for path in paths:
-            with safetensors.safe_open(path, framework="numpy"):
-                pass  # it checks the header, and that the file is as long as it says
-            with open(path, "rb") as file:
-                start = 8 + int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(start - 8))
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            header.pop("__metadata__", None)
-            for key, entry in header.items():
-                if entry["dtype"] not in DTYPES:
-                    known = ", ".join(DTYPES)
-                    raise UserError(f"{path}: {key} is {entry['dtype']}; readable are {known}")
-                self.shapes[key] = tuple(entry["shape"])
-                begin = start + entry["data_offsets"][0]
-                self._place[key] = mapped, begin, np.dtype(DTYPES[entry["dtype"]])
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        mapped, begin, dtype = self._place[key]
-        count = math.prod(self.shapes[key])
+    def read(key: str) -> np.ndarray:
+        (shape, dtype), (mapped, begin) = specs[key], places[key]
+        count = math.prod(shape)
         if not count:
-            return np.empty(self.shapes[key], dtype)
+            return np.empty(shape, dtype)
         aligned = begin - begin % mmap.PAGESIZE
         # The disk starts now, not when the first byte is looked at.
         mapped.madvise(mmap.MADV_WILLNEED, aligned, begin + count * dtype.itemsize - aligned)
-        return np.frombuffer(mapped, dtype, count, begin).reshape(self.shapes[key])
+        return np.frombuffer(mapped, dtype, count, begin).reshape(shape)
+
+    return Lazy(specs, read)
 
 
-class TorchTensors(_Lazy):
-    """A state dict as `torch.load` returns it; with mmap its tensors are still on disk."""
-
-    def __init__(self, tensors: Mapping[str, Any]):
-        self._tensors = tensors
-        self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        tensor = self._tensors[key].detach()
-        # numpy has no bfloat16; float32 holds every value of it.
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
-def read_state_dict(path: str | os.PathLike, weights: str | None = None) -> Mapping[str, Any]:
+def read_state_dict(path: str | os.PathLike, weights: str | None = None) -> Lazy:
     """Tensor name -> numpy array of a weight file; see `open_weights`."""
     return open_weights(path, weights).state
 
 
 def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights:
-    """Opens a weight file.
+    """Opens a weight file, or a folder of several.
 
     Args:
-      path: a file, the `.safetensors.index.json` of a sharded one, or a folder with one of these.
+      path: a file, the `.safetensors.index.json` of a sharded one, or a folder; see `find`. If only
+        its subfolders hold weights, as in a pipeline of diffusers, the tensors of all of them are
+        in one state dict under names like "transformer/proj_out.weight".
       weights: for `.pt`/`.pth` files that hold several state dicts, the entry to take; "ema" also
         stands for the first average and "model" for the live weights, whatever they are called.
         None: the first average, else the live weights.
@@ -127,32 +99,57 @@ def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights
       UserError: no such file, unknown suffix, not readable, unsafe, or no such entry.
     """
     path = find(path)
+    if path.is_dir():
+        parts = {f"{folder.name}/": open_weights(folder, weights) for folder in _subfolders(path)}
+        return Weights(joined({prefix: opened.state for prefix, opened in parts.items()}))
     if path.suffix not in (".pt", ".pth"):
         if weights is not None:
             raise UserError(f"{path.name} holds one state dict; leave out weights={weights!r}")
         paths = _shards(path) if path.name.endswith(INDEX) else [path]
         try:
-            return Weights(SafetensorsFiles(*paths))
+            return Weights(of_safetensors(*paths))
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
     return _pick(path, _torch_load(path), weights)
 
 
-def find(path: str | os.PathLike) -> Path:
-    """The weight file that is meant by a path, which may be its folder."""
+def find(path: str | os.PathLike, subfolder: str = "") -> Path:
+    """The weight file that is meant by a path, which may be its folder.
+
+    Args:
+      subfolder: taken where a folder has it, for example "transformer" of a diffusers pipeline.
+
+    Returns:
+      A weight file, or a folder whose subfolders hold weight files.
+    """
     path = Path(path)
+    if subfolder and (path / subfolder).is_dir():
+        path = path / subfolder
     if path.is_dir():
-        inside = sorted(path.glob(f"*{INDEX}"))
-        inside = inside or sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        if len(inside) != 1:
-            names = ", ".join(p.name for p in inside) or "none"
-            raise UserError(f"{path} should hold one weight file; it holds {names}: name a file")
-        return inside[0]
+        inside = _weight_files(path)
+        if len(inside) == 1:
+            return inside[0]
+        if not inside and _subfolders(path):
+            return path
+        names = ", ".join(p.name for p in inside) or "none"
+        raise UserError(f"{path} should hold one weight file; it holds {names}: name a file")
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
     if path.suffix not in SUFFIXES and not path.name.endswith(INDEX):
         raise UserError(f"{path.name}: weight files end in {', '.join((*SUFFIXES, INDEX))}")
     return path
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The indices of shards in a folder; if it has none, its weight files."""
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    return indices or sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Those that hold `.safetensors`, as the parts of a diffusers pipeline do."""
+    inner = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [path for path in inner if any(p.suffix == SUFFIXES[0] for p in path.iterdir())]
 
 
 def _shards(index: Path) -> list[Path]:
@@ -190,7 +187,7 @@ def _pick(path: Path, loaded: Any, weights: str | None) -> Weights:
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path.name} holds a {type(loaded).__name__}, not a state dict")
     if _is_state_dict(loaded) and weights is None:
-        return Weights(TorchTensors(loaded))
+        return Weights(of_torch(loaded))
     nested = [k for k, v in loaded.items() if isinstance(v, Mapping) and _is_state_dict(v)]
     if weights in nested or (weights is None and len(nested) == 1):
         chosen = weights or nested[0]
@@ -204,7 +201,7 @@ def _pick(path: Path, loaded: Any, weights: str | None) -> Weights:
     if isinstance(args, argparse.Namespace):
         args = vars(args)
     return Weights(
-        TorchTensors(loaded[chosen]), chosen, dict(args) if isinstance(args, Mapping) else None
+        of_torch(loaded[chosen]), chosen, dict(args) if isinstance(args, Mapping) else None
     )
 
 
@@ -215,29 +212,28 @@ def _is_state_dict(mapping: Mapping) -> bool:
 def write_state_dict(state: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
     """Writes a `.safetensors` file; a file at `path` is replaced only by a complete one."""
     state = {key: np.asarray(tensor) for key, tensor in state.items()}
-    with safetensors_writer(path, {k: (v.shape, v.dtype) for k, v in state.items()}) as write:
+    with safetensors_writer(path, {k: Spec(v.shape, v.dtype) for k, v in state.items()}) as write:
         for key, tensor in state.items():
             write(key, tensor)
 
 
 @contextlib.contextmanager
-def safetensors_writer(
-    path: str | os.PathLike, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]
-) -> Iterator[Any]:
-    """Yields write(key, array, part=(0, 1)), to be called for every tensor in any order.
+def safetensors_writer(path: str | os.PathLike, specs: Mapping[str, Spec]) -> Iterator[Any]:
+    """Yields write(key, array, axis=0, start=0), to be called for all of every tensor.
 
-    A file at `path` is replaced only by a complete one.
+    `array` is the part of the tensor that begins at `start` of `axis`. Parts come in any order. A
+    file at `path` is replaced only by a complete one.
 
     Args:
-      tensors: name -> (shape, dtype) of all tensors.
+      specs: name -> shape and dtype of all tensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path.name}: weights are written as .safetensors")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key, (shape, dtype) in tensors.items():
-        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    for key, (shape, dtype) in specs.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
         header[key] = {
             "dtype": _name(dtype), "shape": list(shape), "data_offsets": [begin, end],
         }  # fmt: skip
@@ -248,16 +244,24 @@ def safetensors_writer(
     try:
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            start = file.tell()
-            file.truncate(start + end)
+            data = file.tell()
+            file.truncate(data + end)
 
-            def write(key: str, array: np.ndarray, part: tuple[int, int] = (0, 1)) -> None:
-                """part: (i, n) where `array` is the i-th of n equal parts along the first axis."""
-                begin, stop = header[key]["data_offsets"]
-                if array.nbytes * part[1] != stop - begin:
-                    raise ValueError(f"{key}: {array.nbytes} bytes for part {part}")
-                file.seek(start + begin + part[0] * array.nbytes)
-                np.ascontiguousarray(array).tofile(file)
+            def write(key: str, array: np.ndarray, axis: int = 0, start: int = 0) -> None:
+                shape, dtype = specs[key]
+                stop = start + (array.shape[axis] if shape else 1)
+                part = (*shape[:axis], stop - start, *shape[axis + 1 :]) if shape else ()
+                if array.shape != part or (shape and stop > shape[axis]):
+                    raise ValueError(f"{key} is {shape}: no room for {array.shape} at {start}")
+                if not array.size:
+                    return
+                # The part is one run of bytes for every index of the axes before `axis`.
+                runs = np.ascontiguousarray(array, dtype).reshape(math.prod(shape[:axis]), -1)
+                size = math.prod(shape[axis:]) * runs.itemsize
+                skipped = start * math.prod(shape[axis + 1 :]) * runs.itemsize
+                for number, run in enumerate(runs):
+                    file.seek(data + header[key]["data_offsets"][0] + number * size + skipped)
+                    run.tofile(file)
 
             yield write
         os.replace(partial, path)

@@ -198,7 +198,7 @@ def _set_choice(model, h, moe, family) -> None:
     model.router.update(
         name="expert_choice" if family == "ecdit" else "diffmoe",
         capacity=float(moe["capacity"]),
-        scope="sample" if family == "ecdit" else "batch",
+        group="sample" if family == "ecdit" else "batch",
         kernel_init="normal_0.006",
     )
 

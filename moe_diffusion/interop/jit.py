@@ -18,27 +18,22 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import linear
 from moe_diffusion.interop.hparams import fill
-from moe_diffusion.interop.keymap import (
-    CONV,
+from moe_diffusion.interop.rows import (
+    CONV_1X1,
     FLAT,
     HEADS_IN,
     HEADS_OUT,
+    LEADING_1,
     LINEAR,
+    PATCHES,
     SAME,
     Constant,
     Family,
-    Layout,
     Row,
 )
 from moe_diffusion.models import blocks
 
 # --- names ---------------------------------------------------------------------------------------
-
-# A convolution of 1 x 1 is a linear layer; position embeddings have a leading axis of 1.
-CONV_1X1 = Layout(lambda w, m: w.T[..., None, None], lambda w, s: w[..., 0, 0].T)
-LEADING_1 = Layout(lambda w, m: w[None], lambda w, s: w[0])
-
-_GATE, _UP = (0, 2), (1, 2)  # w12 holds both: silu of the first half, times the second
 
 
 def _linear(torch: str, ours: str, *layouts, **options) -> tuple[Row, ...]:
@@ -47,21 +42,22 @@ def _linear(torch: str, ours: str, *layouts, **options) -> tuple[Row, ...]:
 
 def _swiglu(torch: str, ours: str) -> tuple[Row, ...]:
     return (
-        *_linear(f"{torch}.w12", f"{ours}/gate", part=_GATE),
-        *_linear(f"{torch}.w12", f"{ours}/up", part=_UP),
+        # w12 holds both: silu of the first half, times the second.
+        *_linear(f"{torch}.w12", f"{ours}/gate", along=0),
+        *_linear(f"{torch}.w12", f"{ours}/up", along=0),
         *_linear(f"{torch}.w3", f"{ours}/down"),
     )
 
 
 def _experts(torch: str, ours: str) -> tuple[Row, ...]:
     """Our experts are stacked: [layers, experts, ...]."""
-    rows = (("w12", "gate", _GATE), ("w12", "up", _UP), ("w3", "down", (0, 1)))
+    rows = (("w12", "gate", 0), ("w12", "up", 0), ("w3", "down", None))
     return tuple(
         row
-        for name, our_name, part in rows
+        for name, our_name, along in rows
         for row in (
-            Row(f"net.{torch}.{name}.weight", f"params/{ours}/{our_name}", LINEAR, part=part),
-            Row(f"net.{torch}.{name}.bias", f"params/{ours}/{our_name}_bias", SAME, part=part),
+            Row(f"net.{torch}.{name}.weight", f"params/{ours}/{our_name}", LINEAR, along=along),
+            Row(f"net.{torch}.{name}.bias", f"params/{ours}/{our_name}_bias", SAME, along=along),
         )
     )
 
@@ -71,7 +67,7 @@ def _scale(torch: str, ours: str) -> Row:
 
 
 _TRUNK = (
-    *_linear("x_embedder.proj1", "patch_embed/reduce", CONV),
+    *_linear("x_embedder.proj1", "patch_embed/reduce", PATCHES),
     *_linear("x_embedder.proj2", "patch_embed/expand", CONV_1X1),
     *_linear("t_embedder.mlp.0", "time_embed/dense_0"),
     *_linear("t_embedder.mlp.2", "time_embed/dense_1"),
@@ -242,7 +238,7 @@ def _set_net(model: ml_collections.ConfigDict, net: Mapping[str, Any]) -> None:
     if net["attn_drop"]:
         raise UserError("attn_drop (dropout of attention weights) is not supported; none has it")
     model.update(
-        family="jit",
+        architecture="jit",
         image_size=net["input_size"],
         channels=net["in_channels"],
         mlp_ratio=float(net["mlp_ratio"]),
@@ -250,6 +246,8 @@ def _set_net(model: ml_collections.ConfigDict, net: Mapping[str, Any]) -> None:
         norm="rmsnorm",
         qk_norm=True,
         positions="rope2d_pairs",
+    )
+    model.jit.update(
         bottleneck=net["bottleneck_dim"],
         in_context_tokens=net["in_context_len"],
         in_context_start=net["in_context_start"],

@@ -1,162 +1,111 @@
-"""The key map: one table per model family, read in both directions.
+"""The engine of the key maps: reads a family's rows in both directions.
 
-A `Row` says which tensor of a PyTorch state dict is which of our leaves, and how its axes are
-arranged. Nothing here computes: every layout is a transpose or a reshape, so importing and
-exporting a tensor gives back its bits. Our leaves are stacked (layers of a scanned segment,
-experts of a layer); PyTorch's are not: a row with {i} and {e} stands for all of them.
+Our leaves are stacked (layers of a scanned segment, experts of a layer), PyTorch's tensors are not:
+a row with {i} and {e} stands for all of them, and an `Entry` is that row at one block and expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
-from moe_diffusion import models
 from moe_diffusion.errors import UserError
+from moe_diffusion.interop.rows import Family, Layout, Row
+from moe_diffusion.interop.tensors import Lazy, Parts, Pieces, Spec, State, lazy, listed
+from moe_diffusion.models import stack
 
-LISTED = 10  # keys of each kind that an error names
 WRAPPERS = ("module.", "_orig_mod.", "net.")  # DDP, torch.compile, JiT's Denoiser
-
-
-class Layout(NamedTuple):
-    """How one tensor lies on either side.
-
-    Attributes:
-      to_torch: (our array, model) -> PyTorch's array.
-      to_ours: (PyTorch's array, our shape) -> our array.
-    """
-
-    to_torch: Callable[[Any, nn.Module], Any]
-    to_ours: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-
-
-def _conv_to_torch(w, model):
-    p = model.patch_size
-    return w.reshape(p, p, -1, w.shape[-1]).transpose(3, 2, 0, 1)
-
-
-SAME = Layout(lambda w, m: w, lambda w, s: w)
-FLAT = Layout(lambda w, m: w.reshape(-1), lambda w, s: w.reshape(s))
-# Linear weights are [out, in] in PyTorch and [in, out] here.
-LINEAR = Layout(lambda w, m: w.T, lambda w, s: w.T)
-# The same where our kernel splits its last axis into (3,) heads and head_dim, or its first one.
-HEADS_OUT = Layout(lambda w, m: w.reshape(w.shape[0], -1).T, lambda w, s: w.T.reshape(s))
-HEADS_IN = Layout(lambda w, m: w.reshape(-1, w.shape[-1]).T, lambda w, s: w.T.reshape(s))
-# Patch embedding: a stride-p convolution [D, C, p_row, p_col], here [p_row * p_col * C, D].
-CONV = Layout(_conv_to_torch, lambda w, s: w.transpose(2, 3, 1, 0).reshape(s))
-
-
-class Row(NamedTuple):
-    """One line of a key map.
-
-    Attributes:
-      torch: PyTorch's key; {i} runs over the blocks, {e} over the experts.
-      ours: path of our leaf, collection first; {block} is `layers_<segment>/block_<j>`.
-      layout: see `Layout`.
-      needs, unless: path of a leaf that must or must not exist for the row to hold.
-      part: (i, n) where PyTorch packs n equal tensors along the first axis and this is number i.
-    """
-
-    torch: str
-    ours: str
-    layout: Layout
-    needs: str | None = None
-    unless: str | None = None
-    part: tuple[int, int] = (0, 1)
-
-
-class Constant(NamedTuple):
-    """An entry of a state dict that is no variable of ours.
-
-    Attributes:
-      torch: PyTorch's key; with {i} there is one in every MoE block.
-      value: model -> the float32 array to write, or None if this model's file has none.
-    """
-
-    torch: str
-    value: Callable[[nn.Module], np.ndarray | None]
-
-
-class Family(NamedTuple):
-    """The names that one PyTorch code base gives to its tensors and its hyperparameters.
-
-    Attributes:
-      configure: (the authors' hyperparameters, a default config) -> None, sets the config.
-      from_args: arguments of the authors' training script, which their checkpoints may hold under
-        "args" -> hyperparameters, or None if these arguments do not tell them.
-      from_shapes: key -> shape of a state dict -> those hyperparameters that it tells.
-      asked: names of hyperparameters ("MoE_config.top_k" in a section) that no default stands in
-        for: with a state dict alone, its shapes must tell them.
-    """
-
-    name: str
-    rows: tuple[Row, ...]
-    constants: tuple[Constant, ...]
-    configure: Callable[[Mapping[str, Any], ConfigDict], None]
-    from_args: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda args: None
-    from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] = lambda shapes: {}
-    asked: tuple[str, ...] = ()
+Abstract = Mapping[str, Any]  # path of a leaf, like "params/final/linear/bias" -> array or shape
 
 
 class Entry(NamedTuple):
-    """A row at one block and expert: PyTorch's `key` (or a part of it) is `leaf[path][index]`."""
+    """A row at one block and expert.
+
+    `leaf[path][(*index, *part)]`, of shape `ours`, in PyTorch's layout has the shape `theirs`. It
+    is PyTorch's tensor `key`, or what follows `start` on its axis `axis`.
+    """
 
     key: str
     path: str
     index: tuple[int, ...]
+    part: tuple[slice, ...]
+    ours: tuple[int, ...]
     layout: Layout
-    part: tuple[int, int]
+    theirs: tuple[int, ...]
+    axis: int = 0
+    start: int = 0
 
-    def of(self, tensor: np.ndarray) -> np.ndarray:
-        """This entry's part of PyTorch's tensor."""
-        number, parts = self.part
-        if parts == 1:
-            return tensor
-        size = len(tensor) // parts
-        return tensor[number * size : (number + 1) * size]
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where it lies in PyTorch's tensor."""
+        if not self.theirs:
+            return ()
+        stop = self.start + self.theirs[self.axis]
+        return (*(slice(None),) * self.axis, slice(self.start, stop))
+
+
+# --- the rows at all blocks and experts ----------------------------------------------------------
 
 
 def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Paths ("params/final/linear/bias", ...) and shapes of all variables, computing none."""
-    return flatten_dict(models.abstract_variables(model), sep="/")
+    return flatten_dict(stack.abstract_variables(model), sep="/")
 
 
-def block_paths(model: nn.Module) -> list[tuple[str, int]]:
-    """Where each block lives: ("layers_<segment>/block_<j>", index on the stacked layer axis)."""
-    places = []
-    for segment, (period, repeats) in enumerate(model.segments):
-        for offset in range(len(period) * repeats):
-            repeat, j = divmod(offset, len(period))
-            places.append((f"layers_{segment}/block_{j}", repeat))
-    return places
+def entries(family: Family, model: nn.Module, leaves: Abstract) -> Iterator[Entry]:
+    """All entries of the family's rows that exist among `leaves`."""
+    ends: dict[str, int] = {}  # of the parts so far, by PyTorch's key; -1 for a whole tensor
 
+    @functools.cache
+    def in_torch(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+        leaf = jax.ShapeDtypeStruct(shape, np.float32)
+        return jax.eval_shape(lambda w: layout.to_torch(w, model), leaf).shape
 
-def entries(family: Family, model: nn.Module, leaves: Mapping[str, Any]) -> Iterator[Entry]:
-    """All entries of the family's rows that exist among `leaves` (path -> array or shape)."""
     for row in family.rows:
-        places = block_paths(model) if "{i}" in row.torch else [("", 0)]
-        for i, (block, repeat) in enumerate(places):
-            path = row.ours.format(block=block)
-            if path not in leaves:
-                continue
-            if row.needs and row.needs.format(block=block) not in leaves:
-                continue
-            if row.unless and row.unless.format(block=block) in leaves:
-                continue
-            layer = (repeat,) if "{i}" in row.torch else ()
-            if "{e}" in row.torch:
-                for e in range(leaves[path].shape[1]):
-                    key = row.torch.format(i=i, e=e)
-                    yield Entry(key, path, (*layer, e), row.layout, row.part)
-            else:
-                yield Entry(row.torch.format(i=i), path, layer, row.layout, row.part)
+        part = row.part.of(model) if row.part else ()
+        for key, path, index in _places(row, model, leaves):
+            ours = leaves[path].shape[len(index) :]
+            ours = (*_lengths(part, ours), *ours[len(part) :])
+            theirs = in_torch(row.layout, ours)
+            start = ends.get(key, 0)
+            if start < 0 or (row.along is None and key in ends):
+                raise ValueError(f"{family.name}: several rows are {key}: all need an axis `along`")
+            yield Entry(key, path, index, part, ours, row.layout, theirs, row.along or 0, start)
+            ends[key] = -1 if row.along is None else start + theirs[row.along]
+
+
+def _places(
+    row: Row, model: nn.Module, leaves: Abstract
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(PyTorch's key, our path, index of layer and expert) wherever the row holds."""
+    blocks = [("", None)]
+    if "{i}" in row.torch:
+        chosen = (b for b in model.blocks() if row.kind in (None, b.kind))
+        blocks = [(block.path, block.index) for block in chosen]
+    for i, (block, layer) in enumerate(blocks):
+        path = row.ours.format(block=block)
+        needed = not row.needs or row.needs.format(block=block) in leaves
+        if path not in leaves or not needed:
+            continue
+        if row.unless and row.unless.format(block=block) in leaves:
+            continue
+        index = () if layer is None else (layer,)
+        if "{e}" not in row.torch:
+            yield row.torch.format(i=i), path, index
+            continue
+        for e in range(leaves[path].shape[len(index)]):
+            yield row.torch.format(i=i, e=e), path, (*index, e)
+
+
+def _lengths(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(len(range(*s.indices(n))) for s, n in zip(part, shape, strict=False))
 
 
 def constants(family: Family, model: nn.Module) -> dict[str, np.ndarray]:
@@ -167,31 +116,57 @@ def constants(family: Family, model: nn.Module) -> dict[str, np.ndarray]:
         if value is None:
             continue
         if "{i}" in constant.torch:
-            blocks = [i for i, is_moe in enumerate(model.moe_pattern) if is_moe]
+            kinds = [block.kind for block in model.blocks()]
+            blocks = [i for i, kind in enumerate(kinds) if kind == constant.kind]
             found.update({constant.torch.format(i=i): value for i in blocks})
         else:
             found[constant.torch] = value
     return found
 
 
-def entries_by_leaf(
-    family: Family, model: nn.Module, leaves: Mapping[str, Any]
-) -> dict[str, list[Entry]]:
-    """Path of every leaf (path -> array or shape) -> the entries that it is written to.
+def entries_by_leaf(family: Family, model: nn.Module, leaves: Abstract) -> dict[str, list[Entry]]:
+    """Path of every leaf -> the entries that it is written to.
 
     Raises:
-      UserError: the family has no name for some leaf.
+      UserError: the family has no name for some leaf, or for a part of it.
     """
     groups: dict[str, list[Entry]] = {path: [] for path in leaves}
     for entry in entries(family, model, leaves):
         groups[entry.path].append(entry)
-    nameless = sorted(path for path, group in groups.items() if not group)
+
+    def size(shape: tuple[int, ...]) -> int:
+        return int(np.prod(shape, dtype=np.int64))
+
+    nameless = sorted(
+        path
+        for path, group in groups.items()
+        if not group or sum(size(entry.ours) for entry in group) != size(leaves[path].shape)
+    )
     if nameless:
         raise UserError(
             f"the PyTorch family '{family.name}' has no name for {listed(nameless)}; "
             "use the family that this model was built for"
         )
     return groups
+
+
+def torch_specs(found: Iterable[Entry], leaves: Abstract) -> dict[str, Spec]:
+    """PyTorch's key -> shape and dtype of its tensor, for entries of `leaves`.
+
+    A tensor that joins leaves of several dtypes has one that holds the values of all.
+    """
+    specs: dict[str, Spec] = {}
+    for entry in found:
+        shape, dtype = entry.theirs, jnp.dtype(leaves[entry.path].dtype)
+        if entry.key in specs:
+            dtype = jnp.promote_types(specs[entry.key].dtype, dtype)
+            last = max(specs[entry.key].shape[entry.axis], entry.place[-1].stop)
+            shape = (*shape[: entry.axis], last, *shape[entry.axis + 1 :])
+        specs[entry.key] = Spec(shape, dtype)
+    return specs
+
+
+# --- there and back ------------------------------------------------------------------------------
 
 
 def export_tree(tree: Mapping[str, Any], family: Family, model: nn.Module) -> dict[str, np.ndarray]:
@@ -205,90 +180,84 @@ def export_tree(tree: Mapping[str, Any], family: Family, model: nn.Module) -> di
     leaves = flatten_dict(nn.meta.unbox(dict(tree)), sep="/")
     leaves = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     found = [e for group in entries_by_leaf(family, model, leaves).values() for e in group]
-    tensors: dict[str, np.ndarray] = {}
-    for entry in sorted(found, key=lambda entry: entry.part):
-        tensor = entry.layout.to_torch(leaves[entry.path][entry.index], model)
-        if entry.part[0] > 0:
-            tensor = np.concatenate([tensors[entry.key], tensor])
-        tensors[entry.key] = np.ascontiguousarray(tensor)
+    tensors = {key: np.empty(*spec) for key, spec in torch_specs(found, leaves).items()}
+    for entry in found:
+        leaf = leaves[entry.path][(*entry.index, *entry.part)]
+        tensors[entry.key][(*entry.place, ...)] = entry.layout.to_torch(leaf, model)
     return tensors
 
 
-class Leaf(NamedTuple):
-    """One of our leaves, to be filled piece by piece from a state dict.
-
-    Attributes:
-      pieces: yields (index, array): what `leaf[index]` is, each read when it is its turn.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    pieces: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
-
-
 def import_tree(
-    state: Mapping[str, Any], family: Family, model: nn.Module
+    state: State, family: Family, model: nn.Module, abstract: Abstract | None = None
 ) -> dict[str, dict[str, Any]]:
-    """A complete state dict as our variables {"params": ..., "router_state": ...}.
+    """A complete state dict as our variables, {"params": ..., "router_state": ...}.
 
-    Floating tensors of any precision become the dtype of our leaves (float32 masters).
-
-    Raises:
-      UserError: see `import_leaves`.
+    Floating tensors of any precision become the dtype of our leaves. See `import_leaves`.
     """
     leaves = {}
-    for path, leaf in import_leaves(state, family, model).items():
+    for path, leaf in import_leaves(state, family, model, abstract).items():
         leaves[path] = np.empty(leaf.shape, leaf.dtype)
-        for index, piece in leaf.pieces():
-            leaves[path][index] = piece
+        for index, parts in leaf.read():
+            for part, array in parts:
+                leaves[path][(*index, *part, ...)] = array
     variables = unflatten_dict(leaves, sep="/")
     return {"params": variables["params"], "router_state": variables.get("router_state", {})}
 
 
-def import_leaves(state: Mapping[str, Any], family: Family, model: nn.Module) -> dict[str, Leaf]:
+def import_leaves(
+    state: State,
+    family: Family,
+    model: nn.Module,
+    abstract: Abstract | None = None,
+    dtype: str | None = None,
+) -> dict[str, Pieces]:
     """Path of every variable -> how to read it from a complete state dict.
 
     Only shapes and constants are looked at here, so that nothing long begins before all fits.
     Wrappers' prefixes (`WRAPPERS`) make no difference.
 
+    Args:
+      abstract: the variables' shapes; None takes `abstract_variables(model)`.
+      dtype: of all floating parameters: None is that of `abstract`; "file" the narrowest that holds
+        what is in the file, where float64 counts as float32. What routers keep stays as it is.
+
     Raises:
       UserError: one error for all missing, unexpected and misshaped keys; or a constant (the
         position table) is not the one that our model computes.
     """
-    abstract = abstract_variables(model)
+    abstract = abstract_variables(model) if abstract is None else abstract
     groups = entries_by_leaf(family, model, abstract)
-    wanted = [entry for group in groups.values() for entry in group]
-    fixed = constants(family, model)
-    want = torch_shapes(wanted, abstract, model) | {key: v.shape for key, v in fixed.items()}
-    found = {bare(key): key for key in state}
-    names = {key: found[bare(key)] for key in want if bare(key) in found}
-    shapes = shapes_of(state)
-    misshaped = sorted(
-        f"{name} (file {shapes[name]}, model {want[key]})"
-        for key, name in names.items()
-        if shapes[name] != want[key]
-    )
-    different = [
-        names[key]
-        for key, value in fixed.items()
-        if key in names
-        and shapes[names[key]] == value.shape
-        # Loose, because averaging a constant 10^5 times in an EMA lets its last bits drift.
-        and not np.allclose(np.asarray(state[names[key]], np.float32), value, rtol=0, atol=1e-3)
-    ]
-    missing, unexpected = sorted(set(want) - set(names)), sorted(set(state) - set(names.values()))
-    _raise_for(family, missing, unexpected, misshaped, different)
+    want = torch_specs((entry for group in groups.values() for entry in group), abstract)
+    state = lazy(state)
+    names = _matched(state, {k: v.shape for k, v in want.items()}, family, model)
+    params = {path: leaf for path, leaf in abstract.items() if path.startswith("params/")}
+    if dtype == "file":
+        dtype = widest(state.specs[names[e.key]].dtype for path in params for e in groups[path])
 
-    def pieces(path: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    def read(entry: Entry) -> np.ndarray:
+        tensor = state[names[entry.key]].reshape(want[entry.key].shape)
+        return entry.layout.to_ours(tensor[entry.place], entry.ours)
+
+    def pieces(path: str) -> Iterator[tuple[tuple[int, ...], Parts]]:
+        at: dict[tuple[int, ...], list[Entry]] = {}
         for entry in groups[path]:
-            tensor = entry.of(np.asarray(state[names[entry.key]]))
-            shape = abstract[path].shape[len(entry.index) :]
-            yield entry.index, entry.layout.to_ours(tensor, shape)
+            at.setdefault(entry.index, []).append(entry)
+        for index, found in at.items():
+            yield index, [(entry.part, read(entry)) for entry in found]
 
-    return {
-        path: Leaf(leaf.shape, np.dtype(leaf.dtype), partial(pieces, path))
-        for path, leaf in abstract.items()
-    }
+    leaves = {}
+    for path, leaf in abstract.items():
+        change = dtype if path in params and jnp.issubdtype(leaf.dtype, jnp.floating) else None
+        made = functools.partial(pieces, path)
+        leaves[path] = Pieces(leaf.shape, jnp.dtype(change or leaf.dtype), made)
+    return leaves
+
+
+def widest(dtypes: Iterable[np.dtype]) -> str:
+    """The narrowest of float32, bfloat16 and float16 that holds all of these floating dtypes."""
+    floats = {jnp.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.floating)}
+    floats = [np.dtype(np.float32) if d == np.float64 else d for d in floats]
+    return functools.reduce(jnp.promote_types, floats).name if floats else "float32"
 
 
 def bare(key: str) -> str:
@@ -298,42 +267,44 @@ def bare(key: str) -> str:
     return key
 
 
-def shapes_of(state: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of a state dict; that of a file (`files.open_weights`) knows them without reading."""
-    return getattr(state, "shapes", None) or {key: np.shape(value) for key, value in state.items()}
-
-
-def torch_shapes(
-    found: Sequence[Entry], leaves: Mapping[str, Any], model: nn.Module
-) -> dict[str, tuple[int, ...]]:
-    """PyTorch's key -> shape of its tensor, for entries of `leaves` (path -> array or shape)."""
-    known: dict[tuple, tuple[int, ...]] = {}
-    shapes = {}
-    for entry in found:
-        ours = leaves[entry.path].shape[len(entry.index) :]
-        if (entry.layout, ours) not in known:
-            known[entry.layout, ours] = jax.eval_shape(
-                lambda w, layout=entry.layout: layout.to_torch(w, model),
-                jax.ShapeDtypeStruct(ours, np.float32),
-            ).shape
-        shape, parts = known[entry.layout, ours], entry.part[1]
-        shapes[entry.key] = shape if parts == 1 else (parts * shape[0], *shape[1:])
-    return shapes
-
-
-def _raise_for(family, missing, unexpected, misshaped, different) -> None:
+def _matched(
+    state: Lazy, want: Mapping[str, tuple[int, ...]], family: Family, model: nn.Module
+) -> dict[str, str]:
+    """Wanted key -> its name in the state dict. Raises one UserError for all that does not fit."""
+    fixed = constants(family, model)
+    want = {**want, **{key: value.shape for key, value in fixed.items()}}
+    found = {bare(key): key for key in state}
+    names = {key: found[bare(key)] for key in want if bare(key) in found}
+    shapes = {key: state.specs[name].shape for key, name in names.items()}
     problems = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "misshaped": misshaped,
-        "not the fixed value of this model": different,
+        "missing": set(want) - set(names),
+        "unexpected": set(state) - set(names.values()),
+        "misshaped": [
+            f"{names[key]} (file {shape}, model {want[key]})"
+            for key, shape in shapes.items()
+            if _matrix(shape) != _matrix(want[key])
+        ],
+        "not the fixed value of this model": [
+            names[key]
+            for key, value in fixed.items()
+            if shapes.get(key) == value.shape and not _close(state[names[key]], value)
+        ],
     }
-    text = "; ".join(f"{len(k)} {name}: {listed(k)}" for name, k in problems.items() if k)
+    text = "; ".join(f"{len(k)} {what}: {listed(sorted(k))}" for what, k in problems.items() if k)
     if text:
         raise UserError(f"this is no state dict of such a model of family '{family.name}': {text}")
+    return names
 
 
-def listed(keys: Sequence[str]) -> str:
-    """The first ten, and how many there are besides."""
-    more = f", ... ({len(keys) - LISTED} more)" if len(keys) > LISTED else ""
-    return ", ".join(keys[:LISTED]) + more
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a 1 x 1 convolution as that of a linear layer, since files have either."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _close(tensor: np.ndarray, value: np.ndarray) -> bool:
+    """Whether a file's constant, in whatever precision, is that of our model.
+
+    Loose, because averaging a constant 10^5 times in an EMA lets its last bits drift.
+    """
+    rounding = jnp.finfo(tensor.dtype).eps if jnp.issubdtype(tensor.dtype, jnp.floating) else 0
+    return np.allclose(np.asarray(tensor, np.float32), value, rtol=0, atol=1e-3 + rounding)

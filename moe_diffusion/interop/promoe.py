@@ -13,7 +13,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import BLOCK, MOE, TABLE, TRUNK, linear
 from moe_diffusion.interop.hparams import fill
-from moe_diffusion.interop.keymap import LINEAR, SAME, Family, Row
+from moe_diffusion.interop.rows import LINEAR, SAME, Family, Row
 
 _EXPERT = "blocks.{i}.mlp.experts.{e}"
 _ROWS = (
@@ -82,7 +82,7 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
     for name in ("patch_size", "hidden_size", "depth", "num_heads", "num_classes", "learn_sigma"):
         model[name] = h[name]
     model.mlp_ratio = float(h["mlp_ratio"])
-    model.time_scale, model.reverse_time = 1000.0, True
+    model.time_scale, model.dit.reverse_time = 1000.0, True
     if h["qk_norm"]:  # torch.nn.LayerNorm over a head, as it is by default
         model.update(qk_norm=True, qk_norm_kind="layernorm_affine", qk_norm_eps=1e-5)
     model.moe.update(
@@ -99,7 +99,7 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
         name=family,
         top_k=moe["top_k"],  # of token choice; expert choice calls it
         capacity=float(moe["top_k"]),
-        scope="sample",
+        group="sample",
         scores=moe["router_weight_mode"],
         null_expert=moe["use_uncond_expert"],
         contrast_temperature=float(moe["routing_contrastive_temperature"]),

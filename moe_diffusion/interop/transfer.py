@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from moe_diffusion import config as configs
 from moe_diffusion import models
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.interop import describe, families, files, keymap
-from moe_diffusion.interop.keymap import Family
+from moe_diffusion.interop.rows import Family
+from moe_diffusion.interop.streamed import write_weights
+from moe_diffusion.interop.tensors import Pieces, Spec, State, lazy, listed
 from moe_diffusion.training.checkpoint import StoredWeights, first_average
-from moe_diffusion.training.streamed import Pieces, write_weights
+
+DTYPES = ("file", "float32", "bfloat16", "float16")  # that `import_folder` can store
 
 
 def import_folder(
@@ -30,25 +33,32 @@ def import_folder(
     weights: str | None = None,
     hparams: str | None = None,
     config: str | None = None,
+    dtype: str | None = None,
+    change: Callable[[State], State] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Reads a PyTorch file into `folder`: config.json and checkpoints/0, with no averages.
 
     Args:
-      source: see `files.open_weights`.
+      source: see `files.open_weights`; of a folder with the family's subfolder, that is taken.
       weights: which state dict, where the file holds several.
       hparams: file with the authors' hyperparameters; see `describe.hyperparameters`.
       config: file of a named config ("configs/dsmoe_l.py:experts=16") instead of these.
+      dtype: one of `DTYPES`, of all floating parameters; it becomes `model.param_dtype`. None and
+        "file" take the narrowest that loses nothing of the file; see `keymap.import_leaves`.
+      change: the file's state dict -> the one to import, for example with `tensors.adjusted`.
 
     Returns:
-      {"family", "input", "output", "weights", "hparams" (where they are from), "tensors", "bytes"}
+      {"family", "input", "output", "weights", "hparams" (where they are from), "dtype", "tensors",
+      "bytes"}
 
     Raises:
       UserError: before anything is written; nothing is left behind if writing fails later.
     """
     if "://" in os.fspath(folder):
         raise UserError(f"{folder} is remote: convert into a local folder and copy it there")
-    chosen, path = families.family(family), files.find(source)
+    chosen = families.family(family)
+    path = files.find(source, chosen.subfolder)
     folder = Path(os.path.abspath(folder))
     if hparams and config:
         raise UserError("--hparams and --config both say what the model is: give one of them")
@@ -56,9 +66,14 @@ def import_folder(
         raise UserError(f"{folder} exists: name another output, or delete it")
     check_writable(folder.parent)
     opened = files.open_weights(path, weights)
+    if change:
+        opened = opened._replace(state=lazy(change(opened.state)))
     described, origin, model_config = _describe(chosen, path, opened, hparams, config)
     model = models.build(model_config.model)
-    leaves = _leaves(opened.state, chosen, model, described)
+    leaves = _leaves(opened.state, chosen, model, described, dtype or DTYPES[0])
+    model_config.model.param_dtype = next(
+        x.dtype.name for path, x in leaves.items() if path.startswith("params/")
+    )
     model_config.ema.decays = ()  # there is one set of weights, the one to sample from
     total = sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in leaves.values())
     _check_room(folder, total)
@@ -67,10 +82,7 @@ def import_folder(
     shutil.rmtree(partial_folder, ignore_errors=True)
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=not progress) as t:
-            write_weights(
-                partial_folder,
-                {k: Pieces(v.shape, v.dtype, v.pieces, t.update) for k, v in leaves.items()},
-            )
+            write_weights(partial_folder, leaves, t.update)
         configs.save_json(model_config, partial_folder / "config.json")
         os.replace(partial_folder, folder)
     except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
@@ -84,6 +96,7 @@ def import_folder(
         "output": str(folder),
         "weights": opened.entry,
         "hparams": origin,
+        "dtype": model_config.model.param_dtype,
         "tensors": len(opened.state),
         "bytes": total,
     }
@@ -121,27 +134,28 @@ def export_file(
         wanted = keymap.abstract_variables(model)
         _check_same(stored.shapes, wanted, described)
         found = keymap.entries_by_leaf(chosen, model, wanted)
-        shapes = keymap.torch_shapes([e for group in found.values() for e in group], wanted, model)
-        tensors = {k: (shape, np.dtype(np.float32)) for k, shape in shapes.items()}
+        flat = [entry for group in found.values() for entry in group]
+        specs = keymap.torch_specs(flat, stored.shapes)
         fixed = keymap.constants(chosen, model)
-        tensors |= {key: (value.shape, value.dtype) for key, value in fixed.items()}
+        specs |= {key: Spec(value.shape, value.dtype) for key, value in fixed.items()}
         with (
-            files.safetensors_writer(path, tensors) as write,
-            tqdm(total=len(tensors), unit="tensor", desc="export", disable=not progress) as bar,
+            files.safetensors_writer(path, specs) as write,
+            tqdm(total=len(flat), unit="tensor", desc="export", disable=not progress) as bar,
         ):
             for key, value in fixed.items():
                 write(key, value)
-            for leaf, entries in found.items():
-                for entry, array in _slices(stored, leaf, entries):
-                    write(entry.key, entry.layout.to_torch(array, model), entry.part)
-                    bar.update(1 / entry.part[1])
+            for leaf, group in found.items():
+                for entry, array in _slices(stored, leaf, group):
+                    tensor = entry.layout.to_torch(array[entry.part], model)
+                    write(entry.key, tensor, entry.axis, entry.start)
+                    bar.update()
     return {
         "family": family,
         "input": str(workdir),
         "output": str(path),
         "step": stored.step,
         "ema": ema,
-        "tensors": len(tensors),
+        "tensors": len(specs),
         "bytes": Path(path).stat().st_size,
     }
 
@@ -149,7 +163,7 @@ def export_file(
 def _slices(
     stored: StoredWeights, leaf: str, entries: list[keymap.Entry]
 ) -> Iterator[tuple[keymap.Entry, np.ndarray]]:
-    """Each entry with its part of one of our arrays, which are read some layers at a time."""
+    """Each entry with leaf[entry.index]; a stacked leaf is read some layers at a time."""
     if entries[0].index == ():
         array = stored.read({leaf: None})[leaf]
         yield from ((entry, array) for entry in entries)
@@ -175,8 +189,8 @@ def _describe(
         if hint:
             missing, unexpected = describe.strange_keys(family, opened.state)
             hint += (
-                f": {len(missing)} missing: {keymap.listed(missing)}; {len(unexpected)} "
-                f"unexpected: {keymap.listed(unexpected)}"
+                f": {len(missing)} missing: {listed(missing)}; {len(unexpected)} "
+                f"unexpected: {listed(unexpected)}"
             )
         raise UserError(f"{error}{hint}") from error
     model_config.name = family.name
@@ -184,17 +198,17 @@ def _describe(
 
 
 def _leaves(
-    state: Mapping[str, Any], family: Family, model: nn.Module, described: Mapping[str, Any]
-) -> dict[str, keymap.Leaf]:
+    state: State, family: Family, model: nn.Module, described: Mapping[str, Any], dtype: str
+) -> dict[str, Pieces]:
     try:
-        return keymap.import_leaves(state, family, model)
+        return keymap.import_leaves(state, family, model, dtype=dtype)
     except UserError as error:
         told = describe.contradictions(describe.from_shapes(family, state), described)
         hint = f"; by its hyperparameters {', '.join(told)}" if told else ""
         raise UserError(f"{error}{hint}{_other_family(family, state)}") from error
 
 
-def _other_family(family: Family, state: Mapping[str, Any]) -> str:
+def _other_family(family: Family, state: State) -> str:
     """What to add to an error where the names in the file are rather another family's."""
     likely = describe.likely_families(state)
     if family.name in likely:
@@ -226,5 +240,5 @@ def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], described: 
     if wrong:
         raise UserError(
             f"the checkpoint is of another model than {described} describes; {len(wrong)} arrays "
-            f"differ: {keymap.listed(wrong)}"
+            f"differ: {listed(wrong)}"
         )

@@ -1,4 +1,4 @@
-"""Attention over the tokens of an image: one function, the best that the platform has.
+"""Attention over the tokens of an image: one function with the best implementation of a platform.
 
     softmax(q k^T / sqrt(d)) v
 
@@ -9,9 +9,9 @@
 | `splash`       | jax's Pallas kernel: scores stay on chip    | TPU, 64 MB of scores on a device  |
 | `cudnn`        | cuDNN's fused kernel                        | GPU                               |
 
-Every one takes grouped queries. What a kernel cannot take (`can_run`) is left to `xla`. The
-defaults on TPU follow compiled programs (docs/benchmarks): few scores stay on the chip in XLA too.
-They were never timed.
+All of them take grouped queries. `xla` takes over what another one cannot do (`can_run`). The
+defaults on TPU were never timed. They follow from compiled programs (docs/benchmarks): XLA too
+keeps few scores on the chip.
 """
 
 from __future__ import annotations
@@ -32,29 +32,32 @@ from moe_diffusion.parallel.mesh import by_group, num_batch_shards, platform
 
 _SEQ_MINOR = splash_attention_kernel.QKVLayout.SEQ_MINOR
 IMPLEMENTATIONS = ("xla", "own_gradient", "splash", "cudnn")
-_PARTS = 4  # of a batch, side by side
+_PARTS = 4  # a batch is cut into so many, which run side by side
 _SPLASH_FROM = 2**26  # bytes of scores in f32
 _SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens of a tile: the largest that divides their number
 
 
 def default_implementation(platform: str, scores: int) -> str:
-    """The table above, for a mesh of "cpu", "tpu" or "cuda" / "gpu" and the scores of a device."""
+    """The default in the table above.
+
+    platform: "cpu", "tpu", or "cuda" / "gpu"; scores: how many scores one device has.
+    """
     if platform == "tpu":
         return "splash" if 4 * scores >= _SPLASH_FROM else "xla"
     return "own_gradient" if platform == "cpu" else "cudnn"
 
 
 def can_run(name: str, q: jax.Array) -> bool:
-    """Whether an implementation takes queries [B, heads, S, d] of this shape and type here.
+    """Whether an implementation can take queries q [B, heads, S, d] here.
 
-    `splash` needs S a multiple of 128 and, on anything but a TPU, is interpreted (for tests).
-    `cudnn` needs a GPU that is there, Ampere or later, 16 bits, and d a multiple of 8 up to 128.
+    `splash` needs S to be a multiple of 128; on a CPU it is interpreted, for tests. `cudnn` needs a
+    GPU that is present, from Ampere on, 16-bit numbers, and d to be a multiple of 8 up to 128.
     """
     tokens, head_dim = q.shape[2:]
     if name == "splash":
         return tokens % _SPLASH_BLOCKS[-1] == 0 and platform() in ("tpu", "cpu")
     if name == "cudnn":
-        # cuDNN is asked for its version while tracing: no program for absent GPUs can hold it.
+        # Tracing asks cuDNN for its version, so no program for absent GPUs can use it.
         if jax.default_backend() != "gpu" or platform() not in ("cuda", "gpu"):
             return False
         ampere = float(jax.local_devices()[0].compute_capability) >= 8
@@ -65,10 +68,16 @@ def can_run(name: str, q: jax.Array) -> bool:
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | None = None
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v for q [B, heads, S, d] and k, v [B, kv_heads, S, d].
+    """softmax(q k^T / sqrt(d)) v.
 
-    Key head j serves query heads j * r .. j * r + r - 1, r = heads / kv_heads. implementation None
-    chooses by the platform of the mesh. The result is named "attention" for remat policies.
+    Args:
+      q: [B, heads, S, d].
+      k, v: [B, kv_heads, S, d]. Key head j serves the query heads j * r to j * r + r - 1, where
+        r = heads / kv_heads.
+      implementation: one of `IMPLEMENTATIONS`; None: the default for the platform of the mesh.
+
+    Returns:
+      [B, heads, S, d], with the name "attention" for remat policies.
     """
     scores = q.size // q.shape[3] * q.shape[2] // num_batch_shards()
     name = implementation or default_implementation(platform(), scores)
@@ -85,7 +94,7 @@ def attend(
 
 @jax.checkpoint
 def _xla(q, k, v):
-    """The S x S weights, in f32, are computed again in the backward pass: cheaper than kept."""
+    """The backward pass computes the S x S weights in f32 again: cheaper than to keep them."""
     b, heads, s, d = q.shape
     q = q.reshape(b, k.shape[1], -1, d) * d**-0.5  # the queries of one key head side by side
     scores = jnp.einsum("bgrd,bgtd->bgrt", q, k, preferred_element_type=jnp.float32)
@@ -94,7 +103,8 @@ def _xla(q, k, v):
 
 
 def _in_parts(q, k, v):
-    """Images in up to _PARTS parts: XLA:CPU runs a batched product on one core, several on all."""
+    """Cuts the batch into up to _PARTS parts: XLA:CPU runs a batched product on one core, but
+    several products on all cores."""
     parts = gcd(q.shape[0], _PARTS)
     b, heads, s, d = q.shape
     q = q.reshape(b, k.shape[1], -1, d)
@@ -108,9 +118,9 @@ def _in_parts(q, k, v):
 def _own_gradient(q, k, v):
     """Attention of q [B, H, R, d] over k, v [B, H, S, d].
 
-    Its gradient remembers the logarithm of every row's sum and computes the weights again. All
-    products are X Y or X Y^T of arrays as they lie: X^T Y takes XLA:CPU twice as long, and
-    left to itself it makes one of what is written below.
+    The gradient remembers the logarithm of every row's sum and computes the weights again. All
+    products have the form X Y or X Y^T, because X^T Y takes XLA:CPU twice as long. Without the
+    barriers in `_transposed_product` XLA would turn one of them into X^T Y.
     """
     return _remember(q, k, v)[0]
 
@@ -121,7 +131,7 @@ def _remember(q, k, v):
     exponentials = jnp.exp(scores - most)
     sums = exponentials.sum(-1, keepdims=True)
     out = jnp.einsum("bgrt,bgtd->bgrd", (exponentials / sums).astype(v.dtype), v)
-    # Named here, or a remat policy would compute what the gradient remembers again.
+    # Without these names a remat policy would compute again what the gradient remembers.
     out, log_sums = (checkpoint_name(x, "attention") for x in (out, most + jnp.log(sums)))
     return out, (q, k, v, out, log_sums)
 
@@ -156,7 +166,7 @@ _own_gradient.defvjp(_remember, _pull_back)
 
 
 def _splash(q, k, v):
-    """jax's splash attention with nothing masked; for the images of one device."""
+    """jax's splash attention without a mask, for the images of one device."""
     heads, tokens, head_dim = q.shape[1:]
     block = next(size for size in _SPLASH_BLOCKS if tokens % size == 0)
     everything = splash_attention_mask.FullMask((tokens, tokens))

@@ -1,22 +1,22 @@
 """Token choice without dropping, in plain XLA: sort the assignments by expert, then walk over them.
 
-Rows are laid out in tiles (kernels/tiles.py), and XLA wants static shapes, so an expert's tiles are
-taken in chunks: as many chunks of MAX_TILES as it fills, then one of what is left, 1 to MAX_TILES
-tiles. All chunks of one size are one loop, whose body has the size's static shapes; an expert with
-260 rows then costs 288 and not 512. A tile is an eighth of the average load: smaller tiles waste
-fewer rows but mean more loops to compile, and below about 128 rows an XLA:CPU product spends its
-time packing the weight matrix.
+Rows are laid out in tiles (kernels/tiles.py). XLA wants static shapes, so the tiles of an expert
+are taken in chunks: as many chunks of MAX_TILES as the expert fills, then one chunk of what is
+left, 1 to MAX_TILES tiles. All chunks of one size are one loop whose body has static shapes. So an
+expert with 260 rows costs 288 rows and not 512. A tile is an eighth of the average load. Smaller
+tiles would waste fewer rows but need more loops to compile, and below about 128 rows XLA:CPU spends
+the time of a product on packing the weight matrix.
 
 Every chunk fetches its own tokens, so that they are still in the cache when they are used, and
-writes rows that are its own. Padding rows hold some token with the gate 0, which keeps
-them out of every sum.
+writes its own rows. A padding row holds some token with the gate 0, which keeps it out of every
+sum.
 
 The gradient is our own. JAX's would turn the loops inside out and keep a copy of all weights for
-every chunk; this one saves the hidden pre-activations, and is again one walk.
+every chunk. Ours saves the hidden pre-activations and is one more walk.
 
-Memory traffic, in elements, forward: 2 N D for the rows, 2-3 N H for the hidden values, and the
-weights once for each chunk of an expert (once altogether while its load is below 5/4 of the
-average). Backward: 4 N D, 2-3 N H, and the weights and their gradients once for each chunk.
+Memory traffic in elements, forward: 2 N D for the rows, 2-3 N H for the hidden values, and the
+weights once for each chunk of an expert (once in all while its load is below 5/4 of the average).
+Backward: 4 N D, 2-3 N H, and the weights and their gradients once for each chunk.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import _combine, no_gradient
 from moe_diffusion.kernels.tiles import TilePlan, plan_tiles
 
-# Rows of a tile: below the first a product takes as long as with it, above the second padding
-# costs little anyway.
+# Rows of a tile. A product of fewer rows than the first takes as long as one with that many; above
+# the second, padding costs little.
 MIN_TILE, MAX_TILE = 32, 128
-MAX_TILES = 10  # of a chunk
+MAX_TILES = 10  # in a chunk
 
 
 def make_plan(
@@ -49,7 +49,7 @@ def make_plan(
     num_experts: int,
     slots_per_token: int | None,
 ) -> TilePlan:
-    """`plan_tiles` with tiles that suit `blocked`."""
+    """The plan of `plan_tiles`, with tiles of a size that suits `blocked`."""
     average = -(-expert.shape[0] // num_experts)
     return plan_tiles(
         token,
@@ -61,8 +61,33 @@ def make_plan(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def blocked(
+    x: jax.Array,
+    token: jax.Array,
+    expert: jax.Array,
+    weight: jax.Array,
+    params: Params,
+    kind: str,
+    *,
+    slots_per_token: int | None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """x[T, D], token, expert i32[N] (expert == E is unused), weight f32[N] -> y[T, D].
+
+    slots_per_token: K where the list has K used assignments of each token in turn, else None.
+    """
+    plan = make_plan(
+        token,
+        expert,
+        num_tokens=x.shape[0],
+        num_experts=params["up"].shape[0],
+        slots_per_token=slots_per_token,
+    )
+    return by_chunks(kind, x, weight, params, plan, dropout)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_chunks(
     kind: str,
     x: jax.Array,
     weight: jax.Array,
@@ -75,12 +100,15 @@ def blocked(
 
 
 def _walk(plan: TilePlan, chunk: Callable[..., Any], carry: Any) -> Any:
-    """All chunks in turn: carry = chunk(size, is_first, expert, row, carry).
+    """Visits all chunks in turn: carry = chunk(size, is_first, expert, row, carry).
 
-    An expert's last chunk comes first (is_first), its full ones after those of all experts.
+    The chunk with what is left of an expert comes first (is_first); the full chunks of all experts
+    come after that.
     """
     tiles = plan.end - plan.start
-    most = min(MAX_TILES, plan.expert.shape[0] - plan.end.shape[0] + 1)  # tiles that one can have
+    most = min(
+        MAX_TILES, plan.expert.shape[0] - plan.end.shape[0] + 1
+    )  # tiles that an expert can have
     full = (tiles - 1) // most
     left = tiles - full * most  # 1 to `most`
     order = jnp.argsort(left)
@@ -125,7 +153,7 @@ def _expert(params, index):
 
 
 def _between(kind, dropout, token, expert):
-    """What stands between the two projections of rows that hold `token`: n [M, H] -> [M, H]."""
+    """Activation and dropout of rows that hold `token`: n arrays [M, H] -> [M, H]."""
 
     def between(*hidden):
         inner = mlp.activation(kind)(*hidden)
@@ -170,7 +198,7 @@ def _backward(kind, residuals, d_y):
         between = _between(kind, dropout, _rows(plan.rows.token, row, size), expert)
         inner, pull = jax.vjp(between, *inputs)
         d_inner = _matmul(d_out, mine["down"].T)
-        # The gate's gradient before the gate is applied: <d_out, down(inner)> without down(inner).
+        # The gate's gradient <d_out, down(inner)> is <d_inner, inner>, which needs no down(inner).
         d_gates = (d_inner * inner).astype(jnp.float32).sum(-1)
         d_hidden = dict(zip(names, pull(gates * d_inner), strict=True))
         turned = lax.optimization_barrier(tokens.T)
@@ -209,8 +237,8 @@ def _matmul(a, b, dtype=None):
 
 
 def _outer(a, b):
-    """a^T b in f32. Transposing first takes XLA:CPU less than a product of columns."""
+    """a^T b in f32. XLA:CPU is faster if it transposes first than if it multiplies columns."""
     return _matmul(lax.optimization_barrier(a.T), b, jnp.float32)
 
 
-blocked.defvjp(_forward, _backward)
+by_chunks.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Dropout inside experts, whose masks are drawn again wherever they are needed."""
+"""Dropout inside experts. Its masks are drawn again wherever they are needed."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import jax.numpy as jnp
 class Dropout:
     """Dropout (1207.0580) of the hidden units that an expert has for a token.
 
-    The mask is a function of key, token and expert: every backend draws the same one, and the
-    backward pass draws it a second time, so that nobody stores [N, H] of it.
+    The mask is a function of key, token and expert. So every backend draws the same mask, and the
+    backward pass draws it again instead of storing [N, H] of it.
 
     key:  typed PRNG key
-    rate: share of the hidden units that become zero; the others grow by 1 / (1 - rate)
+    rate: the share of the hidden units that become zero; the others are divided by 1 - rate
     """
 
     key: jax.Array
     rate: float = flax.struct.field(pytree_node=False)
 
     def fold_in(self, number: jax.Array) -> Dropout:
-        """Other masks for every number i32[], for example of a device."""
+        """The same dropout with other masks for every number i32[], for example of a device."""
         return self.replace(key=jax.random.fold_in(self.key, number))
 
     def __call__(self, hidden: jax.Array, token: jax.Array, expert: jax.Array) -> jax.Array:
-        """hidden [..., H] of rows that hold token and expert, i32 that broadcast to [...]."""
+        """hidden [..., H] -> [..., H]; token, expert: i32 that broadcast to [...], of each row."""
 
         def keep(token, expert):
             key = jax.random.fold_in(jax.random.fold_in(self.key, expert), token)

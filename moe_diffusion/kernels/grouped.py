@@ -1,10 +1,10 @@
-"""The dispatch around grouped kernels: what is differentiated, whatever the hardware.
+"""The dispatch around grouped kernels and its gradient, the same for every platform.
 
     hidden = up(x[token])  [, gate(x[token])]        out = down(act(hidden))
     y[t]   = sum over the rows r of token t of weight[r] * out[r]
 
-A platform supplies three kernels (`Kernels`); here is the one custom_vjp that strings them
-together. Saved for the backward pass are the hidden pre-activations alone.
+A platform supplies three kernels (`Kernels`). The one custom_vjp here strings them together. For
+the backward pass it saves only the hidden pre-activations.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ Hidden = tuple[jax.Array, ...]
 
 
 class Kernels(Protocol):
-    """Three grouped kernels; rows beyond the used tiles and padding rows come out as zeros.
+    """Three grouped kernels over R rows, in tiles of one expert each (`TilePlan`).
 
-    R rows in tiles of one expert each (`TilePlan`), D width, H expert width. token i32[R] says
-    which row of an array [T, D] is meant, T or more meaning a row of zeros.
+    The plan's token i32[R] says which row of an array [T, D] a kernel reads; T or more means a row
+    of zeros. Padding rows and rows beyond the used tiles come out as zeros.
     """
 
     def forward(
         self, kind: str, x: jax.Array, weight: jax.Array, params: Params, plan: TilePlan, save: bool
     ) -> tuple[jax.Array, Hidden]:
-        """x[T, D], weight f32[R] -> weight * down(act(hidden)) [R, D]; with `save` also the hidden
-        pre-activations [R, H] of every projection in, else ()."""
+        """x[T, D], weight f32[R] -> weight * down(act(hidden)) [R, D], saved.
+
+        saved: with `save` the hidden pre-activations [R, H] of each projection in, else ().
+        """
 
     def backward(
         self,
@@ -45,19 +47,22 @@ class Kernels(Protocol):
         params: Params,
         plan: TilePlan,
     ) -> tuple[jax.Array, jax.Array, jax.Array, Hidden]:
-        """d_y[T, D] -> gradients of the rows [R, D] and of weight f32[R]; weight * act(hidden) and
-        the gradients of hidden, each [R, H]."""
+        """d_y[T, D] -> what the gradients are made of.
+
+        Returns the gradients of the rows [R, D] and of weight f32[R], weight * act(hidden) [R, H],
+        and the gradients of hidden [R, H].
+        """
 
     def outer(
         self, left: jax.Array, right: jax.Array, plan: TilePlan, *, gather: str | None
     ) -> jax.Array:
-        """sum over an expert's rows of left[r]^T right[r]: [R, I], [R, O] -> f32[E, I, O].
+        """The sum over each expert's rows of left[r]^T right[r]: [R, I], [R, O] -> f32[E, I, O].
 
-        gather "left" or "right": that one is an array [T, ...] whose rows the plan's tokens name.
+        gather: "left" or "right" is an array [T, ...] whose rows the plan's tokens name.
         """
 
     def plan(self, token: jax.Array, expert: jax.Array, **sizes) -> TilePlan:
-        """Assignments sorted into tiles; see `plan_tiles`."""
+        """Sorts assignments into tiles, see `plan_tiles`."""
         return plan_tiles(token, expert, **sizes)
 
     def outers(
@@ -67,7 +72,7 @@ class Kernels(Protocol):
         return [self.outer(left, right, plan, gather=gather) for right in rights]
 
     def combine(self, rows: jax.Array, plan: TilePlan) -> jax.Array:
-        """What forward or backward made of the rows [R, D] -> the sums of each token's [T, D]."""
+        """Adds up the rows of each token, as forward or backward made them: [R, D] -> [T, D]."""
         return _combine(rows, plan.rows)
 
 
@@ -82,7 +87,18 @@ def sorted_by_expert(
     kind: str,
     slots_per_token: int | None,
 ) -> jax.Array:
-    """Token choice: x[T, D], token, expert i32[N], weight f32[N] -> [T, D]; nothing is dropped."""
+    """Computes any list of assignments and drops none.
+
+    Args:
+      tile: the number of rows of a tile.
+      x: [T, D].
+      token, expert: i32[N]; expert == E marks an unused assignment.
+      weight: f32[N].
+      slots_per_token: K if every token has K used assignments, one token after the other.
+
+    Returns:
+      y [T, D] in x's dtype.
+    """
     plan = kernels.plan(
         token,
         expert,
@@ -136,7 +152,7 @@ def _backward(kernels, kind, residuals, d_y):
 
 
 def _sum_rows(values: jax.Array, plan: TilePlan, num_experts: int) -> jax.Array:
-    """Sum of every expert's rows: [R, H] -> f32[E, H], tile by tile, without a scatter."""
+    """The sum of each expert's rows, [R, H] -> f32[E, H], tile by tile and without a scatter."""
     tiles = values.astype(jnp.float32).reshape(plan.expert.shape[0], plan.tile, -1).sum(1)
     member = jax.nn.one_hot(plan.expert, num_experts, axis=0, dtype=jnp.float32)
     return jnp.matmul(member, tiles, precision=jax.lax.Precision.HIGHEST)

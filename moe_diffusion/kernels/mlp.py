@@ -3,8 +3,8 @@
     gelu, silu:  down(act(up(x)))             swiglu:  down(silu(gate(x)) * up(x))
 
 Parameters of E stacked experts: up [E, D, H], gate [E, D, H] (swiglu only), down [E, H, D] and,
-with biases, up_bias [E, H], gate_bias [E, H], down_bias [E, D]. Every kernel in this package
-takes them as one plain dict; its keys say which of these an expert has.
+with biases, up_bias [E, H], gate_bias [E, H], down_bias [E, D]. Every kernel in this package takes
+them as one plain dict, whose keys say which of them there are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("gelu", "silu", "swiglu")
 
 
 def activation(kind: str) -> Callable[..., jax.Array]:
-    """The function between the projections: of up(x), or of up(x) and gate(x) for a SwiGLU."""
+    """The function between the projections: of up(x), and for a SwiGLU of up(x) and gate(x)."""
     return {
         "gelu": lambda up: jax.nn.gelu(up, approximate=True),
         "silu": jax.nn.silu,
@@ -29,14 +29,14 @@ def activation(kind: str) -> Callable[..., jax.Array]:
 
 
 def inputs(kind: str) -> tuple[str, ...]:
-    """Names of the projections that read the token."""
+    """The names of the projections that read the token."""
     return ("up", "gate") if kind == "swiglu" else ("up",)
 
 
 def project(x: jax.Array, params: Params, name: str) -> jax.Array:
-    """x[..., M, I] through the projection `name` of one expert or, stacked, of all: [..., M, O].
+    """Applies the projection `name`: x[..., M, I] -> [..., M, O] in x's dtype.
 
-    The accumulation is f32 on every platform; the result has x's dtype.
+    params: of one expert, or stacked of all. Sums are in f32 on every platform.
     """
     y = jnp.matmul(x, params[name], preferred_element_type=jnp.float32).astype(x.dtype)
     bias = params.get(name + "_bias")
@@ -49,9 +49,9 @@ def apply(
     kind: str,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """One expert, x[M, D] -> [M, D]; with stacked parameters all, x[E, M, D] -> [E, M, D].
+    """One expert: x[M, D] -> [M, D]; all experts, with stacked parameters: x[E, M, D] -> [E, M, D].
 
-    drop: dropout of the hidden values [..., M, H], drawn again in the backward pass.
+    drop: dropout of the hidden values [..., M, H]; the backward pass draws it again.
     """
     between = activation(kind)
     if drop is not None:

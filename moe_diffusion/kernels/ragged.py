@@ -1,7 +1,8 @@
-"""Token choice by XLA's grouped product `jax.lax.ragged_dot`, to compare with.
+"""XLA's grouped product `jax.lax.ragged_dot`, as a measure for our kernels.
 
-Its gradient is JAX's: the weights' is dense on TPU (E times the arithmetic), everything is on GPU,
-and on CPU an array [E, R, D] appears. No configuration should use it.
+No config should use it, because JAX differentiates it badly: the gradient of the weights is dense
+on TPU (E times the arithmetic), every gradient is dense on GPU, and on CPU an array [E, R, D]
+appears.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def grouped_products(
     *,
     product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """The same with any product of rows [R, I], weights [E, I, O] and an expert's rows i32[E]."""
+    """The same by any grouped product: (rows [R, I], weights [E, I, O], rows of each expert i32[E])
+    -> [R, O]."""
     num_experts = params["up"].shape[0]
     order = jnp.argsort(expert, stable=True)
     sorted_expert = expert[order]

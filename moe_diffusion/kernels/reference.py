@@ -1,6 +1,7 @@
-"""The oracle: every expert computes every token, and a dense gate matrix picks.
+"""The oracle of the tests: every expert computes every token, and a dense gate matrix picks.
 
-E / K times the arithmetic of a dispatch, differentiated by JAX, too simple to be wrong.
+It takes E / K times the arithmetic of a dispatch, JAX differentiates it, and it is too simple to be
+wrong.
 """
 
 from __future__ import annotations

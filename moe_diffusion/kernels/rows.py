@@ -1,9 +1,9 @@
-"""Rows for experts, and back: the two data movements of a dispatch, each the other's transpose.
+"""From tokens to rows and back: the two data movements of a dispatch.
 
-An assignment sends one token to one expert; its row is its place in the list that the experts
-read. `gather` copies tokens to rows, `combine` adds a token's rows up again. The gradient of one
-is the other, so neither direction ever needs a scatter-add, which is slow on TPU and adds in no
-fixed order on GPU.
+An assignment sends one token to one expert. Its row is its place in the list that the experts read.
+`gather` copies tokens to rows, and `combine` adds up the rows of each token. Each is the gradient
+of the other, so neither needs a scatter-add, which is slow on TPU and adds in no fixed order on
+GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from jax import lax
 class RowPlan:
     """Which token each row holds, and which rows each token has; integers only.
 
-    token:  i32[R]   token of a row; num_tokens or more marks a row that nobody uses
+    token:  i32[R]   the token in each row; num_tokens or more marks a row that holds none
     row:    i32[N]   the used rows, grouped by token
-    first:  i32[T]   a token's first place in `row`
-    count:  i32[T]   how many rows a token has
-    per_token: the number of rows of every token where all have equally many, else None
+    first:  i32[T]   where the rows of each token begin in `row`
+    count:  i32[T]   how many rows each token has
+    per_token: that number if it is the same for all tokens and known beforehand, else None
     """
 
     token: jax.Array
@@ -34,10 +34,10 @@ class RowPlan:
 
 
 def stable_order(values: jax.Array, bound: int) -> jax.Array:
-    """argsort i32[N] of integers [N] in [0, bound), equal ones in their order.
+    """The stable argsort i32[N] of integers [N] in [0, bound).
 
-    Value and place are sorted as one number where both fit into 32 bits: on CPU five times as fast
-    as sorting pairs, and half the traffic elsewhere.
+    Where value and place fit into 32 bits together, they are sorted as one number. This is five
+    times as fast on CPU as sorting pairs, and moves half as much elsewhere.
     """
     num = values.shape[0]
     if num * bound > jnp.iinfo(jnp.int32).max:
@@ -47,7 +47,7 @@ def stable_order(values: jax.Array, bound: int) -> jax.Array:
 
 
 def plan_rows(token: jax.Array, num_tokens: int) -> RowPlan:
-    """RowPlan of rows that hold token i32[R] in any order; unused rows hold num_tokens or more."""
+    """The plan of rows that hold token i32[R], in any order; num_tokens or more in unused rows."""
     row = stable_order(jnp.minimum(token, num_tokens), num_tokens + 1)
     bounds = jnp.searchsorted(token[row], jnp.arange(num_tokens + 1, dtype=token.dtype))
     bounds = bounds.astype(jnp.int32)
@@ -55,8 +55,10 @@ def plan_rows(token: jax.Array, num_tokens: int) -> RowPlan:
 
 
 def token_major(token: jax.Array, row: jax.Array, num_tokens: int, per_token: int) -> RowPlan:
-    """RowPlan of rows that hold token i32[R], where every token has as many, one after the other
-    in row i32[N]."""
+    """The plan of rows that hold token i32[R] where every token has `per_token` rows.
+
+    row i32[N]: the rows of token 0, then those of token 1, and so on.
+    """
     first = jnp.arange(num_tokens, dtype=jnp.int32) * per_token
     count = jnp.full(num_tokens, per_token, jnp.int32)
     return RowPlan(token, row, first, count, per_token=per_token)
@@ -70,7 +72,7 @@ def gather(x: jax.Array, plan: RowPlan) -> jax.Array:
 
 @jax.custom_vjp
 def combine(rows: jax.Array, plan: RowPlan) -> jax.Array:
-    """rows[R, D] -> x[T, D]: the sum of every token's rows, in f32; zero for a token with none."""
+    """rows[R, D] -> x[T, D]: the sum of each token's rows, taken in f32; zero without rows."""
     return _combine(rows, plan)
 
 
@@ -80,7 +82,7 @@ def _gather(x, plan):
 
 def _combine(rows, plan):
     def nth(n):
-        """Every token's n-th row, zero where it has fewer."""
+        """The n-th row of every token; zero where a token has fewer."""
         place = jnp.minimum(plan.first + n, plan.row.shape[0] - 1)
         found = jnp.take(rows, plan.row[place], axis=0, mode="clip").astype(jnp.float32)
         return found if plan.per_token else jnp.where((n < plan.count)[:, None], found, 0.0)
@@ -94,7 +96,7 @@ def _combine(rows, plan):
 
 
 def no_gradient(tree):
-    """The cotangent of a pytree of integers, which JAX wants as float0 zeros."""
+    """The cotangent of a pytree of integers: JAX wants zeros of type float0."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)
 
 

@@ -1,8 +1,8 @@
 """Rows for grouped kernels: sorted by expert, every expert's rows padded to whole tiles.
 
-A tile belongs to one expert, so a kernel needs one number per tile to find its weights. Every
-expert has at least one tile, also without rows: then a kernel that walks over the tiles writes
-every expert's gradient. Padding rows hold no token; they are read as zeros and weigh nothing.
+All rows of a tile have one expert, so a kernel needs one number per tile to find its weights. Every
+expert has at least one tile, even without rows, so a kernel that walks over the tiles writes the
+gradient of every expert. A padding row holds no token: it is read as zeros and weighs nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moe_diffusion.kernels.rows import RowPlan, plan_rows, stable_order, token_m
 class TilePlan:
     """Assignments in the experts' order, R = num_tiles * tile rows.
 
-    rows:       RowPlan of the R rows
-    assignment: i32[R]  which assignment a row is; N marks padding
-    row:        i32[N]  its inverse; R for an unused assignment
-    expert:     i32[num_tiles]  whose rows a tile holds; not decreasing
-    used:       i32[1]  how many tiles hold an expert's share; the rest is slack
+    rows:       the RowPlan of the R rows
+    assignment: i32[R]  the assignment in each row; N marks padding
+    row:        i32[N]  the row of each assignment; R for an unused one
+    expert:     i32[num_tiles]  the expert of each tile; never decreases
+    used:       i32[1]  how many tiles belong to an expert; the tiles after them are slack
     start, end: i32[E]  expert e has the tiles start[e]:end[e]
-    tile:       rows of a tile
+    tile:       the number of rows of a tile
     """
 
     rows: RowPlan
@@ -39,10 +39,10 @@ class TilePlan:
 
 
 def place(number: jax.Array, *sizes: int) -> tuple[jax.Array, ...]:
-    """Where program `number` of a grid [.., *sizes] works, the last axis fastest: (slowest, ...).
+    """The indices of program `number` in a grid [.., *sizes] whose last axis is the fastest.
 
-    Programs that run side by side on a GPU then have a tile and an expert in common, whose rows
-    and weights they share in the L2 cache.
+    Programs that run side by side on a GPU then have the same tile and expert, and share rows and
+    weights in the L2 cache.
     """
     found = []
     for size in reversed(sizes):
@@ -52,7 +52,7 @@ def place(number: jax.Array, *sizes: int) -> tuple[jax.Array, ...]:
 
 
 def num_tiles(num_assignments: int, num_experts: int, tile: int) -> int:
-    """Tiles that are enough for every distribution of the assignments over the experts."""
+    """The number of tiles that suffices however the assignments fall on the experts."""
     return -(-num_assignments // tile) + num_experts
 
 
@@ -65,10 +65,10 @@ def plan_tiles(
     slots_per_token: int | None,
     tile: int,
 ) -> TilePlan:
-    """Sorts assignments (token, expert i32[N]; expert == num_experts is unused) into tiles.
+    """Sorts assignments into tiles, without a scatter.
 
-    With slots_per_token = K the list is token-major, K assignments each; all are taken to be used.
-    Nothing here is a scatter.
+    token, expert i32[N]: expert == num_experts marks an unused assignment. slots_per_token: K if
+    the list has K used assignments of token 0, then K of token 1, and so on; else None.
     """
     num = expert.shape[0]
     total = num_tiles(num, num_experts, tile)
@@ -89,7 +89,7 @@ def plan_tiles(
     assignment = jnp.where(filled, order[place], num)
     row_token = jnp.where(filled, token[order[place]], num_tokens).astype(jnp.int32)
 
-    rank = stable_order(order, num)  # the place of an assignment among the sorted
+    rank = stable_order(order, num)  # of each assignment in the sorted list
     owner_of = jnp.minimum(expert, num_experts - 1)
     row = start[owner_of] * tile + rank - first[owner_of]
     row = jnp.where(expert < num_experts, row, total * tile).astype(jnp.int32)
@@ -103,7 +103,7 @@ def plan_tiles(
 def fixed_tiles(token: jax.Array, *, num_tokens: int, tile: int) -> TilePlan:
     """The plan of experts with C slots each: token i32[E, C], num_tokens or more in empty slots.
 
-    C is rounded up to whole tiles; assignment n is slot n of the list read expert by expert.
+    C is rounded up to whole tiles. Assignment n is slot n of all slots, read expert by expert.
     """
     num_experts, slots = token.shape
     padded = -(-slots // tile) * tile

@@ -1,8 +1,8 @@
 """Tile sizes of the grouped kernels, by kind of device and shape.
 
-`python -m moe_diffusion.tune` measures the candidates on the device at hand and writes the best
-of each shape into tiles.json beside this file (or where MOE_DIFFUSION_TILES says); a shape
-that is not there follows the rules below.
+`python -m moe_diffusion.tune` measures candidates on the device at hand. It writes the best of each
+shape into tiles.json beside this file, or into the file that MOE_DIFFUSION_TILES names. A shape
+that is not in this table follows the rules below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_diffusion.kernels.mlp import Params
 
 
 class TPUTiles(NamedTuple):
-    """rows of a tile, and columns of the experts' hidden width taken at a time."""
+    """rows: of a tile. hidden: columns of the experts' hidden width that are taken at a time."""
 
     rows: int
     hidden: int
@@ -28,8 +28,8 @@ class TPUTiles(NamedTuple):
 class GPUBlocks(NamedTuple):
     """rows of a tile, columns that a program makes, step along the summed axis, warps.
 
-    kernels: "triton" (gpu.py) or "mosaic" (hopper.py, whose warps follow from the rows). No rule
-    chooses the latter, which was never timed; a table that `tune` wrote on a Hopper GPU may.
+    kernels: "triton" (gpu/triton.py) or "mosaic" (gpu/hopper.py, where the number of warps follows
+    from the rows). No rule below chooses "mosaic"; see gpu/hopper.py for its status.
     """
 
     rows: int
@@ -44,7 +44,7 @@ def table_path() -> Path:
 
 
 def tpu_tiles(params: Params, num_assignments: int, slots: int | None = None) -> TPUTiles:
-    """For N assignments; with `slots` per expert, tiles that leave little of the last one empty."""
+    """Tiles for N assignments; with `slots` per expert, such that the last tile is fullest."""
     tuned = _tuned(params, num_assignments)
     if tuned is not None:
         return TPUTiles(*tuned)
@@ -53,13 +53,13 @@ def tpu_tiles(params: Params, num_assignments: int, slots: int | None = None) ->
         rows = min((512, 256, 128), key=lambda tile: -(-slots // tile) * tile)
     else:
         rows = _fitting(num_assignments // num_experts)
-    # All of a small expert's weights stay in VMEM; of a large one 512 columns at a time.
+    # All weights of a small expert stay in VMEM; of a large one, 512 columns at a time.
     small = len(params) * width * hidden * params["up"].dtype.itemsize <= 8 << 20
     return TPUTiles(rows, hidden if small else 512)
 
 
 def gpu_blocks(params: Params, num_assignments: int) -> GPUBlocks:
-    """For N assignments. f32 operands fill shared memory twice as fast as bf16 ones."""
+    """Blocks for N assignments; smaller ones in f32, which needs twice as much shared memory."""
     tuned = _tuned(params, num_assignments)
     if tuned is not None:
         return GPUBlocks(*tuned)
@@ -70,12 +70,12 @@ def gpu_blocks(params: Params, num_assignments: int) -> GPUBlocks:
 
 
 def _fitting(rows_per_expert: int) -> int:
-    """Tiles of which an expert fills at least four, so that an eighth is padding on average."""
+    """Rows of a tile such that an expert fills at least four; an eighth is padding on average."""
     return next((tile for tile in (512, 256) if rows_per_expert >= 4 * tile), 128)
 
 
 def key(params: Params, num_assignments: int) -> str:
-    """A shape's line in the table; the load of an expert counts by powers of two."""
+    """The key of a shape in the table; the average load of an expert is rounded to a power of 2."""
     num_experts, width, hidden = params["up"].shape
     load = max(1, num_assignments // num_experts).bit_length()
     return f"{width},{hidden},{num_experts},{params['up'].dtype.name},2^{load}"

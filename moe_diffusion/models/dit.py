@@ -9,9 +9,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from moe_diffusion.models.blocks import LabelEmbed, TimeEmbed, linear, patchify, sincos_table
-from moe_diffusion.models.patches import PatchTransformer
+from moe_diffusion.models.patches import PatchTransformer, transformer
+
+FIELDS = {
+    "reverse_time": (False, "the network's own time is 1 - t, its velocity noise - data"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UserError for values of the section `model` that this architecture cannot have."""
+    del config  # the shared checks say it all
 
 
 class DiT(PatchTransformer):
@@ -49,3 +59,9 @@ class DiT(PatchTransformer):
             channels = self.input_shape[-1]
             x = jnp.concatenate([-x[..., :channels], x[..., channels:]], axis=-1)
         return (x, features) if capture else x
+
+
+def build(config: ConfigDict, losses: tuple[str, ...]) -> DiT:
+    """The model of a section `model` of a config; see `models.build`."""
+    width = int(config.hidden_size * config.mlp_ratio)
+    return DiT(**transformer(config, losses, width), reverse_time=config.dit.reverse_time)

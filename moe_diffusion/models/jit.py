@@ -10,7 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from ml_collections import ConfigDict
 
+from moe_diffusion.checks import check_values, require
 from moe_diffusion.models.blocks import (
     Dtype,
     LabelEmbed,
@@ -19,7 +21,36 @@ from moe_diffusion.models.blocks import (
     patchify,
     sincos_table,
 )
-from moe_diffusion.models.patches import PatchTransformer
+from moe_diffusion.models.patches import PatchTransformer, transformer
+
+FIELDS = {
+    "bottleneck": (128, "width between the pixels of a patch and its token"),
+    "in_context_tokens": (32, "class tokens before those of the image; 0 = none"),
+    "in_context_start": (4, "the first block that sees them"),
+    "dropout": (0.0, "in training, of attention and dense MLPs in the blocks' middle half"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UserError for values of the section `model` that this architecture cannot have."""
+    check_values(
+        config.jit,
+        "model.jit.",
+        positive=("bottleneck",),
+        not_negative=("in_context_tokens", "in_context_start"),
+        fraction=("dropout",),
+    )
+    require(
+        config.hidden_size % 4 == 0,
+        f"model.architecture = jit adds a sin-cos table, which needs model.hidden_size = "
+        f"{config.hidden_size} to be a multiple of 4: change the width",
+    )
+    start = config.jit.in_context_start
+    require(
+        config.jit.in_context_tokens == 0 or start < config.depth,
+        f"model.jit.in_context_start = {start} is beyond the last of model.depth = {config.depth} "
+        "blocks: start earlier, or set model.jit.in_context_tokens=0",
+    )
 
 
 class BottleneckPatchEmbed(nn.Module):
@@ -105,3 +136,9 @@ class JiT(PatchTransformer):
         shape = (self.in_context_tokens, self.hidden_size)
         positions = self.param("in_context_embed", init, shape, jnp.float32)
         return embedded[:, None] + positions.astype(self.dtype)
+
+
+def build(config: ConfigDict, losses: tuple[str, ...]) -> JiT:
+    """The model of a section `model` of a config; see `models.build`."""
+    width = int(config.hidden_size * config.mlp_ratio) * 2 // 3
+    return JiT(**transformer(config, losses, width), **config.jit.to_dict())

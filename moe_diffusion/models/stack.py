@@ -199,6 +199,9 @@ def periods_at_once(repeats: int, remat: str, platform: str) -> int:
     return repeats if remat == "none" and repeats <= most else 1
 
 
+_QUESTIONS = frozenset(("cond_spec", "null", "blocks", "is_stacked", "kind_of", "routers"))
+
+
 class Model(nn.Module, kw_only=True):
     """The base class of models. A model is apply(variables, x, t, cond, train, capture=()).
 
@@ -222,6 +225,12 @@ class Model(nn.Module, kw_only=True):
 
     param_dtype: Any = jnp.float32
     preset: str | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keeps linen from wrapping what answers questions: plain methods, not parts of a call."""
+        for name in _QUESTIONS & cls.__dict__.keys():
+            nn.nowrap(getattr(cls, name))
+        super().__init_subclass__(**options)
 
     @nn.nowrap
     def apply(self, *args: Any, **kwargs: Any) -> Any:

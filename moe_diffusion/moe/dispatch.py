@@ -2,30 +2,18 @@
 
     y[t] = sum of weight[n] * expert[n](x[t]) over the assignments n of token t
 
-| backend     | what it does                                          | default for                |
-|-------------|-------------------------------------------------------|----------------------------|
-| `reference` | every expert on every token                           | the oracle of the tests    |
-| `cpu`       | C++: tokens gathered while operands are copied        | everything on CPU, f32     |
-| `blocked`   | plain XLA: sort by expert, walk over chunks           | token choice, else on CPU  |
-| `capacity`  | [E, C, D] products; C fixed by the router, or drops   | expert choice, GPU and CPU |
-| `tpu`       | Pallas: up, activation and down projection in one     | everything on TPU          |
-| `gpu`       | Pallas-Triton: tokens gathered while they are loaded  | token choice on GPU        |
-| `ragged_dot`| XLA's grouped product, which JAX differentiates badly | comparison                 |
-
-On a mesh the groups are split over the devices that split the batch, and every device dispatches
-its own. Experts may be split over the axis `expert`, and then tokens or weights travel
-(moe/transport.py). Of a group that spans devices (scope `batch`) with fixed slots, every device
-serves its experts, and of each its share of the slots, for all tokens; without fixed slots such a
-group is left to XLA's partitioner: correct, not fast.
-
-`cpu` is compiled when it is first needed and computes in f32 (kernels/library.py); without a C++
-compiler or in bf16 a CPU has `blocked` and `capacity`. Dropout inside the experts is done by
-`reference`, `blocked` and `capacity`, which then are the default on every platform.
+`BACKENDS` lists the ways to compute this, `choose_backend` says which of them runs, and `dispatch`
+does it. On a mesh every device dispatches the groups of its own part of the batch. Where the axis
+`expert` has several devices they also share the experts, and then tokens or weights travel
+(moe/transport.py). A group that spans devices (`router.scope` "batch") is split by experts and
+slots, see `_one_group_over_devices`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,41 +21,197 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.kernels import library
-from moe_diffusion.kernels.blocked import blocked, make_plan
-from moe_diffusion.kernels.capacity import capacity
-from moe_diffusion.kernels.cpu import cpu, cpu_capacity
+from moe_diffusion.kernels.blocked import blocked
+from moe_diffusion.kernels.cpu import library
+from moe_diffusion.kernels.cpu.cpu import cpu, cpu_slots
 from moe_diffusion.kernels.dropout import Dropout
-from moe_diffusion.kernels.gpu import gpu
+from moe_diffusion.kernels.gpu.gpu import gpu
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.ragged import ragged_dot
 from moe_diffusion.kernels.reference import reference
-from moe_diffusion.kernels.tpu import tpu, tpu_capacity
-from moe_diffusion.moe.routing import Routing, expert_slots, flatten, slots_of
-from moe_diffusion.moe.transport import AXIS, EXPERT_AXES, Local, choose, restrict, send
-from moe_diffusion.parallel.mesh import (
-    batch_axes,
-    num_batch_shards,
-    num_expert_shards,
-    platform,
-)
+from moe_diffusion.kernels.slots import fixed_slots
+from moe_diffusion.kernels.tpu.tpu import tpu, tpu_slots
+from moe_diffusion.moe import transport as transports
+from moe_diffusion.moe.routing import Routing, expert_slots, flatten
+from moe_diffusion.moe.transport import AXIS, EXPERT_AXES, Local, restrict
+from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards, num_expert_shards, platform
 from moe_diffusion.parallel.weights import gather, weight_specs
 
-BACKENDS = ("reference", "blocked", "capacity", "cpu", "tpu", "gpu", "ragged_dot")
-WITH_DROPOUT = BACKENDS[:3]
+# --- the backends --------------------------------------------------------------------------------
 
 
-def default_backend(
-    platform: str, routing: Routing, dropout: bool = False, dtype: str = "float32"
-) -> str:
-    """The table above, for the platform of the mesh: "cpu", "tpu" or "cuda" / "gpu"."""
-    if platform == "tpu" and not dropout:
-        return "tpu"
-    if platform == "cpu" and not dropout and dtype == "float32" and library.available():
-        return "cpu"
-    if routing.slots_per_expert:
-        return "capacity"
-    return "blocked" if platform == "cpu" or dropout else "gpu"
+class Work(NamedTuple):
+    """What a backend computes on one device; the fields are those of `dispatch`."""
+
+    x: jax.Array
+    routing: Routing
+    params: Params
+    kind: str
+    capacity_factor: float
+    dropout: Dropout | None
+
+    @property
+    def tokens(self) -> jax.Array:
+        """Of all groups, one group after the other: [T, D]."""
+        return self.x.reshape(-1, self.x.shape[-1])
+
+    def by_assignment(self, kernel: Callable[..., jax.Array], **options) -> jax.Array:
+        """kernel(x[T, D], token i32[N], expert i32[N], weight f32[N], params, kind, **options).
+
+        T and N count through all groups.
+        """
+        tokens, assignments = self.tokens, flatten(self.routing, self.x.shape[1])
+        return kernel(tokens, *assignments, self.params, self.kind, **options)
+
+    def by_slot(self, kernel: Callable[..., jax.Array], **options) -> jax.Array:
+        """kernel(x[T, D], token i32[E, C], weight f32[E, C], params, kind, **options).
+
+        T and C count through all groups. A routing without fixed slots fills them in the order of
+        its list, see `routing.expert_slots`.
+        """
+        tokens, num_experts = self.tokens, self.params["up"].shape[0]
+        slots = expert_slots(self.routing, self.x.shape[1], num_experts, self.capacity_factor)
+        return kernel(tokens, *slots, self.params, self.kind, **options)
+
+
+# (platform "cpu", "tpu" or "gpu", routing, dtype, dropout) -> None where a backend can compute
+# this; else what completes the sentence "<backend> ...".
+Suits = Callable[[str, Routing, str, bool], str | None]
+
+
+class Backend(NamedTuple):
+    """One way to compute the sum above.
+
+    run: work -> [T, D], the tokens of all groups one after the other.
+    suits: whether it can.
+    what: what it is, in a few words.
+    source: the file or folder of moe_diffusion/kernels/ that its operations come from.
+    default_on: the platforms where it is taken without being named, if it suits.
+    drops: it drops assignments where the router fixes no slots, so it must be named there.
+    """
+
+    run: Callable[[Work], jax.Array]
+    suits: Suits
+    what: str
+    source: str
+    default_on: tuple[str, ...] = ()
+    drops: bool = False
+
+
+ANYWHERE = ("cpu", "tpu", "gpu")
+
+
+def _suits(platforms: tuple[str, ...] = ANYWHERE, dropout: bool = True) -> Suits:
+    """For backends that run on these platforms, with dropout inside experts or without."""
+
+    def suits(platform: str, routing: Routing, dtype: str, wanted: bool) -> str | None:
+        if platform not in platforms:
+            return f"does not run on a {platform.upper()}"
+        return "has no dropout inside experts" if wanted and not dropout else None
+
+    return suits
+
+
+def _suits_cpu(platform: str, routing: Routing, dtype: str, dropout: bool) -> str | None:
+    if reason := _suits(("cpu",), dropout=False)(platform, routing, dtype, dropout):
+        return reason
+    if dtype != "float32":
+        return f"computes in float32, not {dtype}"
+    return None if library.available() else library.NEEDS
+
+
+def _cpu(work: Work) -> jax.Array:
+    if work.routing.slots_per_expert:
+        return work.by_slot(cpu_slots)
+    return work.by_assignment(cpu, slots_per_token=work.routing.slots_per_token)
+
+
+def _tpu(work: Work) -> jax.Array:
+    interpret = platform() == "cpu"  # slow, for tests
+    if work.routing.slots_per_expert:
+        return work.by_slot(tpu_slots, interpret=interpret)
+    per_token = work.routing.slots_per_token
+    return work.by_assignment(tpu, slots_per_token=per_token, interpret=interpret)
+
+
+def _gpu(work: Work) -> jax.Array:
+    interpret, per_token = platform() == "cpu", work.routing.slots_per_token
+    return work.by_assignment(gpu, slots_per_token=per_token, interpret=interpret)
+
+
+def _slots(work: Work) -> jax.Array:
+    return work.by_slot(fixed_slots, dropout=work.dropout)
+
+
+def _blocked(work: Work) -> jax.Array:
+    per_token = work.routing.slots_per_token
+    return work.by_assignment(blocked, slots_per_token=per_token, dropout=work.dropout)
+
+
+def _reference(work: Work) -> jax.Array:
+    return work.by_assignment(reference, dropout=work.dropout)
+
+
+def _ragged_dot(work: Work) -> jax.Array:
+    return work.by_assignment(ragged_dot)
+
+
+_no_dropout, _tpus, _gpus = (
+    _suits(platforms, dropout=False) for platforms in (ANYWHERE, ("tpu", "cpu"), ("gpu", "cpu"))
+)
+# The first that is a default on the platform and suits is taken; the last two only by name.
+BACKENDS = {
+    "cpu": Backend(_cpu, _suits_cpu, "C++ kernels, float32", "cpu/", ("cpu",)),
+    "tpu": Backend(_tpu, _tpus, "Pallas kernels", "tpu/", ("tpu",)),
+    "slots": Backend(_slots, _suits(), "plain XLA, fixed slots", "slots.py", ANYWHERE, drops=True),
+    "gpu": Backend(_gpu, _gpus, "Pallas kernels", "gpu/", ("gpu",)),
+    "blocked": Backend(_blocked, _suits(), "plain XLA, sorted rows", "blocked.py", ANYWHERE),
+    "reference": Backend(_reference, _suits(), "every expert on every token", "reference.py"),
+    "ragged_dot": Backend(_ragged_dot, _no_dropout, "XLA's grouped product", "ragged.py"),
+}
+
+
+def choose_backend(
+    platform: str, routing: Routing, dtype: str, dropout: bool, name: str | None = None
+) -> tuple[str, str]:
+    """The backend that computes a routing, and why it is this one.
+
+    Args:
+      platform: of the mesh's devices: "cpu", "tpu", or anything else for a GPU.
+      routing: only its static fields are read.
+      dtype: in which the experts compute, for example "bfloat16".
+      dropout: whether the experts have dropout in this program.
+      name: the backend that the user wants, or None.
+
+    Returns:
+      Its name in `BACKENDS`, and one line without that name.
+
+    Raises:
+      UserError: `name` is unknown or does not suit.
+    """
+    device = platform if platform in ANYWHERE else "gpu"
+    question = (device, routing, dtype, dropout)
+    if name is not None:
+        if name not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise UserError(f"model.moe.backend = {name} is unknown: choose auto or one of {known}")
+        if reason := BACKENDS[name].suits(*question):
+            others = ", ".join(n for n, b in BACKENDS.items() if not b.suits(*question))
+            raise UserError(f"model.moe.backend = {name} {reason}: choose auto or {others}")
+        return name, f"{BACKENDS[name].what}; named by model.moe.backend"
+    passed = []
+    for name, backend in BACKENDS.items():
+        if device in backend.default_on:
+            reason = backend.suits(*question)
+            if backend.drops and not routing.slots_per_expert:
+                reason = "drops tokens where the router fixes no slots"
+            if not reason:
+                return name, "; ".join([backend.what, *passed])
+            passed.append(f"not {name}, which {reason}")
+    raise AssertionError("blocked suits everything")
+
+
+# --- the dispatch --------------------------------------------------------------------------------
 
 
 def dispatch(
@@ -80,46 +224,70 @@ def dispatch(
     capacity_factor: float = 1.25,
     transport: str | None = None,
     dropout: Dropout | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array | None]:
     """Sends tokens to experts and adds up what comes back.
 
-    x [G, T, D], any float dtype (the experts compute in it); params: see kernels/mlp.py; kind
-    "gelu", "silu" or "swiglu". backend None chooses by the table above. capacity_factor counts
-    where `capacity` serves a routing without fixed slots: an expert then has
-    C = factor * N / E slots and what comes later in the list is dropped. transport None chooses by
-    `transport.choose`. dropout acts between the experts' projections; its masks depend on how
-    many devices there are.
+    Args:
+      x: [G, T, D] of any float dtype; the experts compute in it.
+      routing: of the G groups.
+      params: of the E experts, see kernels/mlp.py.
+      kind: "gelu", "silu" or "swiglu".
+      backend: a name of `BACKENDS`; None: see `choose_backend`.
+      capacity_factor: where the router fixes no slots, the backend `slots` and the transport
+        `a2a_slots` give every expert C = capacity_factor * N / E of them.
+      transport: a name of `transport.TRANSPORTS`; None: see `transport.choose`.
+      dropout: of the experts' hidden units; its masks depend on the number of devices.
 
-    Returns [G, T, D]; gradients flow to x, routing.weight and params. Raises ValueError for an
-    unknown backend, or one that cannot do this.
+    Returns:
+      y [G, T, D], with gradients to x, routing.weight and params; and the share of the assignments
+      that was dropped, f32[], or None where this backend and transport never drop any.
+
+    Raises:
+      UserError: `backend` is unknown or cannot compute this.
     """
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"unknown dispatch backend {backend!r}; known: {', '.join(BACKENDS)}")
-    backend = backend or default_backend(platform(), routing, dropout is not None, x.dtype.name)
-    if dropout is not None and backend not in WITH_DROPOUT:
-        raise ValueError(f"backend {backend!r} has no dropout; {', '.join(WITH_DROPOUT)} have")
-    if backend == "cpu" and x.dtype != jnp.float32:
-        raise UserError(f"backend 'cpu' computes in float32, not {x.dtype}: take 'blocked'")
-    if backend == "cpu" and not library.available():
-        raise UserError(library.MISSING)
+    backend, _ = choose_backend(platform(), routing, x.dtype.name, dropout is not None, backend)
+    num_experts = params["up"].shape[0]
+    dropped = transports.dropped_share(
+        BACKENDS[backend].drops, transport, routing, num_experts, capacity_factor
+    )
     params = {name: value.astype(x.dtype) for name, value in params.items()}
-    local = partial(_dispatch, kind=kind, backend=backend, capacity_factor=capacity_factor)
+    options = {"kind": kind, "capacity_factor": capacity_factor}
+    local = partial(_on_one_device, backend=backend, **options)
     shards = num_batch_shards()
     if shards == 1:
-        return local(x, routing, params, dropout=dropout)
-    if x.shape[0] % shards:
-        return _over_slots(local, x, routing, params, dropout)
-    how = transport or _choose_transport(x, routing, params)
+        y = local(x, routing, params, dropout=dropout)
+    elif x.shape[0] % shards:
+        y = _one_group_over_devices(local, x, routing, params, dropout)
+    else:
+        how = transport or transports.default_transport(x, routing, params)
+        y = _groups_over_devices(local, x, routing, params, dropout, how, **options)
+    return y, dropped
+
+
+def _on_one_device(x, routing, params, *, backend, kind, capacity_factor, dropout):
+    work = Work(x, routing, params, kind, capacity_factor, dropout)
+    return BACKENDS[backend].run(work).reshape(x.shape)
+
+
+def _groups_over_devices(
+    local: Local,
+    x: jax.Array,
+    routing: Routing,
+    params: Params,
+    dropout: Dropout | None,
+    transport: str,
+    **options,
+) -> jax.Array:
+    """Every device has whole groups: it dispatches those, by itself or with help (`transport`)."""
     specs = weight_specs(params, EXPERT_AXES)
 
     def on_a_device(x, routing, params, dropout):
-        params = gather(params, specs, keep="" if how == "none" else AXIS)
+        params = gather(params, specs, keep="" if transport == "none" else AXIS)
         dropout = dropout and dropout.fold_in(lax.axis_index(batch_axes()))
         mine = partial(local, dropout=dropout)
-        if how == "none":
+        if transport == "none":
             return mine(x, routing, params)
-        options = {"kind": kind, "capacity_factor": capacity_factor, "dropout": dropout}
-        return send(how, mine, x, routing, params, **options)
+        return transports.send(transport, mine, x, routing, params, dropout=dropout, **options)
 
     by_group = PartitionSpec(batch_axes())
     return jax.shard_map(
@@ -130,23 +298,15 @@ def dispatch(
     )(x, routing, params, dropout)
 
 
-def _choose_transport(x: jax.Array, routing: Routing, params: Params) -> str:
-    """See `transport.choose`; x [G, T, D] of all devices."""
-    num_experts, _, hidden = params["up"].shape
-    return choose(
-        devices=num_expert_shards(),
-        tokens=x.shape[0] * x.shape[1] // num_batch_shards(),
-        assignments=routing.expert.size // num_batch_shards(),
-        num_experts=num_experts,
-        hidden=hidden,
-        fixed_slots=routing.slots_per_expert is not None,
-    )
-
-
-def _over_slots(
+def _one_group_over_devices(
     local: Local, x: jax.Array, routing: Routing, params: Params, dropout: Dropout | None
 ) -> jax.Array:
-    """One group over all devices: each takes some experts, and of their slots some."""
+    """One group over all devices, with fixed slots: x [1, T, D] -> [1, T, D].
+
+    A device serves its own experts, and of each expert its share of the slots, for all tokens.
+    Anything else is left to XLA's partitioner, which is correct but slow: several groups that the
+    devices do not divide, a router without fixed slots, tokens or experts that do not divide.
+    """
     slots, shards, tokens = routing.slots_per_expert, num_batch_shards(), x.shape[1]
     uneven = tokens % shards or params["up"].shape[0] % num_expert_shards()
     if slots is None or x.shape[0] > 1 or uneven:
@@ -175,8 +335,8 @@ def _over_slots(
             weight=part(mine.weight, 0.0),
             slots_per_expert=share,
         )
-        everything = lax.all_gather(x, axes, axis=1, tiled=True)
-        partial_sums = local(everything, mine, params, dropout=dropout)
+        all_tokens = lax.all_gather(x, axes, axis=1, tiled=True)
+        partial_sums = local(all_tokens, mine, params, dropout=dropout)
         return lax.psum_scatter(partial_sums, axes, scatter_dimension=1, tiled=True)
 
     by_token = PartitionSpec(None, axes)
@@ -186,58 +346,3 @@ def _over_slots(
         out_specs=by_token,
         check_vma=False,
     )(x, routing, params, dropout)
-
-
-def _dispatch(x, routing, params, *, dropout, kind, backend, capacity_factor):
-    """All groups at once on one device: token ids become unique over the groups."""
-    tokens, width = x.shape[1:]
-    num_experts = params["up"].shape[0]
-    flat = x.reshape(-1, width)
-    on_cpu = platform() == "cpu"  # there Pallas kernels are interpreted: slow, for tests
-    if backend == "capacity" or (backend in ("cpu", "tpu") and routing.slots_per_expert):
-        slots = expert_slots(routing, tokens, num_experts, capacity_factor)
-        if backend == "tpu":
-            y = tpu_capacity(flat, *slots, params, kind, interpret=on_cpu)
-        elif backend == "cpu":
-            y = cpu_capacity(flat, *slots, params, kind)
-        else:
-            y = capacity(flat, *slots, params, kind, dropout)
-        return y.reshape(x.shape)
-    assignments = flatten(routing, tokens)
-    if backend == "blocked":
-        slots = routing.slots_per_token
-        y = blocked_dispatch(flat, *assignments, params, kind, slots, dropout)
-    elif backend == "cpu":
-        y = cpu(flat, *assignments, params, kind, slots_per_token=routing.slots_per_token)
-    elif backend in ("tpu", "gpu"):
-        kernel = tpu if backend == "tpu" else gpu
-        slots = routing.slots_per_token
-        y = kernel(flat, *assignments, params, kind, slots_per_token=slots, interpret=on_cpu)
-    elif backend == "reference":
-        y = reference(flat, *assignments, params, kind, dropout)
-    else:
-        y = ragged_dot(flat, *assignments, params, kind)
-    return y.reshape(x.shape)
-
-
-def blocked_dispatch(flat, token, expert, weight, params, kind, slots_per_token, dropout):
-    plan = make_plan(
-        token,
-        expert,
-        num_tokens=flat.shape[0],
-        num_experts=params["up"].shape[0],
-        slots_per_token=slots_per_token,
-    )
-    return blocked(kind, flat, weight, params, plan, dropout)
-
-
-def dropped_share(routing: Routing, num_experts: int, factor: float) -> jax.Array:
-    """The share of assignments that `capacity` drops from a routing without fixed slots, f32[]."""
-    one_hot = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.float32)
-    load = one_hot.sum(1)  # [G, E]
-    shards = num_batch_shards()
-    if load.shape[0] % shards == 0:
-        load = load.reshape(shards, -1, num_experts)
-    load = load.sum(-2)
-    slots = slots_of(routing.expert.size // max(1, load.size // num_experts), num_experts, factor)
-    return jnp.maximum(load - slots, 0).sum() / jnp.maximum(load.sum(), 1)

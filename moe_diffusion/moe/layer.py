@@ -10,13 +10,13 @@ from flax import linen as nn
 
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.dropout import Dropout
-from moe_diffusion.moe.dispatch import dispatch, dropped_share
-from moe_diffusion.moe.routers import Router
+from moe_diffusion.moe.dispatch import dispatch
+from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routing import expert_load
-from moe_diffusion.moe.transport import EXPERT_AXES, ragged_dropped_share
+from moe_diffusion.moe.transport import EXPERT_AXES
 from moe_diffusion.parallel.mesh import num_batch_shards
 
-SCOPES = ("sample", "shard", "batch")
+GROUPS = ("sample", "shard", "batch")
 
 
 class Experts(nn.Module):
@@ -54,10 +54,12 @@ class MoE(nn.Module):
 
     y = sum over chosen experts of weight * expert(x)  [+ shared(x)]  [+ x]
 
-    compete_in (`router.scope` in a config) says which tokens compete for an expert: those of a
-    `sample`, of a device's `shard` of the batch (what DiffMoE's code does), or of the whole
-    `batch`. Routers of token choice do not care. Sown: what the router returns, and the load of
-    the experts as metrics (`load_max` and `load_min` relative to the mean, so 1 is balanced).
+    group (`router.group` in a config) says what a routing group is: the tokens of a `sample`, of a
+    device's `shard` of the batch (what DiffMoE's code does), or of the whole `batch`. Token choice
+    treats every token alone, so that the grouping does not matter to it.
+
+    Sown: what the router returns, and the load of the experts as metrics (`load_max` and `load_min`
+    relative to the mean, so 1 is balanced).
 
     dropout: in training, of the hidden units of routed and shared experts; draws from the random
     stream "dropout".
@@ -67,7 +69,7 @@ class MoE(nn.Module):
     make_experts: Callable[..., Experts]
     make_shared: Callable[..., nn.Module] | None = None
     residual_input: bool = False
-    compete_in: str = "sample"
+    group: str = "sample"
     backend: str | None = None
     transport: str | None = None
     capacity_factor: float = 1.25
@@ -77,14 +79,14 @@ class MoE(nn.Module):
     def __call__(self, x: jax.Array, is_null: jax.Array, train: bool) -> jax.Array:
         """x [B, S, D], is_null bool[B] (samples without a label) -> [B, S, D]."""
         batch, tokens, width = x.shape
-        groups = {"sample": batch, "shard": num_batch_shards(), "batch": 1}[self.compete_in]
+        groups = {"sample": batch, "shard": num_batch_shards(), "batch": 1}[self.group]
         grouped = x.reshape(groups, -1, width)
         is_null = jnp.repeat(is_null, tokens).reshape(groups, -1)
         router, experts = self.make_router(name="router"), self.make_experts(name="experts")
 
         rate = self.dropout if train else 0.0
         routing, aux = router(grouped, is_null, train)
-        y = dispatch(
+        y, dropped = dispatch(
             grouped,
             routing,
             experts(width),
@@ -93,7 +95,8 @@ class MoE(nn.Module):
             transport=self.transport,
             capacity_factor=self.capacity_factor,
             dropout=Dropout(self.make_rng("dropout"), rate) if rate else None,
-        ).reshape(x.shape)
+        )
+        y = y.reshape(x.shape)
         if self.make_shared:
             y += self.make_shared(name="shared", dropout=rate)(x)
         if self.residual_input:
@@ -101,11 +104,8 @@ class MoE(nn.Module):
 
         load = expert_load(routing, experts.num_experts)
         metrics = {"load_max": load.max() / load.mean(), "load_min": load.min() / load.mean()}
-        drops = self.backend == "capacity" or self.transport == "a2a_capacity"
-        if drops and routing.slots_per_expert is None:
-            metrics["dropped"] = dropped_share(routing, experts.num_experts, self.capacity_factor)
-        elif self.transport == "ragged_a2a":
-            metrics["dropped"] = ragged_dropped_share(routing, experts.num_experts)
+        if dropped is not None:
+            metrics["dropped"] = dropped
         self._sow("losses", aux.losses)
         self._sow("metrics", metrics | aux.metrics)
         for name, value in aux.stats.items():

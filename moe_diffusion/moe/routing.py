@@ -123,13 +123,6 @@ def expert_load(routing: Routing, num_experts: int) -> jax.Array:
     return one_hot.sum(0)
 
 
-def dense_gates(routing: Routing, num_tokens: int, num_experts: int) -> jax.Array:
-    """The same routing as a matrix of gate values, f32[G, T, E]; for pictures and tests."""
-    groups = jnp.arange(routing.token.shape[0])[:, None]
-    gates = jnp.zeros((routing.token.shape[0], num_tokens, num_experts + 1), jnp.float32)
-    return gates.at[groups, routing.token, routing.expert].add(routing.weight)[..., :-1]
-
-
 def flatten(routing: Routing, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """token, expert, weight [G N] of all groups as one; token ids count through all groups."""
     offset = jnp.arange(routing.token.shape[0], dtype=jnp.int32)[:, None] * tokens
@@ -154,7 +147,7 @@ def expert_slots(
 
 
 def slots_of(num: int, num_experts: int, factor: float) -> int:
-    """C = ceil(factor * N / E), the slots of an expert when `capacity` serves N assignments."""
+    """C = ceil(factor * N / E), the slots of an expert when `slots` serves N assignments."""
     return min(num, -(-int(factor * num) // num_experts))
 
 

@@ -1,20 +1,23 @@
 """Expert parallelism: tokens travel to the devices that hold their experts, and back.
 
-Runs inside the shard_map of `dispatch`, on a mesh whose axis `expert` has n > 1 devices, each with
-E / n experts and with tokens of its own. Bytes that a device sends or receives in a forward pass,
-for T tokens of its own, in elements:
+Runs inside the shard_map of `dispatch`, on a mesh whose axis `expert` has n > 1 devices. Each of
+them has E / n experts and T tokens of its own. A device sends or receives in a forward pass, in
+elements:
 
-| transport      | moves                                              | drops                     |
-|----------------|----------------------------------------------------|---------------------------|
-| `none`         | 3 E D H: everybody gets all experts' weights       | no                        |
-| `gather`       | 2 n T D: everybody gets all tokens, sums go back   | no                        |
-| `a2a_capacity` | 2 C E D, C slots per expert and source device      | beyond C, unless the      |
-|                |                                                    | router has fixed slots    |
-| `ragged_a2a`   | 2 K T D: exactly the rows wanted (TPU only)        | beyond twice a device's   |
-|                |                                                    | average load              |
+| transport    | moves                                                | drops                     |
+|--------------|------------------------------------------------------|---------------------------|
+| `none`       | 3 E D H: every device gets the weights of all        | nothing                   |
+|              | experts                                              |                           |
+| `gather`     | 2 n T D: every device gets all tokens and returns    | nothing                   |
+|              | sums                                                 |                           |
+| `a2a_slots`  | 2 C E D, C slots per expert and source device        | what is beyond C, unless  |
+|              |                                                      | the router fixes C        |
+| `ragged_a2a` | 2 K T D: only the rows that are wanted (TPU only)    | what is beyond twice a    |
+|              |                                                      | device's average load     |
 
-`choose` takes the cheapest of those that drop nothing, `none` in case of doubt: weights are
-gathered anyway where parameters are sharded, and that hides behind computation better.
+`default_transport` takes the cheapest of those that drop nothing, and `none` if two cost the same:
+where parameters are sharded their weights are gathered anyway, and a gather of weights hides better
+behind computation.
 """
 
 from __future__ import annotations
@@ -30,12 +33,12 @@ from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
-from moe_diffusion.moe.routing import Routing, expert_slots, flatten
+from moe_diffusion.moe.routing import Routing, expert_slots, flatten, slots_of
 from moe_diffusion.parallel.mesh import num_batch_shards, num_expert_shards
 
-TRANSPORTS = ("none", "gather", "a2a_capacity", "ragged_a2a")
+TRANSPORTS = ("none", "gather", "a2a_slots", "ragged_a2a")
 AXIS = "expert"
-RAGGED_BOUND = 2.0  # rows that `ragged_a2a` has room for / a device's average load
+RAGGED_BOUND = 2.0  # `ragged_a2a` has room for so many times a device's average load
 
 EXPERT_AXES = {  # logical axes of the experts' weights
     "up": ("expert", "embed", "mlp"),
@@ -50,6 +53,19 @@ EXPERT_AXES = {  # logical axes of the experts' weights
 Local = Callable[[jax.Array, Routing, Params], jax.Array]
 
 
+def default_transport(x: jax.Array, routing: Routing, params: Params) -> str:
+    """The transport where none is named; the arguments are those of all devices: x [G, T, D]."""
+    num_experts, _, hidden = params["up"].shape
+    return choose(
+        devices=num_expert_shards(),
+        tokens=x.shape[0] * x.shape[1] // num_batch_shards(),
+        assignments=routing.expert.size // num_batch_shards(),
+        num_experts=num_experts,
+        hidden=hidden,
+        fixed_slots=routing.slots_per_expert is not None,
+    )
+
+
 def choose(
     *,
     devices: int,
@@ -59,16 +75,17 @@ def choose(
     hidden: int,
     fixed_slots: bool,
 ) -> str:
-    """The transport for `tokens` tokens and `assignments` assignments of a device (see above).
+    """The cheapest transport in the table above that drops nothing.
 
-    `none` stays below K T ~ 3/2 E H: with DSMoE-L-E48's 48 x 448 that is 6,450 tokens of a device,
-    so that models up to 3B do not want another on a pod with a usual batch.
+    tokens and assignments: of one device. Weights cost less than tokens from K T ~ 3/2 E H on. With
+    DSMoE-L-E48's 48 x 448 that is 6,450 tokens on a device, so models of up to 3B parameters on a
+    pod with a usual batch want no other transport than `none`.
     """
     if devices == 1:
         return "none"
     elements = {"none": 3 * num_experts * hidden, "gather": 2 * devices * tokens}
     if fixed_slots:  # C slots for each expert: as many rows as assignments
-        elements["a2a_capacity"] = 2 * assignments
+        elements["a2a_slots"] = 2 * assignments
     return min(elements, key=elements.get)
 
 
@@ -83,9 +100,9 @@ def send(
     capacity_factor: float,
     dropout: Dropout | None,
 ) -> jax.Array:
-    """x[G, T, D] of this device, routed to any of the E experts -> [G, T, D].
+    """Dispatches x[G, T, D] of this device to any of the E experts: [G, T, D].
 
-    params: of this device's E / n experts. `local` dispatches to those.
+    params: of this device's own E / n experts. `local` dispatches to those alone.
     """
     if transport == "gather":
         return _gather(local, x, routing, params)
@@ -101,7 +118,7 @@ def send(
 
 
 def restrict(routing: Routing, first: jax.Array, count: int, num_experts: int) -> Routing:
-    """The routing as `count` experts from `first` on see it, numbered from 0."""
+    """The assignments to the experts first, ..., first + count - 1, which are numbered from 0."""
     slots = routing.slots_per_expert
     groups = routing.token.shape[0]
     if slots:
@@ -123,11 +140,11 @@ def restrict(routing: Routing, first: jax.Array, count: int, num_experts: int) -
 
 def _gather(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:
     count = params["up"].shape[0]
-    everybody = lax.all_gather(x, AXIS, axis=0, tiled=True)
+    all_tokens = lax.all_gather(x, AXIS, axis=0, tiled=True)
     routing = jax.tree.map(lambda a: lax.all_gather(a, AXIS, axis=0, tiled=True), routing)
     num_experts = count * lax.axis_size(AXIS)
     mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
-    partial_sums = local(everybody, mine, params)
+    partial_sums = local(all_tokens, mine, params)
     return lax.psum_scatter(partial_sums, AXIS, scatter_dimension=0, tiled=True)
 
 
@@ -140,7 +157,7 @@ def _all_to_all(flat, token, weight, params, kind, dropout):
     rows = lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0)  # source device first
     rows = rows.swapaxes(0, 1).reshape(count, devices * slots, width)
     drop = None
-    if dropout is not None:  # a row stands for its token
+    if dropout is not None:  # a row's number stands for its token's, which stayed at home
         row, expert = jnp.arange(devices * slots), jnp.arange(count)[:, None]
         drop = partial(dropout, token=row, expert=expert)
     out = mlp.apply(rows, params, kind, drop)
@@ -176,7 +193,7 @@ def _ragged(local: Local, flat, token, expert, weight, params):
         ours[:, me],
         axis_name=AXIS,
     )
-    # Which expert a received row is for: the senders' rows follow each other, each by expert.
+    # The expert of each received row: rows lie by sender, and those of a sender by expert.
     edges = jnp.cumsum(begin[:, me].reshape(-1))
     owner = jnp.searchsorted(edges, jnp.arange(room), side="right")
     owner = jnp.where(jnp.arange(room) < edges[-1], owner % count, count)
@@ -186,7 +203,7 @@ def _ragged(local: Local, flat, token, expert, weight, params):
         weight=jnp.ones((1, room), jnp.float32),
     )
     out = local(received[None], routing, params)[0]
-    # Where my rows for device j begin, told to everybody: that is where they come back to.
+    # Every device tells where its rows for each other device begin: they come back to there.
     home = lax.all_gather(starts, AXIS)
     back = lax.ragged_all_to_all(
         out,
@@ -201,11 +218,13 @@ def _ragged(local: Local, flat, token, expert, weight, params):
 
 
 def ragged_sizes(counts: jax.Array, devices: int, room: int) -> tuple[jax.Array, jax.Array]:
-    """Rows that travel, when a device has room for so many.
+    """How many rows travel if every device has room for `room` of them.
 
-    counts i32[n, E]: assignments of device i to expert e. Returns i32[n, n, 1], rows from i to j,
-    and i32[n, n, E / n], of which expert of j; what is beyond a receiver's room stays at home, of
-    the last devices and experts first.
+    counts i32[n, E]: the assignments of device i to expert e. What a receiver has no room for stays
+    at home: the rows of the last senders first, and of those the rows for the last experts.
+
+    Returns the rows from device i to device j, i32[n, n, 1], and the same by expert of device j,
+    i32[n, n, E / n].
     """
     wanted = counts.reshape(devices, devices, -1).swapaxes(0, 1)  # [receiver, sender, expert]
     flat = wanted.reshape(devices, -1)
@@ -214,11 +233,47 @@ def ragged_sizes(counts: jax.Array, devices: int, room: int) -> tuple[jax.Array,
     return kept.sum(-1, keepdims=True), kept
 
 
-def ragged_dropped_share(routing: Routing, num_experts: int) -> jax.Array:
-    """The share of assignments that `ragged_a2a` leaves at home for want of room, f32[]."""
+def dropped_share(
+    backend_drops: bool,
+    transport: str | None,
+    routing: Routing,
+    num_experts: int,
+    factor: float,
+) -> jax.Array | None:
+    """The share of all assignments that a dispatch drops, f32[]; None where it never drops any.
+
+    backend_drops: the backend drops what finds no slot. transport: as named; None chooses one that
+    drops nothing. factor: `capacity_factor`. A transport that stays unused (on one device, or
+    because a group spans devices) drops 0.
+    """
+    open_ended = routing.slots_per_expert is None
+    if backend_drops and open_ended:
+        return _beyond_slots(routing, num_experts, factor)
+    if transport == "ragged_a2a" or (transport == "a2a_slots" and open_ended):
+        shards = num_batch_shards()
+        if shards == 1 or routing.expert.shape[0] % shards:
+            return jnp.float32(0)
+        if transport == "ragged_a2a":
+            return _beyond_room(routing, num_experts)
+        return _beyond_slots(routing, num_experts, factor)
+    return None
+
+
+def _beyond_slots(routing: Routing, num_experts: int, factor: float) -> jax.Array:
+    """Where an expert has C = factor * N / E slots for the assignments of a device."""
+    one_hot = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.float32)
+    load = one_hot.sum(1)  # [G, E]
+    shards = num_batch_shards()
+    if load.shape[0] % shards == 0:
+        load = load.reshape(shards, -1, num_experts)
+    load = load.sum(-2)
+    slots = slots_of(routing.expert.size // max(1, load.size // num_experts), num_experts, factor)
+    return jnp.maximum(load - slots, 0).sum() / jnp.maximum(load.sum(), 1)
+
+
+def _beyond_room(routing: Routing, num_experts: int) -> jax.Array:
+    """Where a device has room for RAGGED_BOUND times its average load."""
     shards, devices = num_batch_shards(), num_expert_shards()
-    if routing.expert.shape[0] % shards:  # a group of several devices takes another way
-        return jnp.float32(0)
     one_hot = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.int32)
     counts = one_hot.reshape(shards // devices, devices, -1, num_experts).sum(2)
     room = int(RAGGED_BOUND * (routing.expert.size // shards))

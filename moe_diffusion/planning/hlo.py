@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from moe_diffusion.kernels.library import FUNCTIONS
+from moe_diffusion.kernels.cpu.library import FUNCTIONS
 
 COLLECTIVES = (
     "all-gather",

@@ -48,7 +48,7 @@ def default_conditions(model: Model, num: int, source: Any = None) -> dict[str, 
 def conditions_of_run(config: ConfigDict, model: Model, num: int) -> dict[str, np.ndarray]:
     """`default_conditions` of a run; opens the run's data only if the model needs it."""
     discrete = all(_is_discrete(field) for field in model.cond_spec().values())
-    source = None if discrete else open_source(config.data, config.model)
+    source = None if discrete else open_source(config.data, model.input_shape, model.cond_spec())
     return default_conditions(model, num, source)
 
 

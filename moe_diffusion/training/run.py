@@ -61,11 +61,17 @@ class Run:
         variables: {"params", "router_state"} to begin with instead, which are used up.
         """
         shardings = jax.tree.map(lambda x: x.sharding, (self.state, self.untrained))
-        begin = partial(initial_state, self.optimizer, self.config)
-        if variables is not None:
-            return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(variables)
+        jit = partial(jax.jit, out_shardings=shardings)
 
-        @partial(jax.jit, out_shardings=shardings)
+        def begin(variables: Tree) -> tuple[TrainState, Tree]:
+            dtype = self.model.param_dtype
+            params = jax.tree.map(lambda p: p.astype(dtype), variables["params"])
+            return initial_state(self.optimizer, self.config, {**variables, "params": params})
+
+        if variables is not None:
+            return jit(begin, donate_argnums=0)(variables)
+
+        @jit
         def create(key: jax.Array) -> tuple[TrainState, Tree]:
             return begin(nn.meta.unbox(init_variables(self.model, key)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ from moe_diffusion.training.checkpoint import StoredWeights, first_average
 
 _LISTED = 10
 # May differ: how to compute and train, and (as long as all arrays fit) how tokens are routed.
-_FREE = ("dtype", "remat", "unroll", "attention", "dropout", "moe.", "router.")
+_FREE = ("dtype", "param_dtype", "remat", "unroll", "attention", "jit.dropout", "moe.", "router.")
 
 
 def check(config: ConfigDict, model: Model) -> None:
@@ -57,7 +58,9 @@ def read(config: ConfigDict, shardings: Any) -> dict[str, Any]:
     shardings: of these trees.
     """
     with _open(config, _config(config)) as stored:
-        return stored.read_tree(flatten_dict(shardings, sep="/"))
+        tree = stored.read_tree(flatten_dict(shardings, sep="/"))
+    dtype = config.model.param_dtype
+    return tree | {"params": jax.tree.map(lambda x: x.astype(dtype), tree["params"])}
 
 
 def _config(config: ConfigDict) -> ConfigDict:

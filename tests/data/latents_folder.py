@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from moe_diffusion.conditions import Field
 from moe_diffusion.data import encode
-from moe_diffusion.data.latents import Latents
+from moe_diffusion.data.latents import Latents, describe_fields
 
 SIDE, CHANNELS = 4, 2
 
@@ -16,7 +17,8 @@ SIDE, CHANNELS = 4, 2
 class Images:
     """Image i has the value i / 100 on its left half and -i / 100 on its right."""
 
-    num_classes = 3
+    shape = (8, 8, 1)
+    cond_spec = {"label": Field((), "int32", 3)}
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()):
         self.count, self.broken, self.reads = count, broken, 0
@@ -28,30 +30,54 @@ class Images:
         self.reads += 1
         if index in self.broken:
             return None
-        image = np.full((8, 8, 1), index / 100, np.float32)
-        image[:, 4:] *= -1
-        return {"image": image, "label": np.int32(index % 3)}
+        image = np.full(self.shape, index / 100, np.float32)
+        image[:, self.shape[1] // 2 :] *= -1
+        return {"image": image, **self.cond(index)}
+
+    def cond(self, index: int) -> dict[str, np.ndarray]:
+        return {"label": np.int32(index % 3)}
 
     def name(self, index: int) -> str:
         return f"image {index}"
 
 
+class Prompts(Images):
+    """Images that are not square, with a text-like condition of several fields."""
+
+    shape = (8, 12, 1)
+    cond_spec = {
+        "text": Field((5, 3), "bfloat16"),
+        "text_mask": Field((5,), "bool"),
+        "tokens": Field((2,), "int16", 7),
+        "guidance": Field((), "float32"),
+    }
+
+    def cond(self, index: int) -> dict[str, np.ndarray]:
+        return {
+            "text": np.random.default_rng(index).standard_normal((5, 3)).astype("bfloat16"),
+            "text_mask": np.arange(5) <= index % 5,
+            "tokens": np.array([index % 7, 6], np.int16),
+            "guidance": np.float32(index / 3),
+        }
+
+
 def moments(images: np.ndarray) -> np.ndarray:
     """Channel 0 is the mean of 2x2 pixels, channel 1 is 1 minus it; variance 0.01."""
-    mean = images.reshape(len(images), SIDE, 2, SIDE, 2).mean((2, 4))
+    height, width = images.shape[1] // 2, images.shape[2] // 2
+    mean = images.reshape(len(images), height, 2, width, 2).mean((2, 4))
     return np.stack([mean, 1 - mean, *2 * [np.full_like(mean, np.log(0.01))]], axis=-1)
 
 
 def job(folder: Path, images: Images, **settings: Any) -> encode.Job:
     settings = {
-        "shape": [SIDE, SIDE, CHANNELS],
+        "shape": [images.shape[0] // 2, images.shape[1] // 2, CHANNELS],
         "moments": True,
         "flip": False,
         "seed": 0,
         "scale": 0.5,
         "shift": 0.25,
         "shard_size": 8,
-        "num_classes": 3,
+        "fields": describe_fields(images.cond_spec),
         "autoencoder": {"name": "means", "fingerprint": "0" * 16},
     } | settings
     return encode.Job(images, moments, 4, folder, settings, 2)

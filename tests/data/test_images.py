@@ -32,7 +32,7 @@ def open_folder(folder, side=8, channels=3, **options):
 
 def test_classes_and_files_are_sorted(folder):
     source = open_folder(folder)
-    assert source.class_names == ["cat", "dog"] and source.num_classes == 2
+    assert source.class_names == ["cat", "dog"] and source.cond_spec["label"].num_values == 2
     names = [source.name(i).removeprefix(f"{folder}/") for i in range(len(source))]
     assert names == ["cat/2.jpeg", "cat/x/1.png", "dog/a.jpg", "dog/b.PNG", "dog/c.webp"]
     np.testing.assert_array_equal(source.labels, [0, 0, 1, 1, 1])
@@ -48,11 +48,11 @@ def test_classes_and_files_are_sorted(folder):
 def test_center_crop_by_hand():
     """9x4 -> (halved by box) 4x2 -> crop 2x2: each pixel is the mean of 4; the 9th column goes."""
     pixels = np.arange(36, dtype=np.uint8).reshape(4, 9) * 7
-    cropped = np.asarray(images.center_crop(Image.fromarray(pixels), 2))
+    cropped = np.asarray(images.center_crop(Image.fromarray(pixels), 2, 2))
     box = Image.fromarray(pixels).resize((4, 2), Image.Resampling.BOX)
     np.testing.assert_array_equal(cropped, np.asarray(box)[:, 1:3])
     even = pixels[:, :8]
-    halved = images.center_crop(Image.fromarray(even), 2)
+    halved = images.center_crop(Image.fromarray(even), 2, 2)
     means = even.reshape(2, 2, 4, 2).mean((1, 3))
     np.testing.assert_allclose(np.asarray(halved), means[:, 1:3], atol=1.01)
 
@@ -61,7 +61,7 @@ def test_center_crop_scales_the_shorter_side():
     """A wide ramp: enlarged or reduced to the height, the middle stays in the middle."""
     ramp = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (30, 1))
     for size in (25, 30, 48):  # below, at and above the image's own size
-        cropped = np.asarray(images.center_crop(Image.fromarray(ramp), size), np.float64)
+        cropped = np.asarray(images.center_crop(Image.fromarray(ramp), size, size), np.float64)
         assert cropped.shape == (size, size)
         np.testing.assert_allclose(cropped.mean(), 127.5, atol=4)  # half a pixel
         np.testing.assert_allclose(cropped[0, [0, -1]], [64, 191], atol=5)
@@ -86,6 +86,26 @@ def test_a_broken_image_is_named_or_skipped(folder, capsys):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="100 images in a row from .*cat/2.jpeg on are broken"):
         source[0]
+
+
+@pytest.mark.parametrize("size", [(20, 30), (10, 60), (40, 30), (12, 10)])
+def test_center_crop_to_what_is_not_square(size):
+    """The image covers the crop with one side to spare, and the middle stays in the middle."""
+    down, right = np.meshgrid(np.linspace(0, 255, 30), np.linspace(0, 255, 60), indexing="ij")
+    height, width = size
+    scale = max(height / 30, width / 60)
+    for ramp, axis, share in ((down, 0, height / 30 / scale), (right, 1, width / 60 / scale)):
+        image = Image.fromarray(ramp.astype(np.uint8))
+        cropped = np.asarray(images.center_crop(image, height, width), np.float64)
+        assert cropped.shape == size
+        first, last = np.take(cropped, [0, -1], axis).mean(1 - axis)
+        assert (first + last) / 2 == pytest.approx(127, abs=6)
+        pixel = 255 * share / size[axis]
+        assert last - first == pytest.approx(255 * share - pixel, abs=10)
+
+
+def test_a_folder_cropped_to_what_is_not_square(folder):
+    assert images.ImageFolder(str(folder), (8, 12, 3))[1]["image"].shape == (8, 12, 3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

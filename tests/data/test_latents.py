@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
+from moe_diffusion.conditions import Field, cond_of
 from moe_diffusion.data import encode, pipeline, sources
-from moe_diffusion.data.latents import Latents
+from moe_diffusion.data.latents import Latents, Record
 from moe_diffusion.errors import UserError
 from tests import cli
 
@@ -52,7 +55,8 @@ def means(indices):
 
 def test_records_are_the_means_in_order(prepared):
     _, source = prepared
-    assert len(source) == COUNT and source.image_shape == (4, 4, 2) and source.num_classes == 3
+    assert len(source) == COUNT and source.image_shape == (4, 4, 2)
+    assert source.cond_spec == {"label": Field((), "int32", 3)}
     indices = np.array([20, 0, 8, 7, 20])
     batch = source.take(indices)
     np.testing.assert_array_equal(batch["label"], indices % 3)
@@ -81,7 +85,7 @@ def test_draws_are_of_the_moments(prepared):
     """Mean and deviation as stored, a function of the seed and the position in the batch."""
     _, source = prepared
     indices = np.tile(np.arange(COUNT), 5)
-    stored = source.take_stored(indices)["stored"]
+    stored = source.take_stored(indices)["image"]
     drawn = source.draw(stored, range(len(indices)), seed=1, flip=False)
     noise = (drawn - means(indices)) / (0.1 * 0.5)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
@@ -218,7 +222,7 @@ def test_shards_that_are_not_those_of_the_manifest(copy):
     with pytest.raises(UserError, match=f"{shard.name} has no bytes where manifest.json says"):
         Latents(str(copy))
     shard.write_bytes(whole)
-    record = Latents(str(copy)).take_stored(np.array([9]))["stored"].tobytes()
+    record = Latents(str(copy)).take_stored(np.array([9]))["image"].tobytes()
     one_bit = bytes([record[0] ^ 1]) + record[1:]
     shard.write_bytes(whole.replace(record, one_bit))
     damaged = Latents(str(copy))
@@ -232,7 +236,9 @@ def test_manifests_that_are_not_whole(copy):
     manifest = json.loads(path.read_text())
     for text, message in (
         ("{", "is not valid JSON"),
-        (json.dumps(manifest | {"format": 99}), "is not of format 1"),
+        ("[2]", "is not valid JSON"),
+        (json.dumps(manifest | {"format": 99}), "is of format 99, .* reads 1 to 2: update moe_dif"),
+        (json.dumps(manifest | {"format": None}), "is of format None"),
         (json.dumps(manifest | {"count": 99}), "says 99 records, its shards hold 21"),
     ):
         path.write_text(text)
@@ -245,12 +251,129 @@ def test_manifests_that_are_not_whole(copy):
 
 def test_a_model_of_another_size_is_refused(prepared):
     data = SimpleNamespace(source=f"latents:{prepared[0]}", split="train", skip_broken=False)
-    fitting = SimpleNamespace(image_size=4, channels=2, num_classes=3)
-    assert len(sources.open_source(data, fitting)) == COUNT
-    for change, message in (
-        ({"image_size": 32}, r"shape \(4, 4, 2\), the model takes \(32, 32, 2\)"),
-        ({"num_classes": 2}, "3 classes, the model only 2"),
+    label = {"label": Field((), "int32", 3)}
+    assert len(sources.open_source(data, (4, 4, 2), label)) == COUNT
+    for shape, spec, message in (
+        ((4, 6, 2), label, r"shape \(4, 4, 2\), the model takes \(4, 6, 2\)"),
+        ((4, 4, 2), {"label": Field((), "int32", 2)}, "3 classes, the model only 2"),
+        (
+            (4, 4, 2),
+            lib.Prompts.cond_spec,
+            "lacks the field 'guidance', .* lacks the field 'text'",
+        ),
     ):
-        model = SimpleNamespace(**{**vars(fitting), **change})
         with pytest.raises(UserError, match=message):
-            sources.open_source(data, model)
+            sources.open_source(data, shape, spec)
+
+
+def test_records_pack_by_hand():
+    """Fields in order, then the latent; no gaps."""
+    fields = {"mask": Field((3,), "bool"), "text": Field((2,), "bfloat16")}
+    record = Record((1, 2, 1), moments=False, flip=False, fields=fields)
+    latent = np.array([1, -2], np.float16).reshape(record.array_shape)
+    cond = {"text": np.array([1, 2]).astype("bfloat16"), "mask": np.array([1, 0, 1], bool)}
+    data = record.pack(latent, cond)
+    assert data.hex(" ") == "01 00 01 80 3f 00 40 00 3c 00 c0"  # bf16 1 = 3f80, fp16 -2 = c000
+    latents, found = record.unpack([data, data])
+    np.testing.assert_array_equal(latents, np.stack([latent, latent]))
+    assert list(found) == ["mask", "text"] and found["text"].dtype == "bfloat16"
+    np.testing.assert_array_equal(found["text"][1], cond["text"])
+    np.testing.assert_array_equal(found["mask"][1], cond["mask"])
+
+
+@pytest.mark.parametrize("settings", [{"flip": True}, {"moments": False}])
+def test_a_text_like_condition_goes_through_latents_that_are_not_square(
+    tmp_path, batches, settings
+):
+    images = lib.Prompts(COUNT)
+    source = lib.write(tmp_path / "out", images, **settings)
+    assert source.image_shape == (4, 6, 2) and source.cond_spec == images.cond_spec
+    assert [field["name"] for field in source.manifest["fields"]] == list(images.cond_spec)
+    augment = "flip" if "flip" in settings else "none"
+    whole, resumed = batches(source, augment=augment), batches(source, augment=augment, workers=1)
+    parts = [batches(source, 3, augment=augment, index=i, count=2) for i in range(2)]
+    guidance = {float(np.float32(i / 3)): i for i in range(COUNT)}
+    for number in range(5):  # into the second epoch
+        batch, pieces = next(whole), [next(part) for part in parts]
+        assert batch["image"].shape == (6, 4, 6, 2) and batch["image"].dtype == np.float32
+        for i, scalar in enumerate(batch["guidance"].tolist()):
+            for name, value in images.cond(guidance[scalar]).items():
+                np.testing.assert_array_equal(batch[name][i], value)
+                assert batch[name].dtype == images.cond_spec[name].dtype
+        for name, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces]), value)
+        if number == 3:
+            resumed.set_state({"next_index": 3})
+            for name, value in next(resumed).items():
+                np.testing.assert_array_equal(value, batch[name])
+    batch = source.take(np.array([20, 3]))
+    assert set(cond_of(batch)) == set(images.cond_spec)
+    np.testing.assert_array_equal(batch["text"][1], images.cond(3)["text"])
+
+
+def test_fields_that_do_not_fit_are_not_encoded(tmp_path):
+    for name, wrong, message in (
+        ("mask", np.float32(0), "record 0 of the data has the field 'mask', which the model do"),
+        ("text", np.zeros((5, 3)), r"'text' as float64\[5, 3\], the model takes bfloat16\[5, 3\]"),
+        ("tokens", np.array([9, 9], np.int16), "record 0 of the data has tokens 9, outside 0..6"),
+    ):
+        images = lib.Prompts(COUNT)
+        good = images.cond
+        images.cond = lambda i, n=name, w=wrong, good=good: good(i) | {n: w}
+        with pytest.raises(UserError, match=message):
+            lib.write(tmp_path / name, images)
+
+
+@pytest.fixture
+def format_1(tmp_path):
+    """A folder as it was written before records had fields, byte by byte; 5 samples of 2x3x1."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    shard = folder / "latents-00000-of-00001.array_record"
+    writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    for i in range(5):
+        writer.write(struct.pack("<i6e", i % 3, *(i + j / 8 for j in range(6))))
+    writer.close()
+    manifest = {
+        "format": 1,
+        "count": 5,
+        "source": "folder:/pictures",
+        "num_classes": 3,
+        "image_size": 16,
+        "shape": [2, 3, 1],
+        "moments": False,
+        "flip": False,
+        "seed": 0,
+        "scale": 0.5,
+        "shift": 1.0,
+        "shard_size": 8,
+        "shards": [{"file": shard.name, "count": 5, "bytes": shard.stat().st_size}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_format_1_is_read(format_1, batches):
+    source = Latents(str(format_1))
+    assert source.cond_spec == {"label": Field((), "int32", 3)}
+    batch = source.take(np.array([4, 0]))
+    assert batch["label"].tolist() == [1, 0] and batch["label"].dtype == np.int32
+    expected = (np.array([[4], [0]]) + np.arange(6) / 8 - 1.0) * 0.5
+    np.testing.assert_array_equal(batch["image"].reshape(2, 6), expected.astype(np.float32))
+    batch = next(batches(source, 5))
+    np.testing.assert_array_equal(batch["label"], (batch["image"][:, 0, 0, 0] * 2 + 1) % 3)
+
+
+def test_a_run_of_format_1_is_continued(format_1):
+    """An unfinished one, too: the bytes of a record with one label are the same."""
+    manifest = json.loads((format_1 / "manifest.json").read_text())
+    settings = {k: manifest[k] for k in ("shape", "moments", "flip", "seed", "scale", "shift")}
+    job = lib.job(format_1, lib.Images(5), **settings, shard_size=8)
+    assert "autoencoder" in job.settings
+    del job.settings["autoencoder"]
+    assert not encode.begin(job)
+    (format_1 / "manifest.json").rename(format_1 / "prepare.json")
+    assert encode.begin(job)
+    job.settings["fields"][0]["num_values"] = 4
+    with pytest.raises(UserError, match="was written with fields = .* choose another folder"):
+        encode.begin(job)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moe_diffusion.conditions import Field, cond_of
 from moe_diffusion.data import pipeline, sources
 from moe_diffusion.errors import UserError
 
@@ -14,7 +15,7 @@ from moe_diffusion.errors import UserError
 class Numbered:
     """Record i is an image whose every pixel is i; read one by one, like files."""
 
-    num_classes = 10
+    cond_spec = {"label": Field((), "int32", 10)}
     image_shape = (2, 2, 1)
 
     def __init__(self, size, bad_record=None):
@@ -59,7 +60,7 @@ def _ids(iterator, batches):
 
 
 def _assert_equal(a, b):
-    assert a.keys() == b.keys() == {"image", "label"}
+    assert a.keys() == b.keys() and "image" in a
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
 
@@ -176,6 +177,93 @@ def test_augmentations_that_do_not_fit_are_refused(make):
         make(Numbered(4), augment="dequantize")
 
 
+class Prompted(Numbered):
+    """Record i has a text of i's, a mask of 1 + i % 3 places, tokens and a scalar; one by one."""
+
+    image_shape = (2, 4, 1)
+    cond_spec = {
+        "text": Field((3, 2), "bfloat16"),
+        "mask": Field((3,), "bool"),
+        "tokens": Field((2,), "int32", 30),
+        "guidance": Field((), "float32"),
+    }
+    changes = {}
+
+    def __getitem__(self, index):
+        record = {
+            "image": np.full((2, 4, 1), index, np.float32),
+            "text": np.full((3, 2), index).astype("bfloat16"),
+            "mask": np.arange(3) <= index % 3,
+            "tokens": np.array([index, 0], np.int32),
+            "guidance": np.float32(index / 7),
+        }
+        return record | (self.changes if index == 13 else {})
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_every_field_of_a_condition_travels_with_its_image(make, augment):
+    source = Prompted(20)
+    iterator, parts = (
+        make(source, 6, augment=augment),
+        [make(source, 3, augment=augment, index=i, count=2) for i in range(2)],
+    )
+    for _ in range(5):  # into the second epoch
+        batch = next(iterator)
+        assert set(cond_of(batch)) == set(source.cond_spec)
+        for name, field in source.cond_spec.items():
+            assert batch[name].shape == (6, *field.shape) and batch[name].dtype == field.dtype
+        for i in range(6):
+            record = source[int(batch["image"][i, 0, 0, 0])]
+            for name in source.cond_spec:
+                np.testing.assert_array_equal(batch[name][i], record[name])
+        shards = [next(part) for part in parts]
+        _assert_equal({k: np.concatenate([s[k] for s in shards]) for k in batch}, batch)
+
+
+def test_batches_with_a_condition_resume_bit_for_bit(make):
+    source = Prompted(20)
+    first, resumed = make(source, 6), make(source, 6, workers=1)
+    for _ in range(4):
+        next(first)
+    resumed.set_state(first.get_state())
+    for _ in range(3):
+        expected, found = next(first), next(resumed)
+        _assert_equal(found, expected)
+        assert {k: v.dtype for k, v in found.items()} == {k: v.dtype for k, v in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tokens": np.array([0, 30], np.int32)},
+            "record 13 .* has tokens 30, outside 0..29: mend",
+        ),
+        ({"tokens": np.array([-1, 30], np.int32)}, "record 13 .* has tokens -1, outside 0..29"),
+    ],
+)
+def test_a_value_out_of_range_is_named_by_record_and_field(make, monkeypatch, changes, message):
+    monkeypatch.setattr(Prompted, "changes", changes)
+    with pytest.raises(UserError, match=message):
+        next(make(Prompted(20), 20))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"text": Field((3, 4), "bfloat16")}, r"'text' as bfloat16\[3, 2\], .* bfloat16\[3, 4\]"),
+        ({"guidance": Field((), "float16")}, r"'guidance' as float32\[\], .* takes float16\[\]"),
+        ({"style": Field((), "int32", 3)}, "lacks the field 'style', which the model takes"),
+        ({"mask": None}, "record .* has the field 'mask', which the model does not take"),
+    ],
+)
+def test_fields_that_a_source_does_not_hold_to_are_refused(make, monkeypatch, spec, message):
+    wrong = {name: field for name, field in (Prompted.cond_spec | spec).items() if field}
+    monkeypatch.setattr(Prompted, "cond_spec", wrong)
+    with pytest.raises(UserError, match=message):
+        next(make(Prompted(20), 4))
+
+
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_label_out_of_range_is_found_when_read(make, prefetch):
     iterator = make(Numbered(20, bad_record=13), 20, prefetch=prefetch)
@@ -189,10 +277,3 @@ def test_closed_iterator_says_so(make):
     iterator.close()
     with pytest.raises(ValueError, match="closed"):
         next(iterator)
-
-
-def test_full_batches_are_all_records_in_order():
-    batches = list(pipeline.full_batches(Numbered(10), 4))
-    assert [len(batch["label"]) for batch in batches] == [4, 4, 2]
-    ids = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
-    np.testing.assert_array_equal(ids, np.arange(10))

@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from moe_diffusion.conditions import Field
 from moe_diffusion.data import images, sources
 from moe_diffusion.errors import UserError
 
@@ -53,7 +54,11 @@ def test_records_of_a_prepared_folder(prepared):
     for split, size in SIZES.items():
         source = sources.open_images(f"tfds:{prepared}", (8, 8, 3), split=split)
         assert len(source) == size and source.image_shape == (8, 8, 3)
-        assert source.num_classes == 3 and source.class_names == ["cat", "dog", "fish"]
+        assert source.cond_spec["label"].num_values == 3 and source.class_names == [
+            "cat",
+            "dog",
+            "fish",
+        ]
         records = [source[i] for i in range(size)]
         assert sorted(int(r["label"]) for r in records) == sorted(i % 3 for i in range(size))
         expected = {images.to_array(picture(i), (8, 8, 3)).tobytes(): i % 3 for i in range(size)}
@@ -64,7 +69,7 @@ def test_records_of_a_prepared_folder(prepared):
 def test_a_dataset_by_name():
     with tfds.testing.mock_data(num_examples=5):
         source = sources.open_images("tfds:mnist", (28, 28, 1), split="test")
-        assert len(source) == 5 and source.num_classes == 10
+        assert len(source) == 5 and source.cond_spec == {"label": Field((), "int32", 10)}
         record = source[4]
     assert record["image"].shape == (28, 28, 1) and record["image"].dtype == np.float32
     assert 0 <= record["label"] < 10

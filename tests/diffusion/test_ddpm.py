@@ -12,6 +12,7 @@ from moe_diffusion import config as config_lib
 from moe_diffusion.diffusion import ddpm, objectives, samplers
 from moe_diffusion.diffusion.loss_parts import Draws
 from moe_diffusion.errors import UserError
+from tests.labelled import Labelled
 
 FULL = ddpm.linear_process()
 RNG = np.random.default_rng(0)
@@ -144,7 +145,7 @@ def test_tanh():
 MEAN, STD = 0.4, 0.3
 
 
-class GaussianData(nn.Module):
+class GaussianData(Labelled):
     """What a network learns of data N(MEAN, STD^2): the exact expectation of the noise.
 
     The first label sees another mean; the null label, 2, sees 0.
@@ -154,7 +155,8 @@ class GaussianData(nn.Module):
     v: float = 1.0
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
+        y = cond["label"]
         kept = jnp.asarray(FULL.alphas_cumprod, jnp.float32)[t.astype(int)][:, None, None, None]
         mean = jnp.array([-MEAN, MEAN, 0.0])[y][:, None, None, None]
         epsilon = jnp.sqrt(1 - kept) * (x - jnp.sqrt(kept) * mean) / (kept * STD**2 + 1 - kept)
@@ -176,7 +178,7 @@ def draw(config, num=2, size=32, model=None, noise_seed=1, **options):
     z = jax.vmap(lambda key: jax.random.normal(key, (size, size, 1)))(keys)
     run = samplers.make_sampler(model or GaussianData(), config, **options)
     noise_keys = jax.random.split(jax.random.key(noise_seed), num)
-    return np.asarray(run({}, z, jnp.ones(num, jnp.int32), noise_keys))
+    return np.asarray(run({}, z, {"label": jnp.ones(num, jnp.int32)}, noise_keys))
 
 
 @pytest.mark.parametrize(
@@ -217,13 +219,14 @@ def test_ddpm_adds_noise_in_all_steps_but_the_last():
     assert np.abs(none - first).min() > 0.01
 
 
-class Label(nn.Module):
+class Label(Labelled):
     """The label as noise and as v, whatever the input."""
 
     num_classes: int = 2
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
+        y = cond["label"]
         one = jnp.broadcast_to(y[:, None, None, None].astype(jnp.float32), x.shape)
         return jnp.concatenate([one, one], axis=-1)
 
@@ -234,20 +237,21 @@ def test_guidance_leaves_the_variance_alone(channels, epsilon):
     config = settings(respacing="2", cfg=3.0, cfg_channels=channels, joint=True)
     options = {"noise": lambda keys, step, shape: jnp.ones(shape), "return_trajectory": True}
     run = samplers.make_sampler(Label(), config, **options)
-    states = run({}, jnp.zeros((1, 1, 1, 4)), jnp.array([1]))
+    states = run({}, jnp.zeros((1, 1, 1, 4)), {"label": jnp.array([1])})
     process = ddpm.respace(FULL, ddpm.spaced_timesteps("2"))
     start = -np.sqrt(1 / process.alphas_cumprod[1] - 1) * np.array(epsilon)
     mean = process.posterior_coefficients[0][1] * start
     np.testing.assert_allclose(states[0, 0, 0, 0], mean + np.sqrt(process.betas[1]), rtol=1e-4)
 
 
-class Echo(nn.Module):
+class Echo(Labelled):
     """Label as epsilon, log of the step as v; a router that sows."""
 
     num_classes: int = 4
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
+        y = cond["label"]
         assert train
         bias = self.param("bias", nn.initializers.zeros, ())
         self.sow("losses", "balance", jnp.array([1.0, 2.0]), lambda _, new: new, lambda: None)

@@ -8,17 +8,21 @@ import pytest
 from moe_diffusion.diffusion import guidance
 
 NULL = 10
-X, LABEL = jnp.zeros((2, 1, 1, 4)), jnp.array([1, 2])
+X, COND = jnp.zeros((2, 1, 1, 4)), {"label": jnp.array([1, 2])}
 
 
-def by_label(x, t, label):
+def null(cond):
+    return {"label": jnp.full_like(cond["label"], NULL)}
+
+
+def by_label(x, t, cond):
     """The label itself: conditional 1 and 2, unconditional 10."""
-    return x + label[:, None, None, None]
+    return x + cond["label"][:, None, None, None]
 
 
 def run(t=0.5, **options):
-    guided = guidance.guide(by_label, NULL, options.pop("scale", 3.0), **options)
-    return np.asarray(guided(X, jnp.float32(t), LABEL))[:, 0, 0]
+    guided = guidance.guide(by_label, null, options.pop("scale", 3.0), **options)
+    return np.asarray(guided(X, jnp.float32(t), COND))[:, 0, 0]
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -32,7 +36,7 @@ def test_some_channels():
 
 
 def test_scale_1_costs_nothing():
-    assert guidance.guide(by_label, NULL, 1.0, interval=(0.2, 0.3), joint=True) is by_label
+    assert guidance.guide(by_label, null, 1.0, interval=(0.2, 0.3), joint=True) is by_label
 
 
 @pytest.mark.parametrize(
@@ -56,11 +60,11 @@ def test_interval(interval, t, guided):
 def test_no_unconditional_pass_outside_the_interval():
     seen = []
 
-    def velocity(x, t, label):
-        jax.debug.callback(lambda value: seen.append(int(value[0])), label)
-        return by_label(x, t, label)
+    def velocity(x, t, cond):
+        jax.debug.callback(lambda value: seen.append(int(value[0])), cond["label"])
+        return by_label(x, t, cond)
 
-    guided = jax.jit(guidance.guide(velocity, NULL, 3.0, interval=(0.2, 0.8)))
-    guided(X, jnp.float32(0.1), LABEL).block_until_ready()
+    guided = jax.jit(guidance.guide(velocity, null, 3.0, interval=(0.2, 0.8)))
+    guided(X, jnp.float32(0.1), COND).block_until_ready()
     jax.effects_barrier()
     assert seen == [1]

@@ -9,6 +9,7 @@ from flax import linen as nn
 from moe_diffusion import config as config_lib
 from moe_diffusion.diffusion import objectives
 from moe_diffusion.errors import UserError
+from tests.labelled import Labelled
 
 B, NULL = 6, 4
 IMAGE = np.random.default_rng(0).normal(size=(B, 2, 2, 3)).astype(np.float32)
@@ -20,13 +21,14 @@ DRAWS = objectives.Draws(
 )
 
 
-class Echo(nn.Module):
+class Echo(Labelled):
     """Twice the channels: the label in the first half, nonsense in the second. Two layers sow."""
 
     num_classes: int = NULL
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
+        y = cond["label"]
         assert train
         bias = self.param("bias", nn.initializers.zeros, ())
         for collection, name, values in (
@@ -89,13 +91,13 @@ def test_loss_of_a_config():
     assert set(aux.metrics) == {"loss", "mse", "balance", "load_max"}
 
 
-class Oracle(nn.Module):
+class Oracle(Labelled):
     """Puts out the true images plus an offset."""
 
     num_classes: int = NULL
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
         return IMAGE + self.param("offset", nn.initializers.zeros, ())
 
 

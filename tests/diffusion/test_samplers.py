@@ -11,6 +11,7 @@ from flax import linen as nn
 from moe_diffusion import config
 from moe_diffusion.diffusion import samplers, sde
 from moe_diffusion.errors import UserError
+from tests.labelled import Labelled
 
 
 def test_both_are_exact_for_a_constant_velocity():
@@ -64,13 +65,14 @@ def test_errors():
         samplers.sample(lambda x, t: x, jnp.zeros((1,)), 0)
 
 
-class TwoHeaded(nn.Module):
+class TwoHeaded(Labelled):
     """Velocity = label + t in the first half of the channels, nonsense in the second."""
 
     num_classes: int = 10
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
+        y = cond["label"]
         v = jnp.broadcast_to((y + t)[:, None, None, None], x.shape)
         return jnp.concatenate([v, jnp.full_like(v, jnp.nan)], axis=-1)
 
@@ -80,7 +82,7 @@ def test_model_sampler():
     sampling = settings.sampling
     sampling.sampler, sampling.steps, sampling.cfg = "heun", 3, 2.0
     z = jnp.zeros((2, 2, 2, 1))
-    x = samplers.make_sampler(TwoHeaded(), settings)({}, z, jnp.array([1, 4]))
+    x = samplers.make_sampler(TwoHeaded(), settings)({}, z, {"label": jnp.array([1, 4])})
     # The integral of label + t, guided: 10 + 2 (label - 10) + 1/2.
     np.testing.assert_allclose(x[:, 0, 0, 0], [-7.5, -1.5], rtol=1e-6)
 
@@ -126,14 +128,14 @@ def test_adaptive():
 MEAN, STD = 0.5, 0.4
 
 
-class GaussianFlow(nn.Module):
+class GaussianFlow(Labelled):
     """The exact velocity for data N(MEAN, STD^2) and noise of standard deviation `scale`."""
 
     num_classes: int = 10
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
         t = t[:, None, None, None]
         slope = (t * STD**2 - (1 - t) * self.scale**2) / (
             t**2 * STD**2 + (1 - t) ** 2 * self.scale**2
@@ -149,7 +151,7 @@ def draw(num=2, seed=0, scale=1.0, **sampling):
     z = jax.vmap(lambda key: jax.random.normal(key, (48, 48, 1)))(keys)
     run = samplers.make_sampler(GaussianFlow(scale=scale), settings)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-    return np.asarray(run({}, z, jnp.zeros(num, jnp.int32), keys))
+    return np.asarray(run({}, z, {"label": jnp.zeros(num, jnp.int32)}, keys))
 
 
 @pytest.mark.parametrize(
@@ -192,14 +194,14 @@ def test_stochastic_samplers_need_keys():
     settings.sampling.sampler = "sde"
     run = samplers.make_sampler(GaussianFlow(), settings)
     with pytest.raises(ValueError, match="sampler sde needs keys"):
-        run({}, jnp.zeros((1, 2, 2, 1)), jnp.zeros(1, jnp.int32))
+        run({}, jnp.zeros((1, 2, 2, 1)), {"label": jnp.zeros(1, jnp.int32)})
 
 
 def test_only_some_channels_are_guided():
     settings = config.default()
     settings.sampling.update(sampler="euler", steps=1, cfg=2.0, cfg_channels=3, joint=True)
     run = samplers.make_sampler(TwoHeaded(), settings)
-    x = run({}, jnp.zeros((1, 1, 1, 4)), jnp.array([4]))
+    x = run({}, jnp.zeros((1, 1, 1, 4)), {"label": jnp.array([4])})
     np.testing.assert_allclose(x[0, 0, 0], [-2, -2, -2, 4])
 
 

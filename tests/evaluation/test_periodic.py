@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_diffusion import config as configs
 from moe_diffusion import train
+from moe_diffusion.conditions import Field
 from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.evaluation import periodic
 from moe_diffusion.evaluation.periodic import PooledFeatures
@@ -42,7 +43,7 @@ def test_other_data_is_judged_in_the_model_s_space(monkeypatch):
     config = configs.default()
     config.model.image_size, config.model.channels, config.train.eval_samples = 8, 4, 64
     config.data.source = "synthetic"
-    source = Synthetic((8, 8, 4), 1000, size=5000)
+    source = Synthetic((8, 8, 4), {"label": Field((), "int32", 1000)}, size=5000)
     noise = np.random.default_rng(0).standard_normal((64, 8, 8, 4))
     monkeypatch.setattr(periodic, "averaged_variables", lambda *_: {})
     hook = periodic.EvaluationHook(config, build(config.model), source)

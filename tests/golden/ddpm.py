@@ -72,7 +72,7 @@ def _check_loss(case, family, model, variables, process) -> None:
         )
         # The same forward pass: the compiler computes it once.
         time = t.astype(np.float32)
-        output = model.apply(variables | {"params": params}, x_t, time, y, True)
+        output = model.apply(variables | {"params": params}, x_t, time, {"label": y}, True)
         return loss, (output, ddpm.loss_terms(process, output, image, t, noise))
 
     grad_fn = probe.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -102,7 +102,7 @@ def _check_steps(case, model, variables, full, respaced, strided) -> None:
     times = [p.timesteps[index].astype(np.float32) for p, _, index, _ in rows.values()]
     inputs = [np.concatenate([row[column] for row in rows.values()]) for column in (1, 3)]
     output = probe.jit(model.apply, static_argnums=4)(
-        variables, inputs[0], np.concatenate(times), inputs[1], False
+        variables, inputs[0], np.concatenate(times), {"label": inputs[1]}, False
     )
     outputs = jnp.split(output, np.cumsum([len(time) for time in times])[:-1])
     found = {
@@ -153,7 +153,7 @@ def _check_trajectory(case, name: str, model, variables, changes) -> None:
         return_trajectory=True,
         noise=lambda keys, step, shape: recorded[step, : shape[0]],
     )
-    inputs = (variables, z, case["sample/y"])
+    inputs = (variables, z, {"label": case["sample/y"]})
     states = np.asarray(probe.compiled(run, *inputs)(*inputs))
     # Under guidance the record has a second half, which never returns to the first.
     key, out = f"sample/{name}/traj", f"out/sample_{name}"

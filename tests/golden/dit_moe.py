@@ -61,7 +61,7 @@ def _check_sampler(case, model, variables) -> None:
     settings.sampling.sampler, settings.sampling.steps = "euler", len(stored) - starts_with_noise
     settings.sampling.cfg = float(case["sample/cfg"])
     run = samplers.make_sampler(model, settings, return_trajectory=True)
-    inputs = (variables, z, case["sample/y"])
+    inputs = (variables, z, {"label": case["sample/y"]})
     states = probe.compiled(run, *inputs)(*inputs)
     np.testing.assert_allclose(states, stored[starts_with_noise:], atol=1e-4, rtol=1e-4)
     case.seen("sample/traj")

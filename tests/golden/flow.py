@@ -30,7 +30,7 @@ def _check_loss(case, family, model, variables) -> None:
 
     output = probe.jit(probe.apply, static_argnums=(0, 5))(model, variables, x_t, t, y, True)[0]
     case.compare("out/loss_model_output", output)
-    residual = output[..., : model.channels] - paths.velocity(image, noise)
+    residual = output[..., : model.input_shape[-1]] - paths.velocity(image, noise)
     case.compare("loss/mse", jnp.mean(residual**2, axis=(1, 2, 3)))
 
     def loss_fn(params):
@@ -61,7 +61,7 @@ def _check_sampler(case, name: str, model, variables) -> None:
     z = case.image("sample/z")
     np.testing.assert_array_equal(visited[0], z)
     run = samplers.make_sampler(model, settings, return_trajectory=True)
-    inputs = (variables, z, case["sample/y"])
+    inputs = (variables, z, {"label": case["sample/y"]})
     states = probe.compiled(run, *inputs)(*inputs)
     case.compare(f"out/sample_{name}", states[-1])
     starts = visited[:: 2 if method == "heun" else 1]

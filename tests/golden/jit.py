@@ -87,9 +87,9 @@ def _check_loss(case, family, diffusion, model, variables, forward) -> None:
 
 def _check_sampler(case, config, model, variables) -> None:
     """Every state of the sampler that the config asks for, and every guided velocity."""
-    z, labels = case.image("sample/z0_unit"), case["sample/labels"]
+    z, cond = case.image("sample/z0_unit"), {"label": case["sample/labels"]}
     run = samplers.make_sampler(model, config, return_trajectory=True)
-    states = probe.compiled(run, variables, z, labels)(variables, z, labels)
+    states = probe.compiled(run, variables, z, cond)(variables, z, cond)
     case.compare("out/sample", states[-1])
     stored = case.image("sample/traj")
     np.testing.assert_allclose(states, stored, atol=1e-4, rtol=1e-4, err_msg="sample/traj")
@@ -97,14 +97,14 @@ def _check_sampler(case, config, model, variables) -> None:
 
     @probe.jit
     def velocity(x, t):
-        def of_label(x, t, label):
-            output = model.apply(variables, x, jnp.full(len(x), t), label, False)
+        def of_cond(x, t, cond):
+            output = model.apply(variables, x, jnp.full(len(x), t), cond, False)
             return objectives.velocity_of(output, x, t, config.diffusion)
 
         sampling = config.sampling
         interval = tuple(sampling.cfg_interval)
-        guide = guidance.guide(of_label, model.num_classes, sampling.cfg, interval=interval)
-        return guide(x, t, labels)
+        guide = guidance.guide(of_cond, model.null, sampling.cfg, interval=interval)
+        return guide(x, t, cond)
 
     # At the recorded states, since a guided trajectory spreads rounding errors.
     expected, velocities = cases.nhwc(case["sample/eval_v"]), []

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_diffusion.diffusion import guidance, objectives
+from moe_diffusion.diffusion import sown as aux_losses
 from moe_diffusion.interop import keymap
 from moe_diffusion.interop.families import FAMILIES
-from moe_diffusion.moe import losses
+from moe_diffusion.models.stack import next_router_state
 
 from . import probe
 
@@ -42,7 +43,7 @@ def check_eval(case, family, model, variables, forward) -> None:
     output, sown = forward(variables, x, t, case["in/y"], False)
     output = probe.authors_output(model, output)
     # SiT's own forward already drops the second half of the channels.
-    case.compare(key, output[..., : model.channels] if family == "sit" else output)
+    case.compare(key, output[..., : model.input_shape[-1]] if family == "sit" else output)
     record = probe.Record(model, sown, len(x))
     probe.compare_routing(case, record, prefix)
     probe.compare_intermediates(case, record, prefix)
@@ -56,14 +57,13 @@ def _check_guidance(case, model, variables, forward) -> None:
     assert (y[half:] == model.num_classes).all()
     outputs = []
 
-    def velocity(both, _, labels):
-        outputs.append(forward(variables, both, t, labels, False)[0])
+    def velocity(both, _, cond):
+        outputs.append(forward(variables, both, t, cond["label"], False)[0])
         return outputs[0]
 
-    guide = guidance.guide(
-        velocity, model.num_classes, float(case["cfg/scale"]), channels=3, joint=True
-    )
-    conditional = guide(x, t[0], y[:half])
+    scale = float(case["cfg/scale"])
+    guide = guidance.guide(velocity, model.null, scale, channels=3, joint=True)
+    conditional = guide(x, t[0], {"label": y[:half]})
     unconditional = jnp.concatenate([conditional[..., :3], outputs[0][half:, ..., 3:]], axis=-1)
     both = jnp.concatenate([conditional, unconditional])
     case.compare(key, both[..., : case[key].shape[1]])
@@ -73,7 +73,7 @@ def _check_flow(case, model, variables, forward) -> None:
     """SiT's velocity loss, per sample."""
     image, noise, t = case.image("flow/x1"), case.image("flow/x0"), case["flow/t"]
     output = forward(variables, case.image("flow/xt"), t, case["flow/y"], False)[0]
-    output = output[..., : model.channels]
+    output = output[..., : model.input_shape[-1]]
     case.compare("out/flow_pred", output)
     case.compare("flow/loss", jnp.mean((output - (image - noise)) ** 2, axis=(1, 2, 3)))
     loss, _ = objectives.flow_loss(
@@ -98,8 +98,8 @@ def _check_training(case, family, model, variables) -> None:
         output, sown = probe.apply(model, variables | {"params": params}, x, t, y, True)
         output = probe.authors_output(model, output)
         main = jnp.mean(output * cotangent)
-        named = losses.sum_by_name(sown.get("losses", {}))
-        aux = losses.weigh(named, weights)
+        named = aux_losses.sum_by_name(sown.get("losses", {}))
+        aux = aux_losses.weigh(named, weights)
         return main + aux, (output, sown, main, aux)
 
     grad_fn = probe.jit(jax.grad(loss_fn, has_aux=True))
@@ -131,7 +131,7 @@ def _check_capacity_training(case, family, model, variables, forward) -> None:
     y = case.labels("train")
     output, sown = forward(variables, case.image("train/zt"), t, y, True)
     case.compare("out/train", output)
-    residual = output[..., : model.channels] - (image - noise)
+    residual = output[..., : model.input_shape[-1]] - (image - noise)
     case.compare("train/mse", jnp.mean(residual**2, axis=(1, 2, 3)))
 
     def loss_fn(params):
@@ -154,14 +154,14 @@ def _check_capacity_training(case, family, model, variables, forward) -> None:
     probe.compare_routing(case, record, "train/")
     probe.compare_intermediates(case, record, "train/")
     before = thresholds(variables["router_state"], family, model)
-    after = model.update_router_state(variables["router_state"], aux.router_stats)
+    after = next_router_state(model.routers(), variables["router_state"], aux.router_stats)
     after = thresholds(after, family, model)
     for block in case["train/layer_idx"]:
         case.compare(
             f"train/ones.{block}", record.gates(block)[0].reshape(case[f"train/ones.{block}"].shape)
         )
         case.compare(f"train/capacity_pred.{block}", record.capacity_logits(block))
-        bce = record.sown("losses", block, "capacity")
+        bce = record.sown("losses", block, "capacity_predictor")
         case.compare(f"train/Capacity_Pred_loss_{block}", bce)
         case.compare(f"train/threshold_before.blocks.{block}", before[block])
         case.compare(f"train/threshold_after.blocks.{block}", after[block])

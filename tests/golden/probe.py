@@ -11,13 +11,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from moe_diffusion import interop, models
-from moe_diffusion.interop import keymap
 
 RECORDED = r"block_\d+|attn|moe|router|dense_1"  # dense_1 ends the capacity predictor
 UNPOLISHED = {"xla_backend_optimization_level": 0}
 SOWN = ("losses", "metrics", "router_stats")
 # The losses in the authors' gradients, and their weights.
-LOSS_WEIGHTS = {"tcdit": {"balance": 0.01}, "diffmoe": {"capacity": 1.0}}
+LOSS_WEIGHTS = {"tcdit": {"balance": 0.01}, "diffmoe": {"capacity_predictor": 1.0}}
 
 
 def jit(function, **options):
@@ -33,7 +32,7 @@ def compiled(jitted, *args):
 def loss_weights(case, family: str) -> dict[str, float]:
     """Weights of the auxiliary losses, as the authors train this family."""
     if family == "diffmoe":
-        return {"capacity": float(case.hparams["CapacityPred_loss_weight"])}
+        return {"capacity_predictor": float(case.hparams["CapacityPred_loss_weight"])}
     if family in ("promoe_tc", "promoe_ec", "dit_moe"):
         return dict(interop.config_from_torch(family, case.hparams).loss_weights)
     return LOSS_WEIGHTS.get(family, {})
@@ -48,7 +47,8 @@ def promoe_family(case) -> str:
 def build(case, family: str):
     """The case's model and its weights. DiffMoE takes all tokens that its thresholds let pass."""
     config = interop.model_config_from_torch(family, case.hparams)
-    config.router.max_capacity = 0.0
+    if family == "diffmoe":
+        config.router.max_capacity = 0.0
     model = models.build(config, losses=tuple(loss_weights(case, family)))
     return model, interop.import_state_dict(case.tensors("weights"), model, family)
 
@@ -59,7 +59,7 @@ def apply(model, variables, x, t, y, train: bool):
         variables,
         x,
         t,
-        y,
+        {"label": y},
         train,
         mutable=[*SOWN, "intermediates"],
         capture_intermediates=lambda module, _: re.fullmatch(RECORDED, str(module.name)),
@@ -68,31 +68,35 @@ def apply(model, variables, x, t, y, train: bool):
 
 def our_time(model, t: np.ndarray) -> np.ndarray:
     """The time that the authors' network is called with, f32[B], as ours."""
-    if not model.reverse_time:
+    if not _reverse(model):
         return t.astype(np.float32)
     return (1 - t.astype(np.float64) / model.time_scale).astype(np.float32)
 
 
 def authors_output(model, output):
     """Our output [B, H, W, C or 2C] as the authors' network gives it."""
-    if not model.reverse_time:
+    if not _reverse(model):
         return output
-    channels = model.channels
+    channels = model.input_shape[-1]
     return jnp.concatenate([-output[..., :channels], output[..., channels:]], axis=-1)
+
+
+def _reverse(model) -> bool:
+    return getattr(model, "reverse_time", False)
 
 
 class Record:
     """What one forward pass left behind, by block number."""
 
     def __init__(self, model, sown: Any, batch: int):
-        self._places = keymap.block_paths(model)
+        self._places = model.blocks()
         self._sown = jax.device_get(sown)
         self._num_experts = model.make_moe().make_router().num_experts if model.make_moe else 0
         self._batch = batch
 
     def output(self, block: int, module: str = "") -> Any:
         """What a module inside the block returned: "attn", "moe", ...; "" is the block."""
-        place, repeat = self._places[block]
+        place, repeat, _ = self._places[block]
         node = self._sown["intermediates"]
         for name in filter(None, f"{place}/{module}/__call__".split("/")):
             node = node[name]
@@ -100,7 +104,7 @@ class Record:
 
     def sown(self, collection: str, block: int, name: str) -> np.ndarray:
         """A sown value of one block, for example its balance loss."""
-        place, repeat = self._places[block]
+        place, repeat, _ = self._places[block]
         leaves = flatten_dict(self._sown[collection], sep="/")
         (path,) = [p for p in leaves if p.startswith(place + "/") and p.endswith("/" + name)]
         return np.asarray(jax.tree.leaves(leaves[path])[0])[repeat]

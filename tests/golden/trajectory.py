@@ -17,6 +17,7 @@ from moe_diffusion import interop
 from moe_diffusion.diffusion import objectives, paths
 from moe_diffusion.interop import keymap
 from moe_diffusion.interop.families import FAMILIES
+from moe_diffusion.models.stack import next_router_state
 from moe_diffusion.training import optim, state, step
 
 from . import cases, network, probe
@@ -108,13 +109,17 @@ class Replay(abc.ABC):
     def _start(self):
         """The training step, its loss reading the recorded draws, and the state before step 0."""
 
-        def loss_fn(params, router_state, batch, key):
-            del key
+        def loss_fn(params, router_state, batch, key, frozen):
+            del key, frozen
             return self.loss(params, router_state, batch)
 
-        optimizer = optim.make_optimizer(self.config.optim)
+        optimizer = optim.make_optimizer(self.config.optim, self.model.is_stacked)
         train_step = step.make_train_step(
-            loss_fn, optimizer, self.schedule(), self.config, self.model.update_router_state
+            loss_fn,
+            optimizer,
+            self.schedule(),
+            self.config,
+            functools.partial(next_router_state, self.model.routers()),
         )
 
         @probe.jit
@@ -150,7 +155,7 @@ class FlowReplay(Replay):
         for x1, z0, t, y, drop in zip(*values, strict=True) if batch["y"].ndim == 2 else [values]:
             y = np.where(drop < self.case.hparams["class_dropout_prob"], self.model.num_classes, y)
             output, sown = self.forward(variables, paths.interpolate(x1, z0, t), t, y, True)
-            residual = output[..., : self.model.channels] - paths.velocity(x1, z0)
+            residual = output[..., : self.model.input_shape[-1]] - paths.velocity(x1, z0)
             self.log["out/mse"].append(jnp.mean(residual**2, axis=(1, 2, 3)))
             record = probe.Record(self.model, sown, len(y))
             log_routing(self, record)
@@ -158,16 +163,17 @@ class FlowReplay(Replay):
                 if "balance" in self.loss_weights:
                     loss = self.loss_weights["balance"] * record.sown("losses", i, "balance")
                     self.log[f"out/aux_loss_{i}"].append(loss)
-                if "capacity" in self.loss_weights:
-                    loss = record.sown("losses", i, "capacity")
+                if "capacity_predictor" in self.loss_weights:
+                    loss = record.sown("losses", i, "capacity_predictor")
                     self.log[f"out/Capacity_Pred_loss_{i}"].append(loss)
 
     def read(self, metrics) -> None:
         # TC-DiT's recorded loss leaves out the balance loss.
         name = "mse" if "balance" in self.loss_weights else "loss"
         self.log["out/loss"].append(metrics[name])
-        if "capacity" in self.loss_weights:
-            self.log["out/cp_loss"].append(self.loss_weights["capacity"] * metrics["capacity"])
+        if "capacity_predictor" in self.loss_weights:
+            name = "capacity_predictor"
+            self.log["out/cp_loss"].append(self.loss_weights[name] * metrics[name])
 
 
 def log_routing(replay, record) -> None:

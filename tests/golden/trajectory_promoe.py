@@ -43,7 +43,7 @@ class ProMoEReplay(trajectory.Replay):
         y = np.where(dropped, self.model.num_classes, batch["y"])
         x_t = paths.interpolate(batch["z"], noise, t)
         output, sown = self.forward(variables, x_t, t, y, True)
-        residual = output[..., : self.model.channels] - paths.velocity(batch["z"], noise)
+        residual = output[..., : self.model.input_shape[-1]] - paths.velocity(batch["z"], noise)
         self.log["out/mse"].append(jnp.mean(residual**2, axis=(1, 2, 3)))
         self.log["out/sigma"].append(1 - t)
         record = probe.Record(self.model, sown, len(y))

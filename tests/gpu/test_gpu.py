@@ -11,7 +11,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.benchmarks.dispatch import SHAPES
 from moe_diffusion.benchmarks.steps import bench_train
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.gpu import choose
+from moe_diffusion.kernels.gpu.gpu import choose
 from moe_diffusion.kernels.grouped import sorted_by_expert
 from moe_diffusion.kernels.tuning import GPUBlocks
 from moe_diffusion.moe.dispatch import dispatch
@@ -47,7 +47,7 @@ def test_kernels_equal_the_reference(shape, dtype, bias):
     def run(backend, x, weight, params):
         def apply(x, weight, params):
             return dispatch(x, routing.replace(weight=weight), params, kind="swiglu",
-                            backend=backend)  # fmt: skip
+                            backend=backend)[0]  # fmt: skip
 
         y, pull = jax.vjp(apply, x, weight, params)
         return y, pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
@@ -65,10 +65,10 @@ def test_kernels_equal_the_reference(shape, dtype, bias):
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] <= 2048], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 128), (128, 256)])
 def test_mosaic_kernels_equal_the_reference(shape, rows, columns):
-    """Those of kernels/hopper.py, which the tile table alone chooses."""
+    """Those of kernels/gpu/hopper.py, which only a table of tile sizes chooses."""
     if not jax.devices()[0].compute_capability.startswith("9."):
         pytest.skip("wgmma and TMA as used here are Hopper's")
-    from moe_diffusion.kernels.hopper import can_run  # its API in Pallas is not stable
+    from moe_diffusion.kernels.gpu.hopper import can_run  # its API in Pallas is not stable
 
     x, routing, params = layer(shape, "bfloat16", False)
     blocks = GPUBlocks(rows, columns, 64, rows // 16 + 4, "mosaic")
@@ -86,7 +86,7 @@ def test_mosaic_kernels_equal_the_reference(shape, rows, columns):
 
     def oracle(x, weight, params):
         return dispatch(x, routing.replace(weight=weight), params, kind="swiglu",
-                        backend="reference")  # fmt: skip
+                        backend="reference")[0]  # fmt: skip
 
     run = jax.jit(run, static_argnums=0)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, routing.weight, params))

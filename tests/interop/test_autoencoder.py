@@ -11,7 +11,7 @@ import pytest
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import autoencoder as interop
-from moe_diffusion.interop import files
+from moe_diffusion.interop import files, keymap
 from moe_diffusion.models.autoencoder import Autoencoder, AutoencoderKL
 
 TINY = AutoencoderKL(block_channels=(4, 8, 8), layers_per_block=1, norm_groups=2)
@@ -44,8 +44,15 @@ def test_every_layout_there_and_back(autoencoder, layout):
 
 def test_names_are_those_of_the_published_files():
     """One of every kind; `sd-vae-ft-mse` has 248 tensors, with old names of the attention."""
-    shapes = interop._shapes(AutoencoderKL())
-    names = {layout: dict(interop._entries(layout, shapes, AutoencoderKL())) for layout in LAYOUTS}
+    network = AutoencoderKL()
+    shapes = interop.abstract_params(network)
+    names = {
+        layout: {
+            entry.path.removeprefix("params/"): entry.key
+            for entry in keymap.entries(interop.family(layout, network), network, shapes)
+        }
+        for layout in LAYOUTS
+    }
     assert {len(set(found.values())) for found in names.values()} == {len(shapes)} == {248}
     published = {
         "decoder/level_3/block_2/conv_1/kernel": (

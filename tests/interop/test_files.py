@@ -85,7 +85,8 @@ def test_shards_are_one_state_dict(tmp_path):
     for path in (index, tmp_path):  # a folder stands for the one index, or the one file, in it
         state = files.read_state_dict(path)
         same(state, STATE)
-        assert state.shapes == {"a.weight": (2, 3), "b": (1,)}
+        float32 = np.dtype(np.float32)
+        assert state.specs == {"a.weight": ((2, 3), float32), "b": ((1,), float32)}
     (tmp_path / "w-2.safetensors").unlink()
     with pytest.raises(UserError, match="shards that are not beside it: w-2.safetensors"):
         files.read_state_dict(index)
@@ -103,6 +104,23 @@ def test_folders(tmp_path):
         files.read_state_dict(tmp_path)
     (tmp_path / "v.safetensors").unlink()
     same(files.read_state_dict(tmp_path), STATE)
+
+
+def test_a_folder_of_several_networks(tmp_path):
+    """As diffusers publishes them; one of the networks is in shards."""
+    shard = tmp_path / "transformer" / "w-1.safetensors"
+    files.write_state_dict({"b": STATE["b"]}, shard)
+    index = shard.with_name("w.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"b": shard.name}}))
+    files.write_state_dict(STATE, tmp_path / "vae" / "w.safetensors")
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    same(
+        files.read_state_dict(tmp_path),
+        {"transformer/b": STATE["b"]} | {f"vae/{key}": x for key, x in STATE.items()},
+    )
+    assert files.find(tmp_path, "transformer") == index
+    assert files.find(tmp_path / "vae", "transformer").name == "w.safetensors"
 
 
 def test_every_dtype_and_layout_is_written(tmp_path):
@@ -124,11 +142,25 @@ def test_every_dtype_and_layout_is_written(tmp_path):
 def test_parts_make_one_tensor(tmp_path):
     path = tmp_path / "w.safetensors"
     with files.safetensors_writer(path, {"w": ((4, 2), np.dtype(np.float32))}) as write:
-        write("w", np.full((2, 2), 2, np.float32), (1, 2))
-        write("w", np.full((2, 2), 1, np.float32), (0, 2))
-        with pytest.raises(ValueError, match="w: 16 bytes for part"):
-            write("w", np.zeros((2, 2), np.float32))
-    np.testing.assert_array_equal(load_file(path)["w"][:, 0], [1, 1, 2, 2])
+        write("w", np.full((3, 2), 2, np.float32), start=1)
+        write("w", np.full((1, 2), 1, np.float32), start=0)
+        with pytest.raises(ValueError, match=r"w is \(4, 2\): no room for \(2, 2\) at 3"):
+            write("w", np.zeros((2, 2), np.float32), start=3)
+        with pytest.raises(ValueError, match=r"no room for \(4, 3\) at 0"):
+            write("w", np.zeros((4, 3), np.float32))
+    np.testing.assert_array_equal(load_file(path)["w"], [[1, 1], [2, 2], [2, 2], [2, 2]])
+
+
+def test_parts_along_any_axis(tmp_path):
+    path, whole = tmp_path / "w.safetensors", np.arange(2 * 3 * 5 * 2.0).reshape(2, 3, 5, 2)
+    specs = {name: (whole.shape, np.dtype(np.float16)) for name in "abcd"}
+    with files.safetensors_writer(path, specs) as write:
+        for axis, name in enumerate(specs):
+            size = whole.shape[axis]
+            for start, stop in ((1, size), (0, 1)):
+                write(name, whole.take(range(start, stop), axis), axis, start)
+    for tensor in load_file(path).values():
+        np.testing.assert_array_equal(tensor, whole)
 
 
 def test_torch_files(tmp_path):
@@ -152,7 +184,9 @@ def test_torch_files(tmp_path):
     for weights in (None, "ema", "model_ema1"):
         opened = files.open_weights(path, weights)
         same(opened.state, {"b": np.zeros(1, np.float32), "p": np.ones(2, np.float32)})
-        assert opened.state.shapes == {"b": (1,), "p": (2,)}
+        specs = {key: (spec.shape, spec.dtype.name) for key, spec in opened.state.specs.items()}
+        assert specs == {"b": ((1,), "bfloat16"), "p": ((2,), "float32")}
+        assert opened.state["b"].dtype == ml_dtypes.bfloat16
         assert (opened.entry, opened.args) == ("model_ema1", {"lr": 1, "model": "JiT-B/16"})
     torch.save({"first": state, "second": half}, path)
     for weights, message in (

@@ -65,7 +65,7 @@ def test_token_choice():
 
 def test_expert_choice():
     model = build("ecdit", CHOICE, use_swiglu=True)
-    assert (model.router.name, model.router.scope) == ("expert_choice", "sample")
+    assert (model.router.name, model.router.group) == ("expert_choice", "sample")
     assert model.router.capacity == 2.0 and model.router.kernel_init == "normal_0.006"
     assert (model.mlp, model.mlp_bias, model.moe.mlp, model.moe.bias) == ("swiglu", False) * 2
 
@@ -73,7 +73,7 @@ def test_expert_choice():
 def test_diffmoe():
     model = build("diffmoe", CHOICE, {"n_shared_experts": 1}, use_swiglu=True)
     moe = model.moe
-    assert (model.router.name, model.router.scope) == ("diffmoe", "batch")
+    assert (model.router.name, model.router.group) == ("diffmoe", "batch")
     # The shared expert is a GELU MLP of width 8 * hidden, whatever the others are.
     assert (moe.shared_hidden_size, moe.shared_mlp, moe.shared_bias) == (512, "gelu", True)
 

@@ -30,9 +30,10 @@ def test_defaults_are_the_authors():
     config = interop.config_from_torch("jit", {"net": {}})
     model, sampling = config.model, config.sampling
     assert (model.hidden_size, model.depth, model.num_heads) == (1024, 24, 16)
-    assert (model.bottleneck, model.in_context_tokens, model.in_context_start) == (128, 32, 8)
+    assert (model.jit.bottleneck, model.jit.in_context_tokens) == (128, 32)
+    assert model.jit.in_context_start == 8
     assert (model.image_size, model.channels, model.patch_size) == (256, 3, 16)
-    assert (model.router.name, model.dropout) == ("dense", 0.0)
+    assert (model.router.name, model.jit.dropout) == ("dense", 0.0)
     assert (config.diffusion.prediction, config.diffusion.t_eps) == ("data", 0.05)
     assert (sampling.sampler, sampling.steps, sampling.final_euler) == ("heun", 50, True)
 
@@ -56,7 +57,7 @@ def test_jitmoe():
     for rate in (0.0, 0.3):
         net = {"net": NET | {"moe_config": MOE | {"proj_drop": rate}}}
         model = interop.model_config_from_torch("jitmoe", net)
-        assert (model.moe.dropout, model.dropout) == (rate, 0)
+        assert (model.moe.dropout, model.jit.dropout) == (rate, 0)
     alone = {"net": NET | {"moe_config": MOE | {"use_shared_expert": False}}}
     moe = interop.model_config_from_torch("jitmoe", alone).moe
     assert moe.shared_hidden_size == 0 and moe.residual_input
@@ -70,8 +71,9 @@ def test_arguments_of_the_training_script():
     config = interop.config_from_torch("jit", args | others)
     model, diffusion, sampling = config.model, config.diffusion, config.sampling
     assert (model.hidden_size, model.depth, model.patch_size) == (1280, 32, 32)
-    assert (model.image_size, model.bottleneck, model.in_context_start) == (512, 256, 10)
-    assert (model.dropout, diffusion.noise_scale, diffusion.cond_dropout) == (0.2, 2.0, 0.2)
+    assert (model.jit.bottleneck, model.jit.in_context_start) == (256, 10)
+    assert model.image_size == 512
+    assert (model.jit.dropout, diffusion.noise_scale, diffusion.cond_dropout) == (0.2, 2.0, 0.2)
     assert (diffusion.time_sampling, diffusion.time_mean) == ("logit_normal", -0.6)
     assert (sampling.cfg, sampling.cfg_interval) == (2.2, (0.1, 1.0))
     assert interop.config_from_torch("jit", FAMILIES["jit"].from_args(args | others)) == config
@@ -94,7 +96,7 @@ def test_arguments_of_the_training_script():
         ("jit", {"net": {"attn_drop": 0.1}}, "attn_drop .* is not supported"),
         ("jit", {"net": {"depth": "24"}}, "hyperparameters of jit"),
         ("jit", {"img_size": 256}, "unknown hyperparameter 'img_size'"),
-        ("jit", {"net": NET | {"in_context_start": 3}}, "model.in_context_start = 3 is beyond"),
+        ("jit", {"net": NET | {"in_context_start": 3}}, "model.jit.in_context_start = 3 is"),
     ],
 )
 def test_bad_hyperparameters(family, hparams, message):

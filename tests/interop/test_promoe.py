@@ -165,7 +165,7 @@ def state_by_hand(qk_norm):
     shapes |= linear("final_layer.adaLN_modulation.1", width, 2 * width)
     rng = np.random.default_rng(0)
     state = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
-    return state | {"pos_embed": sincos_table(2, width)[None]}
+    return state | {"pos_embed": sincos_table((2, 2), width)[None]}
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -188,7 +188,7 @@ def test_q_and_k_norm(family, qk_norm):
     layer = jax.tree.map(lambda leaf: leaf[0], variables["params"]["layers_0"]["block_0"]["attn"])
     layer["qkv"]["bias"] = np.zeros_like(layer["qkv"]["bias"])
     norm = {"qk_norm": model.qk_norm, "qk_norm_kind": model.qk_norm_kind}
-    attention = Attention(2, 2, positions="sincos", dtype="float32", **norm,
+    attention = Attention(2, 2, positions="sincos", grid=(2, 2), dtype="float32", **norm,
                           qk_norm_eps=model.qk_norm_eps)  # fmt: skip
     got = attention.apply({"params": layer}, x)
     np.testing.assert_allclose(got, attention_by_hand(state, x, qk_norm), rtol=1e-4, atol=1e-6)

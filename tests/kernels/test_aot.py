@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from moe_diffusion.kernels import mlp, tuning
-from moe_diffusion.kernels.gpu import GPUKernels
+from moe_diffusion.kernels.gpu.triton import GPUKernels
 from moe_diffusion.kernels.grouped import grouped
 from moe_diffusion.kernels.tiles import fixed_tiles, plan_tiles
-from moe_diffusion.kernels.tpu import TPUKernels
+from moe_diffusion.kernels.tpu.tpu import TPUKernels
 from tests.absent import compile_for
 
 pytestmark = pytest.mark.tpu_aot

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_diffusion.kernels import blocked as module
-from moe_diffusion.kernels.blocked import blocked, make_plan
+from moe_diffusion.kernels.blocked import by_chunks, make_plan
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.rows import stable_order
 
@@ -61,7 +61,7 @@ def test_many_chunks_of_one_expert_match_the_reference():
     }
 
     def ours(x, weight, params):
-        return blocked("swiglu", x, weight, params, plan)
+        return by_chunks("swiglu", x, weight, params, plan)
 
     def oracle(x, weight, params):
         return reference(x, token, expert, weight, params, "swiglu")

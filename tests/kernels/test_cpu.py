@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_diffusion.kernels import library, mlp
-from moe_diffusion.kernels.cpu import CPUKernels, make_plan
+from moe_diffusion.errors import UserError
+from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.cpu import library
+from moe_diffusion.kernels.cpu.cpu import CPUKernels, make_plan
 from moe_diffusion.kernels.grouped import grouped
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tiles import plan_tiles
-from moe_diffusion.moe.dispatch import default_backend, dispatch
+from moe_diffusion.moe.dispatch import choose_backend, dispatch
 from moe_diffusion.moe.routing import by_token
 from tests.compiler import COMPILER, needs_compiler
 
@@ -184,16 +186,16 @@ def test_without_a_compiler_xla_does_it(compiler, reason, monkeypatch, caplog):
     monkeypatch.setattr(library, "available", missing)
     routing = by_token(jnp.zeros((1, 4, 1), jnp.int32), jnp.ones((1, 4, 1)))
     with caplog.at_level(logging.WARNING):
-        assert default_backend("cpu", routing) == "blocked"
+        assert choose_backend("cpu", routing, "float32", False)[0] == "blocked"
     assert "no C++ compiler works here" in caplog.text and reason in caplog.text
-    with pytest.raises(ValueError, match="pip install ziglang"):
+    with pytest.raises(UserError, match="pip install ziglang"):
         dispatch(jnp.ones((1, 4, 2)), routing, {}, kind="silu", backend="cpu")
 
 
 def test_half_precision_is_left_to_xla():
     routing = by_token(jnp.zeros((1, 4, 1), jnp.int32), jnp.ones((1, 4, 1)))
-    assert default_backend("cpu", routing, dtype="bfloat16") == "blocked"
-    with pytest.raises(ValueError, match="computes in float32, not bfloat16: take 'blocked'"):
+    assert choose_backend("cpu", routing, "bfloat16", False)[0] == "blocked"
+    with pytest.raises(UserError, match="cpu computes in float32, not bfloat16: choose auto or tp"):
         x = jnp.ones((1, 4, 2), jnp.bfloat16)
         dispatch(x, routing, {}, kind="silu", backend="cpu")
 

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from moe_diffusion.benchmarks import tiles as tune
-from moe_diffusion.kernels import gpu, hopper, hopper_products, mlp, tuning
+from moe_diffusion.kernels import mlp, tuning
+from moe_diffusion.kernels.gpu import gpu, hopper, hopper_products
+from moe_diffusion.kernels.gpu.hopper import HopperKernels, can_run
+from moe_diffusion.kernels.gpu.triton import GPUKernels
 from moe_diffusion.kernels.grouped import grouped
-from moe_diffusion.kernels.hopper import HopperKernels, can_run
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tiles import plan_tiles
 from moe_diffusion.kernels.tuning import GPUBlocks
@@ -193,7 +195,7 @@ def test_what_they_cannot_run_is_left_to_triton():
     def run(kernels):
         return gradients(lambda *a: grouped(kernels, "gelu", *a, plan), x, weight, odd, x)
 
-    found, expected = run(HopperKernels(blocks, True)), run(gpu.GPUKernels(blocks, True))
+    found, expected = run(HopperKernels(blocks, True)), run(GPUKernels(blocks, True))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -210,7 +212,7 @@ def test_only_the_table_chooses_them(tmp_path, monkeypatch):
     mosaic, triton = (tuning.gpu_blocks(params, rows) for rows in (1000, 4000))
     assert mosaic.kernels == "mosaic" and triton == GPUBlocks(128, 64, 64, 4, "triton")
     assert type(gpu.choose(mosaic)) is HopperKernels
-    assert type(gpu.choose(triton)) is type(gpu.choose(mosaic, interpret=True)) is gpu.GPUKernels
+    assert type(gpu.choose(triton)) is type(gpu.choose(mosaic, interpret=True)) is GPUKernels
 
 
 def test_tune_tries_them_on_hopper_and_compares_numbers(monkeypatch):

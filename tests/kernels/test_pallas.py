@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe_diffusion.kernels import mlp, tuning
-from moe_diffusion.kernels.gpu import GPUKernels
+from moe_diffusion.kernels.gpu.triton import GPUKernels
 from moe_diffusion.kernels.grouped import grouped
 from moe_diffusion.kernels.reference import reference
 from moe_diffusion.kernels.tiles import fixed_tiles, num_tiles, plan_tiles
-from moe_diffusion.kernels.tpu import TPUKernels
+from moe_diffusion.kernels.tpu.tpu import TPUKernels
 
 E, K, T = 4, 2, 150
 

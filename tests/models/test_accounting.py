@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from moe_diffusion import config as configs
 from moe_diffusion import interop
 from moe_diffusion.models import abstract_variables, build
 from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts, table
+from moe_diffusion.models.stack import abstract_inputs
 
 FAMILIES = json.loads((Path(__file__).parents[1] / "goldens/param_counts.json").read_text())[
     "families"
@@ -121,7 +121,7 @@ WIDE = {"image_size": 16, "hidden_size": 2048, "num_heads": 8, "moe__num_experts
             {
                 "depth": 2,
                 "moe__hidden_size": 4096,
-                "moe__backend": "capacity",
+                "moe__backend": "slots",
                 "moe__capacity_factor": 1.0,
                 "moe__shared_hidden_size": 2048,
             },
@@ -132,7 +132,7 @@ WIDE = {"image_size": 16, "hidden_size": 2048, "num_heads": 8, "moe__num_experts
             {
                 "depth": 2,
                 "moe__hidden_size": 4096,
-                "moe__backend": "capacity",
+                "moe__backend": "slots",
                 "router__max_capacity": 1.0,
             },
         ),
@@ -144,13 +144,12 @@ def test_flops_agree_with_xla(router, changes):
     Its width leaves little to what we do not count: norms, softmax, activations.
     """
     model, batch = digits(router, **(WIDE | changes)), 2
-    assert all(repeats == 1 for _, repeats in model.segments)
+    assert all(repeats == 1 for _, repeats in model.stack.segments)
     variables = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), abstract_variables(model)
     )
-    x = jax.ShapeDtypeStruct((batch, model.image_size, model.image_size, 1), jnp.float32)
-    t, y = jax.ShapeDtypeStruct((batch,), "float32"), jax.ShapeDtypeStruct((batch,), "int32")
-    lowered = jax.jit(lambda *args: model.apply(*args, False)).lower(variables, x, t, y)
+    inputs = abstract_inputs(model, batch)
+    lowered = jax.jit(lambda *args: model.apply(*args, False)).lower(variables, *inputs)
     counted = lowered.cost_analysis()["flops"]
     assert forward_flops(model, batch)["total"] == pytest.approx(counted, rel=0.002)
 

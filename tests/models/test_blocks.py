@@ -12,13 +12,15 @@ def test_patchify_orders_row_column_channel():
     image = jnp.arange(4 * 4 * 2).reshape(1, 4, 4, 2)
     tokens = blocks.patchify(image, 2)
     assert tokens.shape == (1, 4, 8)
+    wide = jnp.arange(4 * 6 * 2).reshape(1, 4, 6, 2)
+    np.testing.assert_array_equal(blocks.unpatchify(blocks.patchify(wide, 2), 2, (2, 3)), wide)
     # The second token is the upper right patch: rows 0-1, columns 2-3, both channels.
     np.testing.assert_array_equal(tokens[0, 1], [4, 5, 6, 7, 12, 13, 14, 15])
-    np.testing.assert_array_equal(blocks.unpatchify(tokens, 2), image)
+    np.testing.assert_array_equal(blocks.unpatchify(tokens, 2, (2, 2)), image)
 
 
 def test_sincos_encodes_the_column_first():
-    table = blocks.sincos_table(3, 8)
+    table = blocks.sincos_table((3, 3), 8)
     same_column, same_row = table[[1, 4, 7]], table[[3, 4, 5]]
     assert (same_column[:, :4] == same_column[0, :4]).all()
     assert (same_row[:, 4:] == same_row[0, 4:]).all()
@@ -38,7 +40,7 @@ def test_rope_products_depend_on_the_distance_only(kind):
     grid, head_dim = 4, 8
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=head_dim), jnp.float32) for _ in range(2))
-    angles = blocks.rope_angles(kind, grid, head_dim)
+    angles = blocks.rope_angles(kind, (grid, grid), head_dim)
     everywhere = lambda v: jnp.broadcast_to(v, (grid * grid, head_dim))  # noqa: E731
     turned_q, turned_k = (blocks.rotate(everywhere(v), angles) for v in (q, k))
     scores = turned_q @ turned_k.T
@@ -67,7 +69,7 @@ def test_norms(kind):
 def test_grouped_queries_share_a_key_head():
     # Four query heads on two key heads equal four on four whose keys are repeated pairwise.
     x = jax.random.normal(jax.random.key(0), (2, 9, 16))
-    make = lambda kv: blocks.Attention(4, kv, False, "rope2d", jnp.float32)  # noqa: E731
+    make = lambda kv: blocks.Attention(4, kv, False, "rope2d", (3, 3), jnp.float32)  # noqa: E731
     grouped = make(2)
     params = grouped.init(jax.random.key(1), x)["params"]
     params = jax.tree.map(lambda leaf: leaf.value, params, is_leaf=lambda v: hasattr(v, "value"))

@@ -11,9 +11,10 @@ from flax import linen as nn
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
-from moe_diffusion.models.dit import layer_segments, moe_pattern, periods_at_once
+from moe_diffusion.models.patches import moe_pattern
+from moe_diffusion.models.stack import layer_segments, next_router_state, periods_at_once
 
-F, T = False, True
+F, T = "dense", "moe"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,9 @@ F, T = False, True
         ((F, F, F, T, F, T), (((F,), 3), ((T,), 1), ((F,), 1), ((T,), 1))),
         ((T,), (((T,), 1),)),
         ((F,) * 5, (((F,), 5),)),
+        ((T, T, F) * 3, (((T, T, F), 3),)),
+        ((F, T, T, T) * 2 + (F,), (((F, T, T, T), 2), ((F,), 1))),
+        (("double",) * 19 + ("single",) * 38, ((("double",), 19), (("single",), 38))),
     ],
 )
 def test_layer_segments_cover_the_pattern(pattern, segments):
@@ -35,9 +39,9 @@ def test_layer_segments_cover_the_pattern(pattern, segments):
 
 
 def test_moe_pattern():
-    assert moe_pattern(4, interleave=True, skip_first=0) == (F, T, F, T)
-    assert moe_pattern(4, interleave=False, skip_first=2) == (F, F, T, T)
-    assert moe_pattern(6, interleave=True, skip_first=2) == (F, F, F, T, F, T)
+    assert moe_pattern(4, interleave=True, skip_first=0) == (False, True, False, True)
+    assert moe_pattern(4, interleave=False, skip_first=2) == (False, False, True, True)
+    assert moe_pattern(6, interleave=True, skip_first=2) == (False, False, False, True, False, True)
 
 
 def tiny(router="token_choice", **overrides):
@@ -54,7 +58,7 @@ def inputs(batch=4):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(batch, 8, 8, 1)), jnp.float32)
     t = jnp.asarray(rng.random(batch), jnp.float32)
-    return x, t, jnp.arange(batch, dtype=jnp.int32)
+    return x, t, {"label": jnp.arange(batch, dtype=jnp.int32)}
 
 
 def initial(model):
@@ -171,7 +175,8 @@ def test_router_state_moves_only_by_its_rule(router):
     run = jax.jit(lambda variables: model.apply(variables, *inputs(), True, mutable=sown))
     out, sown = run(variables)
     assert np.isfinite(out).all()
-    state = model.update_router_state(variables["router_state"], sown.get("router_stats", {}))
+    stats = sown.get("router_stats", {})
+    state = next_router_state(model.routers(), variables["router_state"], stats)
     changed = [
         not np.array_equal(a, b)
         for a, b in zip(
@@ -184,11 +189,13 @@ def test_router_state_moves_only_by_its_rule(router):
 def test_reversed_time_is_the_same_network_seen_from_the_data():
     """At t it sees 1000 (1 - t) and its velocity is turned round, but not the variance."""
     keys = {"learn_sigma": "true", "time_scale": 1000.0}
-    plain, reverse = (build(tiny(reverse_time=r, **keys).model) for r in ("false", "true"))
+    plain, reverse = (
+        build(tiny(**{"dit.reverse_time": r}, **keys).model) for r in ("false", "true")
+    )
     variables = variables_of(plain)
-    x, t, y = inputs()
-    expected = plain.apply(variables, x, 1 - t, y, False)
-    got = reverse.apply(variables, x, t, y, False)
+    x, t, cond = inputs()
+    expected = plain.apply(variables, x, 1 - t, cond, False)
+    got = reverse.apply(variables, x, t, cond, False)
     assert jnp.abs(expected).min() > 0
     np.testing.assert_array_equal(got[..., :1], -expected[..., :1])
     np.testing.assert_array_equal(got[..., 1:], expected[..., 1:])
@@ -197,13 +204,16 @@ def test_reversed_time_is_the_same_network_seen_from_the_data():
 def test_the_null_label_has_its_own_row():
     model = build(tiny().model)
     variables = variables_of(model)
-    x, t, y = inputs()
-    null = jnp.full_like(y, model.num_classes)
+    x, t, cond = inputs()
+    null = model.null(cond)
+    np.testing.assert_array_equal(null["label"], 10)
     assert not np.allclose(
-        model.apply(variables, x, t, y, False), model.apply(variables, x, t, null, False)
+        model.apply(variables, x, t, cond, False), model.apply(variables, x, t, null, False)
     )
 
 
 def test_a_loss_the_router_does_not_have_is_an_error():
-    with pytest.raises(UserError, match="loss_weights.capacity: router 'token_choice' has no such"):
-        build(tiny().model, losses=["capacity"])
+    with pytest.raises(
+        UserError, match="loss_weights.capacity_predictor: router 'token_choice' has no such"
+    ):
+        build(tiny().model, losses=["capacity_predictor"])

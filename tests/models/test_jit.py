@@ -15,8 +15,10 @@ from moe_diffusion.models import abstract_variables, blocks, build
 F, T = False, True
 UNPOLISHED = {"xla_backend_optimization_level": 0}
 SMALL = {"image_size": 4, "channels": 1, "patch_size": 2, "hidden_size": 8, "num_heads": 2}
-SMALL |= {"num_classes": 3, "bottleneck": 3, "in_context_tokens": 2, "in_context_start": 1}
+SMALL |= {"num_classes": 3, "jit.bottleneck": 3, "jit.in_context_tokens": 2}
+SMALL |= {"jit.in_context_start": 1}
 SMALL |= {"depth": 4, "moe.num_experts": 4, "moe.hidden_size": 4, "moe.shared_hidden_size": 4}
+DEEP = {"depth": 8, "jit.in_context_start": 3}
 
 
 def config(spec="configs/jit_b16.py", **changes):
@@ -25,7 +27,7 @@ def config(spec="configs/jit_b16.py", **changes):
 
 def inputs():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
-    return x, jnp.array([0.2, 0.9]), jnp.array([1, 3])
+    return x, jnp.array([0.2, 0.9]), {"label": jnp.array([1, 3])}
 
 
 def variables_of(model):
@@ -48,24 +50,32 @@ def apply(model, variables, train=False, **rngs):
     ("changes", "segments"),
     [
         ({}, (((F,), 1), ((F,), 3))),
-        ({"in_context_start": 0}, (((F,), 4),)),
-        ({"in_context_tokens": 0}, (((F,), 4),)),
-        ({"depth": 8, "in_context_start": 3}, (((F,), 3), ((F,), 5))),
+        ({"jit.in_context_start": 0}, (((F,), 4),)),
+        ({"jit.in_context_tokens": 0}, (((F,), 4),)),
+        ({"depth": 8, "jit.in_context_start": 3}, (((F,), 3), ((F,), 5))),
         # Dropout in the blocks 2 to 5 of 8.
         (
-            {"depth": 8, "in_context_start": 3, "dropout": 0.1},
+            {"depth": 8, "jit.in_context_start": 3, "jit.dropout": 0.1},
             (((F,), 2), ((F,), 1), ((F,), 3), ((F,), 2)),
         ),
     ],
 )
 def test_segments_end_where_blocks_change(changes, segments):
-    assert build(config(**changes).model).segments == segments
+    assert segments_of(build(config(**changes).model)) == segments
+
+
+def segments_of(model):
+    """With True for the blocks that have experts."""
+    return tuple(
+        (tuple(kind.startswith("moe") for kind in period), repeats)
+        for period, repeats in model.stack.segments
+    )
 
 
 def test_segments_with_experts():
-    model = build(config("configs/jitmoe_b16.py", depth=8, in_context_start=3).model)
-    assert sum((period * repeats for period, repeats in model.segments), ()) == (F, T) * 4
-    assert model.segments == (((F,), 1), ((T,), 1), ((F,), 1), ((T, F), 2), ((T,), 1))
+    model = build(config("configs/jitmoe_b16.py", **DEEP).model)
+    assert [kind.split(".")[0] for kind in model.kinds] == ["dense", "moe"] * 4
+    assert segments_of(model) == (((F,), 1), ((T,), 1), ((F,), 1), ((T, F), 2), ((T,), 1))
 
 
 def test_class_tokens_begin_at_their_block_and_are_gone_in_the_end():
@@ -86,8 +96,8 @@ def test_class_tokens_begin_at_their_block_and_are_gone_in_the_end():
 
 
 def test_rope_of_interleaved_pairs_is_the_other_rope_reordered():
-    angles = blocks.rope_angles("rope2d_pairs", 3, 8)
-    np.testing.assert_array_equal(angles, blocks.rope_angles("rope2d", 3, 8))
+    angles = blocks.rope_angles("rope2d_pairs", (3, 3), 8)
+    np.testing.assert_array_equal(angles, blocks.rope_angles("rope2d", (3, 3), 8))
     x = jax.random.normal(jax.random.key(0), (1, 2, 9, 8))
     order = np.array([0, 2, 1, 3, 4, 6, 5, 7])  # pairs (0, 1), (2, 3) -> (0, 2), (1, 3)
     turned = blocks.rotate(x, angles, interleaved=True)
@@ -98,7 +108,9 @@ def test_rope_of_interleaved_pairs_is_the_other_rope_reordered():
 
 
 def test_dropout_acts_in_training_only():
-    model, without = (build(config(in_context_start=0, dropout=d).model) for d in (0.5, 0.0))
+    model, without = (
+        build(config(**{"jit.in_context_start": 0, "jit.dropout": d}).model) for d in (0.5, 0.0)
+    )
     variables = variables_of(model)
     first, again, other = (
         apply(model, variables, True, dropout=jax.random.key(n)) for n in (1, 1, 2)
@@ -115,10 +127,11 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.slow
 def test_recomputation_draws_the_same_dropout():
-    batch = {"image": inputs()[0], "label": inputs()[2] % 3}
+    batch = {"image": inputs()[0], "label": inputs()[2]["label"] % 3}
     found = []
     for remat in ("none", "full"):
-        whole = config("configs/jit_h16.py", dropout=0.5, remat=remat, in_context_tokens=0)
+        changes = {"jit.dropout": 0.5, "jit.in_context_tokens": 0, "remat": remat}
+        whole = config("configs/jit_h16.py", **changes)
         model = build(whole.model)
         grad_fn = jax.value_and_grad(make_loss(model, whole), has_aux=True)
         run = jax.jit(grad_fn, compiler_options=UNPOLISHED)
@@ -130,13 +143,16 @@ def test_recomputation_draws_the_same_dropout():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"in_context_start": 4}, "model.in_context_start = 4 is beyond the last of model.depth"),
-        ({"reverse_time": "true"}, "model.reverse_time is of model.family = dit"),
+        ({"jit.in_context_start": 4}, "model.jit.in_context_start = 4 is beyond the last of model"),
+        (
+            {"dit.reverse_time": "true"},
+            "model.dit.reverse_time = True is of model.architecture = dit",
+        ),
         ({"hidden_size": 10, "positions": "rope1d", "num_heads": 1}, "a multiple of 4"),
         ({"num_heads": 4}, "model.positions = rope2d_pairs needs .* = 2 to be a multiple of 4"),
-        ({"family": "dit", "dropout": 0.1}, "model.dropout = 0.1 is of model.family = jit"),
-        ({"dropout": 1.0}, "model.dropout = 1.0 must be at least 0 and below 1"),
-        ({"bottleneck": 0}, "model.bottleneck = 0 must be positive"),
+        ({"architecture": "dit", "jit.dropout": 0.1}, "0.1 is of model.architecture = jit"),
+        ({"jit.dropout": 1.0}, "model.jit.dropout = 1.0 must be at least 0 and below 1"),
+        ({"jit.bottleneck": 0}, "model.jit.bottleneck = 0 must be positive"),
     ],
 )
 def test_impossible_configs(changes, message):

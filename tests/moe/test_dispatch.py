@@ -1,13 +1,17 @@
-"""Every backend against `reference`: values and gradients, on routings kind and unkind."""
+"""Every backend against `reference`, on easy and hard routings; and which of them is chosen."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_diffusion.moe.dispatch import BACKENDS, dispatch, dropped_share
+import moe_diffusion.kernels
+from moe_diffusion.errors import UserError
+from moe_diffusion.kernels.cpu import library
+from moe_diffusion.moe.dispatch import BACKENDS, choose_backend, dispatch
 from moe_diffusion.moe.routing import Routing, by_expert, by_token
 from moe_diffusion.parallel.mesh import make_mesh
 from tests.compiler import COMPILER, needs_compiler
@@ -65,7 +69,7 @@ def values_and_gradients(routing, tree, kind, **options):
     out = jax.random.normal(jax.random.key(6), (G, T, D))
 
     def f(x, weight, tree):
-        return dispatch(x, routing.replace(weight=weight), tree, kind=kind, **options)
+        return dispatch(x, routing.replace(weight=weight), tree, kind=kind, **options)[0]
 
     def both(x, weight, tree):
         y, pull = jax.vjp(f, x, weight, tree)
@@ -92,7 +96,7 @@ def cases():
         "gpu": [("skewed", "gelu", True), ("empty expert", "swiglu", False)],
         "ragged_dot": [("skewed", "gelu", True)],
     }
-    for backend in BACKENDS[1:]:
+    for backend in sorted(set(BACKENDS) - {"reference"}):
         for case in every:
             marks = [] if case in quick.get(backend, every) else [pytest.mark.slow]
             marks += [needs_compiler] if backend == "cpu" else []
@@ -108,7 +112,7 @@ def expected(routing, kind, bias):
 @pytest.mark.parametrize(("backend", "routing", "kind", "bias"), list(cases()))
 def test_backends_equal_reference(backend, routing, kind, bias):
     """The Pallas kernels are interpreted here; tests/kernels compiles them."""
-    options = {"capacity_factor": E} if backend == "capacity" else {}
+    options = {"capacity_factor": E} if backend == "slots" else {}
     tree = params(kind, bias)
     got = values_and_gradients(ROUTINGS[routing], tree, kind, backend=backend, **options)
     jax.tree.map(
@@ -129,35 +133,95 @@ def test_dispatch_by_hand():
         expert=jnp.array([[0, 1, 1, 2]]),  # the last is unused
         weight=jnp.array([[0.5, 0.25, 1.0, 9.0]]),
     )
-    for backend in sorted(set(BACKENDS) - {"capacity"} - (set() if COMPILER else {"cpu"})):
-        y = dispatch(jnp.ones((1, 3, 1)), routing, tree, kind="silu", backend=backend)
+    for backend in sorted(set(BACKENDS) - {"slots"} - (set() if COMPILER else {"cpu"})):
+        y, dropped = dispatch(jnp.ones((1, 3, 1)), routing, tree, kind="silu", backend=backend)
+        assert dropped is None
         np.testing.assert_allclose(y[0, :, 0], [0.5 * 1 + 1.0 * 2, 0.25 * 2, 0.0], rtol=1e-5)
 
 
-def test_capacity_drops_what_comes_last():
-    # Six tokens, all to expert 0 of two, C = ceil(1.0 * 6 / 2) = 3.
+def test_slots_drop_what_comes_last():
+    # Six tokens, all to expert 0 of two, C = ceil(factor * 6 / 2) = 3 or 6.
     routing = by_token(jnp.zeros((1, 6, 1), jnp.int32), jnp.ones((1, 6, 1)))
     tree = {"up": jnp.full((2, 1, 1), 30.0), "down": jnp.ones((2, 1, 1)) / 30.0}
-    y = dispatch(
-        jnp.ones((1, 6, 1)), routing, tree, kind="silu", backend="capacity", capacity_factor=1.0
-    )
-    np.testing.assert_allclose(y[0, :, 0], [1, 1, 1, 0, 0, 0], rtol=1e-5)
-    np.testing.assert_allclose(dropped_share(routing, 2, 1.0), 0.5)
-    np.testing.assert_allclose(dropped_share(routing, 2, 2.0), 0.0)
+    for factor, served, share in ((1.0, [1, 1, 1, 0, 0, 0], 0.5), (2.0, [1] * 6, 0.0)):
+        y, dropped = dispatch(jnp.ones((1, 6, 1)), routing, tree, kind="silu", backend="slots",
+                              capacity_factor=factor)  # fmt: skip
+        np.testing.assert_allclose(y[0, :, 0], served, rtol=1e-5)
+        np.testing.assert_allclose(dropped, share)
 
 
-def test_unknown_backend_lists_the_known():
-    with pytest.raises(ValueError, match="known: reference, blocked, capacity"):
-        dispatch(jnp.ones((G, T, D)), ROUTINGS["uniform"], params("silu", False), kind="silu",
-                 backend="magic")  # fmt: skip
+def test_fixed_slots_drop_nothing():
+    x, tree = jnp.ones((G, T, D)), params("silu", False)
+    for backend in (None, "slots"):
+        assert dispatch(x, ROUTINGS["expert choice"], tree, kind="silu", backend=backend)[1] is None
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("routing", ["uniform", "expert choice"])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "gpu"])
+def test_what_is_chosen(platform, dtype, dropout, routing, compiler, monkeypatch):
+    monkeypatch.setattr(library, "available", lambda: compiler)
+    if platform == "tpu" and not dropout:
+        expected = "tpu"
+    elif platform == "cpu" and not dropout and dtype == "float32" and compiler:
+        expected = "cpu"
+    elif routing == "expert choice":
+        expected = "slots"
+    else:
+        expected = "blocked" if platform == "cpu" or dropout else "gpu"
+    name, why = choose_backend(platform, ROUTINGS[routing], dtype, dropout)
+    assert name == expected and BACKENDS[name].what in why
+    named, why = choose_backend(platform, ROUTINGS[routing], dtype, dropout, name=name)
+    assert named == name and "named by model.moe.backend" in why
+
+
+def test_why_names_what_was_passed_over(monkeypatch):
+    why = functools.partial(choose_backend, "cpu", ROUTINGS["uniform"], "bfloat16", False)
+    assert "not cpu, which computes in float32, not bfloat16; not slots, which drops" in why()[1]
+    monkeypatch.setattr(library, "available", lambda: False)
+    _, why = choose_backend("cpu", ROUTINGS["expert choice"], "float32", False)
+    assert "not cpu, which needs a C++ compiler" in why and "slots" not in why.split(";", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "dropout", "name", "message"),
+    [
+        ("cpu", False, "magic", "magic is unknown: choose auto or one of cpu, tpu, slots, gpu, bl"),
+        (
+            "tpu",
+            True,
+            "tpu",
+            "tpu has no dropout inside experts: choose auto or slots, blocked, re",
+        ),
+        (
+            "cuda",
+            False,
+            "cpu",
+            "cpu does not run on a GPU: choose auto or slots, gpu, blocked, ref",
+        ),
+        ("cuda", False, "tpu", "tpu does not run on a GPU: choose auto or slots, gpu, blocked"),
+        ("tpu", False, "gpu", "gpu does not run on a TPU: choose auto or tpu, slots, blocked"),
+    ],
+)
+def test_a_named_backend_that_does_not_suit(platform, dropout, name, message):
+    with pytest.raises(UserError, match=f"model.moe.backend = {message}"):
+        choose_backend(platform, ROUTINGS["uniform"], "float32", dropout, name)
+
+
+def test_every_backend_has_its_source():
+    folder = Path(moe_diffusion.kernels.__file__).parent
+    sources = [backend.source for backend in BACKENDS.values()]
+    assert len(set(sources)) == len(sources) and all((folder / s).exists() for s in sources)
 
 
 def test_bfloat16_stays_close():
     tree = params("swiglu", False)
     x = jax.random.normal(jax.random.key(5), (G, T, D))
-    full = dispatch(x, ROUTINGS["skewed"], tree, kind="swiglu", backend="reference")
-    for backend in ("blocked", "capacity"):
-        half = dispatch(
+    full, _ = dispatch(x, ROUTINGS["skewed"], tree, kind="swiglu", backend="reference")
+    for backend in ("blocked", "slots"):
+        half, _ = dispatch(
             x.astype(jnp.bfloat16),
             ROUTINGS["skewed"],
             tree,
@@ -188,7 +252,7 @@ def test_gradients_scatter_nothing_and_keep_no_copy_of_the_weights(name):
     routing, tree = ROUTINGS[name], params("swiglu", False)
 
     def loss(x, weight, tree):
-        return dispatch(x, routing.replace(weight=weight), tree, kind="swiglu").sum()
+        return dispatch(x, routing.replace(weight=weight), tree, kind="swiglu")[0].sum()
 
     x = jnp.ones((G, T, D))
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, routing.weight, tree).as_text()

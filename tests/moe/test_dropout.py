@@ -16,7 +16,7 @@ from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.models import build
 from moe_diffusion.models.blocks import MLP
-from moe_diffusion.moe.dispatch import default_backend, dispatch
+from moe_diffusion.moe.dispatch import dispatch
 from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import TokenChoice
 from tests.models.test_jit import UNPOLISHED, config, inputs, variables_of
@@ -82,7 +82,7 @@ def by_hand(routing, tree, kind):
     [
         ("reference", "skewed", "swiglu", True),
         ("blocked", "skewed", "swiglu", True),
-        ("capacity", "expert choice", "swiglu", False),
+        ("slots", "expert choice", "swiglu", False),
     ],
 )
 def test_values_and_gradients(backend, routing, kind, bias):
@@ -97,7 +97,7 @@ def test_no_mask_is_kept_for_the_backward_pass():
     x = jnp.ones((dispatched.G, dispatched.T, dispatched.D))
 
     def f(x):
-        return dispatch(x, routing, tree, kind="swiglu", backend="blocked", dropout=DROPOUT)
+        return dispatch(x, routing, tree, kind="swiglu", backend="blocked", dropout=DROPOUT)[0]
 
     kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(f, x)[1], x))
     assert kept and not any(leaf.dtype == bool for leaf in kept)
@@ -107,7 +107,7 @@ def test_no_mask_is_kept_for_the_backward_pass():
     ("name", "how"),
     [
         ("token choice", "none"),
-        pytest.param("token choice", "a2a_capacity", marks=pytest.mark.slow),
+        pytest.param("token choice", "a2a_slots", marks=pytest.mark.slow),
         pytest.param("batch pool", None, marks=pytest.mark.slow),
     ],
 )
@@ -128,20 +128,18 @@ def test_devices_draw_their_own_masks():
     same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), routing)
     params, x = transported.weights(), jnp.ones((transported.G, transported.T, transported.D))
     with jax.set_mesh(transported.mesh(preset="dp")):
-        run = quick(lambda dropout: dispatch(x, same, params, kind="swiglu", dropout=dropout))
+        run = quick(lambda dropout: dispatch(x, same, params, kind="swiglu", dropout=dropout)[0])
         y = np.asarray(run(DROPOUT))
     assert all(np.abs(y[0] - other).max() > 0.1 for other in y[1:])
 
 
-def test_backends_without_dropout_are_not_chosen():
+def test_backends_without_dropout_are_refused():
     routing, tree = dispatched.ROUTINGS["uniform"], dispatched.params("silu", False)
-    for platform in ("cpu", "tpu", "cuda"):
-        assert default_backend(platform, routing, dropout=True) == "blocked"
-        chosen = default_backend(platform, dispatched.ROUTINGS["expert choice"], dropout=True)
-        assert chosen == "capacity"
     x = jnp.ones((dispatched.G, dispatched.T, dispatched.D))
-    for backend in ("tpu", "gpu", "ragged_dot"):
-        with pytest.raises(ValueError, match="has no dropout; reference, blocked, capacity have"):
+    for backend in ("cpu", "tpu", "gpu", "ragged_dot"):
+        with pytest.raises(
+            UserError, match="has no dropout inside experts: choose auto or slots, bl"
+        ):
             dispatch(x, routing, tree, kind="silu", backend=backend, dropout=DROPOUT)
         message = f"backend = {backend} cannot do model.moe.dropout = 0.2: choose auto, blocked or"
         with pytest.raises(UserError, match=message):
@@ -171,10 +169,10 @@ def test_shared_experts_drop_too():
 
 
 def test_a_model_drops_in_training_alone():
-    changes = {"depth": 2, "hidden_size": 16, "in_context_tokens": 0, "router.n_group": 1}
+    changes = {"depth": 2, "hidden_size": 16, "jit.in_context_tokens": 0, "router.n_group": 1}
     changes |= {"router.topk_group": 1}
     published = config("configs/jitmoe_h16.py", **changes)
-    assert published.model.moe.dropout == 0.2 and published.model.dropout == 0
+    assert published.model.moe.dropout == 0.2 and published.model.jit.dropout == 0
     model = build(published.model)
     plain = build(config("configs/jitmoe_h16.py", **changes, **{"moe.dropout": 0.0}).model)
     variables = variables_of(model)

@@ -9,19 +9,19 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from moe_diffusion.moe import losses
 from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import ProMoEExpertChoice, ProMoETokenChoice
-from moe_diffusion.moe.routing import dense_gates
+from moe_diffusion.moe.routers.promoe import contrast_loss
 from moe_diffusion.parallel.mesh import make_mesh
+from tests.moe.oracle import dense_gates
 
 G, T, D, E = 8, 12, 6, 5  # four experts with prototypes and the null expert
 ROUTERS = {
-    "top 1": ProMoETokenChoice(E),
-    "top 2": ProMoETokenChoice(E, top_k=2),
-    "expert choice": ProMoEExpertChoice(E, capacity=1.5),
-    "no null expert": ProMoETokenChoice(E, null_expert=False),
-    "no null expert, by expert": ProMoEExpertChoice(E, null_expert=False),
+    "top 1": ProMoETokenChoice(E, top_k=1, scores="identity"),
+    "top 2": ProMoETokenChoice(E, scores="identity"),
+    "expert choice": ProMoEExpertChoice(E, scores="identity", capacity=1.5),
+    "no null expert": ProMoETokenChoice(E, top_k=1, scores="identity", null_expert=False),
+    "no null expert, by expert": ProMoEExpertChoice(E, scores="identity", null_expert=False),
 }
 NULL = np.arange(G) % 3 == 1  # three of the eight samples
 
@@ -96,7 +96,7 @@ def test_experts_take_the_nearest_tokens_of_a_sample(scores):
 
 @pytest.mark.parametrize(("tokens_", "slots"), [(12, 3), (3, 1), (1, 1)])
 def test_an_expert_always_takes_a_token(tokens_, slots):
-    routing, _, _ = applied(ProMoEExpertChoice(E), tokens()[:, :tokens_], None)
+    routing, _, _ = applied(ProMoEExpertChoice(E, scores="identity"), tokens()[:, :tokens_], None)
     load = np.bincount(np.asarray(routing.expert).ravel(), minlength=E + 1)
     np.testing.assert_array_equal(load[:-1], [G * slots] * 4 + [0])
 
@@ -147,8 +147,8 @@ def test_contrast_by_hand():
     """Two orthogonal prototypes on their own tokens: log(1 + exp(-1 / temperature))."""
     x, taken = jnp.eye(2)[None], jnp.eye(2)[None]
     for pooled in (True, False):
-        own = losses.contrast(3 * jnp.eye(2), x, taken, 0.5, pooled)
-        other = losses.contrast(3 * jnp.eye(2), x, taken[:, ::-1], 0.5, pooled)
+        own = contrast_loss(3 * jnp.eye(2), x, taken, 0.5, pooled)
+        other = contrast_loss(3 * jnp.eye(2), x, taken[:, ::-1], 0.5, pooled)
         np.testing.assert_allclose([own, other], [np.log1p(np.exp(-2)), np.log1p(np.exp(2))], 1e-6)
 
 
@@ -169,13 +169,14 @@ def test_a_batch_without_labels_has_no_contrast_and_no_nan(name):
 
 def layer(name, backend=None):
     kinds = {"shard": ProMoETokenChoice, "sample": ProMoEExpertChoice}
-    (scope,) = (scope for scope, kind in kinds.items() if isinstance(ROUTERS[name], kind))
+    (group,) = (group for group, kind in kinds.items() if isinstance(ROUTERS[name], kind))
+    fields = {"scores": "identity"} | ({"top_k": 1} if group == "shard" else {})
     return MoE(
-        make_router=partial(kinds[scope], E, losses=("contrast",)),
+        make_router=partial(kinds[group], E, losses=("contrast",), **fields),
         make_experts=partial(Experts, E, 7, kind="gelu", use_bias=True),
-        compete_in=scope,
+        group=group,
         backend=backend,
-        capacity_factor=float(E),  # so that `capacity` drops nothing
+        capacity_factor=float(E),  # so that `slots` drops nothing
     )
 
 
@@ -214,7 +215,7 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("name", ["top 1", "expert choice"])
 def test_backends_and_devices_agree(name):
     expected = outcome(name, "reference")
-    for backend in ("blocked", "capacity"):
+    for backend in ("blocked", "slots"):
         assert_same(outcome(name, backend), expected)
     mesh = make_mesh(ConfigDict({"preset": "dp"}), jax.devices()[:G])
     with jax.set_mesh(mesh):

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_diffusion.moe import losses
+from moe_diffusion.moe.router import balance, router_z
 from moe_diffusion.moe.routers import DiffMoE, ExpertChoice, TokenChoice
-from moe_diffusion.moe.routing import dense_gates, expert_load
+from moe_diffusion.moe.routers.diffmoe import predictor_loss
+from moe_diffusion.moe.routing import expert_load
+from tests.moe.oracle import dense_gates
 
 
 def logit(p):
@@ -129,12 +131,12 @@ def test_balance_loss_by_hand():
     np.testing.assert_array_equal(expert_load(routing, 4), [2, 2, 1, 1])
     expected = 4 * (np.array([2, 2, 1, 1]) / 6 * table.mean(0)).sum()
     np.testing.assert_allclose(aux.losses["balance"], expected, rtol=1e-6)
-    uniform = losses.balance(jnp.full((1, 3, 4), 0.25), jnp.full(4, 1.5))
+    uniform = balance(jnp.full((1, 3, 4), 0.25), jnp.full(4, 1.5))
     np.testing.assert_allclose(uniform, 1.0, rtol=1e-6)
 
 
 def test_router_z_by_hand():
-    value = losses.router_z(jnp.log(jnp.array([[[1.0, 1.0], [2.0, 6.0]]])))
+    value = router_z(jnp.log(jnp.array([[[1.0, 1.0], [2.0, 6.0]]])))
     np.testing.assert_allclose(value, (np.log(2) ** 2 + np.log(8) ** 2) / 2, rtol=1e-6)
 
 
@@ -182,14 +184,14 @@ PREDICTED = np.array([[0.7, 0.2], [0.4, 0.6], [0.1, 0.9], [0.8, 0.3]])
 
 def test_diffmoe_training_pools_the_batch_and_learns_the_choice():
     # Algorithm 1: C = 4 / 2 * 1 = 2; the target is 1 where the expert took the token.
-    router = DiffMoE(2, capacity=1.0, losses=("capacity",))
+    router = DiffMoE(2, capacity=1.0, losses=("capacity_predictor",))
     state = {"threshold": jnp.array([0.5, 0.5]), "predictor": predictor(logit(PREDICTED))}
     routing, aux = route(router, np.log(POOL), state)
     gates = dense_gates(routing, 4, 2)[0]
     np.testing.assert_allclose(gates, [[0.9, 0], [0, 0.4], [0, 0.7], [0.8, 0]], rtol=1e-6)
     taken = np.array([[1, 0], [0, 1], [0, 1], [1, 0]])
     bce = -(taken * np.log(PREDICTED) + (1 - taken) * np.log(1 - PREDICTED)).mean()
-    np.testing.assert_allclose(aux.losses["capacity"], bce, rtol=1e-4)
+    np.testing.assert_allclose(aux.losses["capacity_predictor"], bce, rtol=1e-4)
     # Second largest prediction of each expert: 0.7 and 0.6.
     np.testing.assert_allclose(aux.stats["threshold"], [0.7, 0.6], rtol=1e-4)
 
@@ -215,16 +217,16 @@ def test_diffmoe_inference_counts_by_threshold_and_chooses_by_gate(max_capacity,
         expected[1, 0] = 0.0
     np.testing.assert_allclose(gates, expected, rtol=1e-6)
     np.testing.assert_allclose(aux.metrics["dropped"], dropped, atol=1e-6)
-    np.testing.assert_allclose(aux.metrics["capacity"], 4 / 4, rtol=1e-6)
+    np.testing.assert_allclose(aux.metrics["experts_per_token"], 4 / 4, rtol=1e-6)
 
 
 def test_diffmoe_predictor_does_not_touch_the_tokens():
-    router = DiffMoE(2, capacity=1.0, losses=("capacity",))
+    router = DiffMoE(2, capacity=1.0, losses=("capacity_predictor",))
     x = jax.random.normal(jax.random.key(0), (1, 8, 4))
     variables = router.init(jax.random.key(1), x, None, True)
 
     def loss(x):
-        return router.apply(variables, x, None, True)[1].losses["capacity"]
+        return router.apply(variables, x, None, True)[1].losses["capacity_predictor"]
 
     np.testing.assert_array_equal(jax.grad(loss)(x), jnp.zeros_like(x))
 
@@ -235,3 +237,8 @@ def test_gradient_reaches_the_gate_through_the_weights():
     params = router.init(jax.random.key(1), x, None, True)["params"]
     grad = jax.grad(lambda p: router.apply({"params": p}, x)[0].weight.sum())(params)
     assert jnp.abs(jax.tree.leaves(grad)[0]).max() > 1e-3
+
+
+def test_the_loss_of_the_predictor_is_a_mean_binary_cross_entropy():
+    value = predictor_loss(jnp.zeros((1, 2, 3)), jnp.ones((1, 2, 3)))
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)

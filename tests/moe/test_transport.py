@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_diffusion.moe import transport
-from moe_diffusion.moe.dispatch import dispatch, dropped_share
+from moe_diffusion.moe.dispatch import dispatch
 from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import ROUTERS
 from moe_diffusion.moe.routing import by_expert, by_token, top_experts, top_tokens
@@ -56,12 +56,18 @@ def run(routing, **options):
     def both(x, weight, params):
         def layer(x, weight, params):
             chosen = routing.replace(weight=weight)
-            return dispatch(x, chosen, params, kind="swiglu", capacity_factor=E, **options)
+            return dispatch(x, chosen, params, kind="swiglu", capacity_factor=E, **options)[0]
 
         y, pull = jax.vjp(layer, x, weight, params)
         return y, pull(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
     return jax.jit(both, compiler_options=QUICK)(x, routing.weight, weights())
+
+
+def dropped(routing, **options):
+    """What `dispatch` says that it drops."""
+    x = jnp.ones((G, T, D))
+    return dispatch(x, routing, weights(), kind="swiglu", backend="blocked", **options)[1]
 
 
 def assert_close(got, expected):
@@ -76,11 +82,11 @@ def assert_close(got, expected):
     [
         ("token choice", "none"),
         ("token choice", "gather"),
-        ("token choice", "a2a_capacity"),
+        ("token choice", "a2a_slots"),
         ("expert choice", "gather"),
-        ("expert choice", "a2a_capacity"),
+        ("expert choice", "a2a_slots"),
         ("unused slots", "gather"),
-        ("unused slots", "a2a_capacity"),
+        ("unused slots", "a2a_slots"),
         ("batch pool", None),
     ],
 )
@@ -98,19 +104,26 @@ def test_the_batch_pool_is_shared_out_under_data_parallelism_too():
         assert_close(run(routed), expected)
 
 
-def test_what_is_beyond_the_capacity_is_dropped_and_counted():
-    # All tokens of all devices want expert 0, of which a device may send 2 T / 8 tokens' worth.
+def test_what_is_beyond_the_slots_is_dropped_and_counted():
+    # All tokens of all devices want expert 0, and a device may send 2 T / 8 of its T tokens there.
     routed = by_token(jnp.zeros((G, T, 1), jnp.int32), jnp.ones((G, T, 1)))
     x, params = jnp.ones((G, T, D)), weights()
     with jax.set_mesh(mesh()):
-        y = jax.jit(
-            lambda x: dispatch(x, routed, params, kind="swiglu", transport="a2a_capacity",
+        y, share = jax.jit(
+            lambda x: dispatch(x, routed, params, kind="swiglu", transport="a2a_slots",
                                capacity_factor=2.0)
         )(x)  # fmt: skip
-        share = dropped_share(routed, E, 2.0)
     served = (np.abs(y) > 0).any(-1).sum(-1)
     assert served.tolist() == [4] * G  # ceil(2 * 16 / 8) of 16 in each group, one to a device
     np.testing.assert_allclose(share, 12 / 16)
+
+
+def test_a_transport_that_is_not_used_drops_nothing():
+    routed = by_token(jnp.zeros((G, T, 1), jnp.int32), jnp.ones((G, T, 1)))
+    for how in ("a2a_slots", "ragged_a2a"):
+        assert dropped(routed, transport=how) == 0  # one device
+    assert dropped(routed, transport="gather") is None
+    assert dropped(routing("expert choice"), transport="a2a_slots") is None
 
 
 def test_ragged_sizes_by_hand():
@@ -147,7 +160,7 @@ def test_ragged_rows_have_the_numbers_of_one_device(monkeypatch):
     routed = by_token(expert, jax.random.uniform(jax.random.key(5), expert.shape))
     expected = run(routed)
     with jax.set_mesh(mesh()):
-        assert transport.ragged_dropped_share(routed, E) == 0
+        assert dropped(routed, transport="ragged_a2a") == 0
         assert_close(run(routed, transport="ragged_a2a"), expected)
 
 
@@ -157,14 +170,14 @@ def test_ragged_rows_without_room_are_dropped_and_counted(monkeypatch):
     routed = by_token(jnp.zeros((G, T, 1), jnp.int32), jnp.ones((G, T, 1)))
     with jax.set_mesh(mesh()):
         y = run(routed, transport="ragged_a2a")[0]
-        np.testing.assert_allclose(transport.ragged_dropped_share(routed, E), 0.5)
+        np.testing.assert_allclose(dropped(routed, transport="ragged_a2a"), 0.5)
         # The first two devices of four have their rows served, in both groups of devices.
         assert (np.abs(y) > 0).any(-1).mean(-1).tolist() == [1, 1, 0, 0] * 2
 
 
 def test_a_layer_tells_what_ragged_rows_were_dropped():
     make_router = partial(ROUTERS["token_choice"], num_experts=E)
-    layer = MoE(make_router, partial(Experts, E, H), compete_in="shard", transport="ragged_a2a")
+    layer = MoE(make_router, partial(Experts, E, H), group="shard", transport="ragged_a2a")
     x, is_null = jax.ShapeDtypeStruct((G, T, D), "float32"), jax.ShapeDtypeStruct((G,), "bool")
     with jax.set_mesh(mesh()):
         init = partial(layer.init, train=True)
@@ -189,7 +202,7 @@ def test_the_cheapest_transport_that_drops_nothing():
     assert choose(512, devices=1) == "none"
     assert choose(512) == "gather"  # 16 k rows against 64 k of weights
     assert choose(8192) == "none"
-    assert choose(4096, fixed=True) == "a2a_capacity"
+    assert choose(4096, fixed=True) == "a2a_slots"
 
 
 @pytest.mark.parametrize("name", ["token_choice", "expert_choice"])
@@ -218,7 +231,7 @@ def test_the_pool_of_all_devices_orders_equal_scores_by_token():
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("how", ["none", "gather", "a2a_capacity", "ragged_a2a"])
+@pytest.mark.parametrize("how", ["none", "gather", "a2a_slots", "ragged_a2a"])
 def test_transports_compile_for_tpus(how):
     """Forward and backward; the only test of `ragged_a2a`: XLA:CPU has no such collective."""
     devices = make_mesh(ConfigDict({"preset": "fsdp_ep", "expert": 4}), describe("v5e:2x4").devices)
@@ -232,7 +245,9 @@ def test_transports_compile_for_tpus(how):
 
     def gradients(x, weight, params):
         def layer(x, weight, params):
-            return dispatch(x, routed.replace(weight=weight), params, kind="swiglu", transport=how)
+            return dispatch(x, routed.replace(weight=weight), params, kind="swiglu", transport=how)[
+                0
+            ]
 
         y, pull = jax.vjp(layer, x, weight, params)
         return y, pull(y)
@@ -240,4 +255,4 @@ def test_transports_compile_for_tpus(how):
     with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
         text = jax.jit(gradients).lower(*shapes).compile().as_text()
     assert ("ragged-all-to-all" in text) == (how == "ragged_a2a")
-    assert "tpu_custom_call" in text or how == "a2a_capacity"
+    assert "tpu_custom_call" in text or how == "a2a_slots"

@@ -7,20 +7,16 @@ from jax.sharding import PartitionSpec as P
 
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
-from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import abstract_state, create_state
-from moe_diffusion.training.step import make_train_step
+from moe_diffusion.training.run import prepare_run
 from tests.training import toy
 
-MODEL = toy.Toy()
 WHOLE = P(None, None)
 
 
 def make(preset, num_devices=8, **overrides):
     config = toy.make_config(parallel__preset=preset, **overrides)
-    mesh = make_mesh(config.parallel, jax.devices()[:num_devices])
-    optimizer = make_optimizer(config.optim)
-    return config, mesh, optimizer, create_state(MODEL, optimizer, config, mesh, 0)
+    run = prepare_run(config, toy.Toy(), toy.loss_fn, jax.devices()[:num_devices])
+    return run, run.create(0)[0]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +28,7 @@ def make(preset, num_devices=8, **overrides):
     ],
 )
 def test_shardings_of_each_preset(preset, of_params, of_moments):
-    _, _, _, state = make(preset)
+    _, state = make(preset)
     adam = state.opt_state[0]
     assert state.params["up"]["kernel"].sharding.spec == of_params
     for moments in (adam.mu, adam.nu, state.emas["0.9"]["params"], state.emas["0.5"]["params"]):
@@ -46,10 +42,10 @@ def test_shardings_of_each_preset(preset, of_params, of_moments):
 
 
 def test_an_axis_is_used_once():
-    mesh = make_mesh(toy.make_config().parallel)
+    mesh, table = make_mesh(toy.make_config().parallel), rules.PRESETS["zero1"].update
     axes = {"kernel": ("embed", "embed")}
     shapes = {"kernel": jax.ShapeDtypeStruct((16, 16), np.float32)}
-    assert rules.update_shardings(mesh, "zero1", shapes, axes)["kernel"].spec == P("data", None)
+    assert rules.shardings_of(mesh, table, shapes, axes)["kernel"].spec == P("data", None)
 
 
 def test_initial_values_do_not_depend_on_the_mesh():
@@ -59,20 +55,11 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 
 def run(preset, num_devices, accumulate):
-    config, mesh, optimizer, state = make(preset, num_devices, optim__accumulate=accumulate)
-    config.optim.eps = 1e-3  # else elements without gradient follow the sign of rounding errors
-    shapes, axes = abstract_state(MODEL, optimizer, config)
-    step = make_train_step(
-        toy.loss_fn,
-        optimizer,
-        make_schedule(config.optim, 10),
-        config,
-        MODEL.update_router_state,
-        rules.state_shardings(mesh, preset, shapes, axes),
-        rules.update_shardings(mesh, preset, shapes.params, axes),
-    )
+    # A large eps, else elements without gradient follow the sign of rounding errors.
+    prepared, state = make(preset, num_devices, optim__accumulate=accumulate, optim__eps=1e-3)
+    mesh, step = prepared.mesh, prepared.step()
     before, losses = jax.tree.map(lambda x: x.sharding, state), []
-    with jax.set_mesh(mesh):
+    with prepared.on_mesh():
         for number in range(4):
             batch = toy.make_batch(number, 32)
             if accumulate > 1:

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moe_diffusion.parallel.mesh import AXES, make_mesh
-from moe_diffusion.parallel.rules import PRESETS, spec_of
+from moe_diffusion.parallel.rules import PRESETS, spec_of, use_preset
 from moe_diffusion.parallel.weights import weight_specs, with_whole_weights
 from moe_diffusion.planning.topologies import describe
 
@@ -44,8 +44,9 @@ def test_values_and_gradients_are_those_of_one_device(kind):
     x, weights = inputs()
     expected = jax.value_and_grad(lambda x, w: jnp.sum(layer(x, w) ** 2), (0, 1))(x, weights)
     mesh = jax.make_mesh(MESHES[kind], AXES, AUTO)
-    table = PRESETS["fsdp" if kind == "rings" else kind].params
-    with jax.set_mesh(mesh):
+    preset = "fsdp" if kind == "rings" else kind
+    table = PRESETS[preset].params
+    with jax.set_mesh(mesh), use_preset(preset):
         specs = weight_specs(weights, LOGICAL)
         assert specs == {n: spec_of(w.shape, LOGICAL[n], table, mesh) for n, w in weights.items()}
         placed = {
@@ -60,7 +61,7 @@ def test_values_and_gradients_are_those_of_one_device(kind):
 def test_what_does_not_split_evenly_is_left_to_the_compiler():
     x, weights = inputs()
     expected = value_and_gradients(x[:3], weights)
-    with jax.set_mesh(jax.make_mesh(MESHES["fsdp"], AXES, AUTO)):
+    with jax.set_mesh(jax.make_mesh(MESHES["fsdp"], AXES, AUTO)), use_preset("fsdp"):
         got = value_and_gradients(x[:3], weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
@@ -92,7 +93,7 @@ def test_gradients_on_a_torus_leave_as_reduce_scatters():
 
         return jax.grad(loss)(weights)
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), use_preset("fsdp"):
         text = jax.jit(gradient).lower(x, weights).compile().as_text()
     assert "reduce-scatter" in text
     assert not re.search(r"= \S*\[1024,4096\]\S* all-reduce", text)

@@ -9,6 +9,7 @@ import pytest
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
+from moe_diffusion.moe.dispatch import BACKENDS
 from moe_diffusion.planning import report
 from moe_diffusion.planning.compile import Compiled, OutOfMemory, needed_bytes, state_bytes
 from moe_diffusion.planning.hlo import Program
@@ -19,7 +20,7 @@ from tests import cli
 from tests.compiler import COMPILER
 
 QUIET = [].append
-DISPATCH = "cpu" if COMPILER else "capacity"  # of expert choice on CPUs
+DISPATCH = "cpu" if COMPILER else "slots"  # of expert choice on CPUs
 V6E = Topology("v6e:2x4", CHIPS["v6e"], (2, 4), tuple(jax.devices()))  # CPUs that pass for TPUs
 
 
@@ -96,7 +97,7 @@ def test_dispatch_is_recognised(trained):
 def test_experts_with_dropout_are_not_meant_for_our_kernels(what, dropout, wanted):
     _, spec, *overrides = cli.digits("token_choice", model__moe__dropout=dropout)
     config = configs.load(spec, overrides).model
-    program = Program(files=(f"moe_diffusion/kernels/{wanted}.py",))
+    program = Program(files=(f"/x/moe_diffusion/kernels/{BACKENDS[wanted].source}",))
     found = dispatch_of(program, build(config), config, what, "tpu")
     assert (found.wanted, found.as_intended) == (wanted, True)
 

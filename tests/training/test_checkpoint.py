@@ -34,7 +34,7 @@ def make_state(step, **overrides):
         params=params,
         router_state=router_state,
         emas=init_emas(jax.tree.map(lambda x: x + 1, params), router_state, config.ema),
-        opt_state=make_optimizer(config.optim).init(params),
+        opt_state=make_optimizer(config.optim, bool).init(params),
     )
 
 

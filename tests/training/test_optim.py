@@ -29,7 +29,7 @@ class TorchAdamW:
 def test_adamw_is_torchs():
     config = toy.make_config().optim
     config.update(learning_rate=3e-2, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1)
-    optimizer, rng = optim.make_optimizer(config), np.random.default_rng(0)
+    optimizer, rng = optim.make_optimizer(config, lambda path: False), np.random.default_rng(0)
     expected = rng.standard_normal(50)
     params = {"w": jnp.asarray(expected, jnp.float32)}
     update, sub = jax.jit(optimizer.update), jax.jit(lambda p, u: p - 3e-2 * u)
@@ -54,7 +54,7 @@ def test_decay_mask_spares_biases_scales_and_vectors_of_a_layer():
         },
         "embed": {"kernel": np.ones((3, 3)), "bias": np.ones(3), "vector": np.ones(3)},
     }
-    optimizer = optim.make_optimizer(config)
+    optimizer = optim.make_optimizer(config, lambda path: path.startswith("layers_"))
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(zeros, jax.jit(optimizer.init)(params), params)
     decayed = [

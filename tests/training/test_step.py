@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_diffusion.parallel.mesh import make_mesh
-from moe_diffusion.training import optim
-from moe_diffusion.training.state import create_state, weights
-from moe_diffusion.training.step import make_train_step
+from moe_diffusion.training.run import prepare_run
+from moe_diffusion.training.state import weights
 from tests.training import toy
 
 MODEL = toy.Toy()
@@ -16,18 +14,11 @@ MODEL = toy.Toy()
 
 def start(config):
     """State on one device."""
-    mesh = make_mesh(config.parallel, jax.devices()[:1])
-    return create_state(MODEL, optim.make_optimizer(config.optim), config, mesh, config.seed)
+    return prepare_run(config, MODEL, devices=jax.devices()[:1]).create(config.seed)[0]
 
 
 def make_step(config, loss_fn=toy.exact_loss_fn):
-    return make_train_step(
-        loss_fn,
-        optim.make_optimizer(config.optim),
-        optim.make_schedule(config.optim, config.train.num_steps),
-        config,
-        MODEL.update_router_state,
-    )
+    return prepare_run(config, MODEL, loss_fn, jax.devices()[:1]).step()
 
 
 def run(config, batches, loss_fn=toy.exact_loss_fn):
@@ -96,7 +87,7 @@ def test_micro_batches_and_steps_draw_their_own_noise():
     config = toy.make_config(optim__accumulate=2)
     seen = []
 
-    def loss_fn(params, router_state, batch, rng):
+    def loss_fn(params, router_state, batch, rng, frozen):
         jax.debug.callback(lambda key: seen.append(tuple(key.tolist())), jax.random.key_data(rng))
         return toy.loss_fn(params, router_state, batch, rng)
 
@@ -114,7 +105,7 @@ def test_micro_batches_and_steps_draw_their_own_noise():
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(bad):
-    def loss_fn(params, router_state, batch, rng):
+    def loss_fn(params, router_state, batch, rng, frozen):
         loss, aux = toy.exact_loss_fn(params, router_state, batch, rng)
         if bad == "gradient":  # 0 * infinity in the gradient of sqrt(0)
             return loss + jnp.sqrt(0 * jnp.sum(params["odd"])), aux

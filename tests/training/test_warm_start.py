@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
-from moe_diffusion.training import checkpoint, loop, streamed, warm_start
+from moe_diffusion.interop import streamed
+from moe_diffusion.training import checkpoint, loop, warm_start
 from tests import cli
 from tests.training import toy
 
@@ -108,13 +109,13 @@ def test_streamed_weights_are_an_ordinary_checkpoint(tmp_path):
     def pieces(array, depth):
         def read():
             for index in np.ndindex(array.shape[:depth]):
-                yield index, array[index]
+                yield index, [((), array[index])]
 
-        return streamed.Pieces(array.shape, array.dtype, read, written.append)
+        return streamed.Pieces(array.shape, array.dtype, read)
 
     depths = dict(zip(arrays, (2, 0, 0), strict=True))
     leaves = {name: pieces(array, depths[name]) for name, array in arrays.items()}
-    streamed.write_weights(tmp_path, leaves)
+    streamed.write_weights(tmp_path, leaves, written.append)
     assert sum(written) == sum(array.nbytes for array in arrays.values())
     params, router_state, step = checkpoint.restore_for_inference(tmp_path)
     assert step == 0

@@ -10,6 +10,9 @@ import numpy as np
 from flax import linen as nn
 
 from moe_diffusion import config as configs
+from moe_diffusion.conditions import Field, cond_of
+from moe_diffusion.models.stack import Model
+from moe_diffusion.moe.router import Router
 
 
 class LossAux(NamedTuple):
@@ -17,14 +20,30 @@ class LossAux(NamedTuple):
     router_stats: Any
 
 
-class Toy(nn.Module):
+class Following(Router):
+    """A router that only has a state, which follows what it is told."""
+
+    def next_state(self, state, stats):
+        return {"bias": 0.9 * state["bias"] + 0.1 * stats["bias"]} if stats else state
+
+
+class Toy(Model):
     """Two layers on 4 x 4 images; a router state that follows the mean of the output."""
 
-    image_size: int = 4
-    channels: int = 1
+    input_shape: tuple[int, int, int] = (4, 4, 1)
+
+    def cond_spec(self):
+        return {"label": Field((), "int32", 10)}
+
+    def null(self, cond):
+        return {"label": jnp.full_like(cond["label"], 10)}
+
+    def routers(self):
+        return {"": Following(3)}
 
     @nn.compact
-    def __call__(self, x, t, y, train):
+    def __call__(self, x, t, cond, train):
+        y = cond["label"]
         boxed = nn.with_logical_partitioning
         normal = nn.initializers.lecun_normal()
         hidden = nn.Dense(
@@ -41,26 +60,23 @@ class Toy(nn.Module):
         bias = self.variable("router_state", "bias", jnp.zeros, (3,))
         return out.reshape(x.shape) + 0.01 * bias.value.mean()
 
-    def update_router_state(self, router_state, router_stats):
-        return jax.tree.map(lambda bias, load: 0.9 * bias + 0.1 * load, router_state, router_stats)
 
-
-def loss_fn(params, router_state, batch, rng):
+def loss_fn(params, router_state, batch, rng, frozen=None):
     """Denoises; a batch of infinite images makes the loss NaN."""
     image = batch["image"]
     noise = jax.random.normal(rng, image.shape)
     t = jnp.full(image.shape[0], 0.5)
     variables = {"params": params, "router_state": router_state}
-    output = Toy().apply(variables, image + noise, t, batch["label"], True)
+    output = Toy().apply(variables, image + noise, t, cond_of(batch), True)
     loss = jnp.mean(jnp.square(output - image))
     return loss, LossAux({"mse": loss}, {"bias": jnp.mean(output) * jnp.ones(3)})
 
 
-def exact_loss_fn(params, router_state, batch, rng):
+def exact_loss_fn(params, router_state, batch, rng, frozen=None):
     """Without noise, so that cutting a batch differently gives the same gradients."""
     t = jnp.full(batch["image"].shape[0], 0.5)
     variables = {"params": params, "router_state": router_state}
-    output = Toy().apply(variables, 0.5 * batch["image"], t, batch["label"], True)
+    output = Toy().apply(variables, 0.5 * batch["image"], t, cond_of(batch), True)
     loss = jnp.mean(jnp.square(output - batch["image"]))
     return loss, LossAux({"mse": loss}, {"bias": jnp.mean(output) * jnp.ones(3)})
 

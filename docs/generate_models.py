@@ -1,0 +1,134 @@
+"""Writes the table of all models: parameters and FLOPs of every config, beside the papers' figures.
+
+  python -m docs.generate_models
+  python -m docs.generate_models --write docs/models.md
+
+Run it when a config changes or a new one comes: a test fails while docs/models.md is stale.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from docs.published import PUBLISHED, VARIANTS, Published
+from moe_diffusion import config as configs
+from moe_diffusion.cli import Parser, exits_on_user_error
+from moe_diffusion.errors import UserError
+from moe_diffusion.models import build
+from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts
+
+BEGIN, END = "<!-- begin: written by docs.generate_models -->", "<!-- end -->"
+COLUMNS = (
+    "config",
+    "total, 10^6",
+    "activated, 10^6",
+    "activated, paper",
+    "ours in the paper's unit",
+    "GFLOPs an image",
+    "MFLOPs a token",
+    "G multiply-adds",
+    "paper's Gflops",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a config comes to: counts by kind, FLOPs of a forward pass, patches of an image."""
+
+    family: str
+    counts: dict[str, Count]
+    flops: float
+    tokens: int
+
+
+@functools.cache
+def measure(spec: str, *overrides: str) -> Entry:
+    """Counts and FLOPs of a config, without its weights."""
+    model = build(configs.load(spec, overrides).model)
+    family = Path(spec.partition(":")[0]).stem.rpartition("_")[0] or Path(spec).stem
+    return Entry(
+        family,
+        parameter_counts(model),
+        forward_flops(model)["total"],
+        model.grid[0] * model.grid[1],
+    )
+
+
+def specs() -> list[str]:
+    """Every config file with its default arguments, and the variants that stand for a model."""
+    files = [
+        f"configs/{path.name}"
+        for path in sorted((configs.ROOT / "configs").glob("*.py"))
+        if "def get_config(" in path.read_text()
+    ]
+    return files + list(VARIANTS)
+
+
+def in_unit(counts: dict[str, Count], unit: str) -> float:
+    """Activated parameters as a paper counts them: in a unit of `published.UNITS`."""
+    activated = counts["total"].activated
+    if unit == "10^6 without predictor":
+        activated -= counts["capacity predictor"].activated
+    return activated / (2**20 if unit == "2^20" else 10**6)
+
+
+def row(spec: str) -> str:
+    """A line of the table."""
+    entry, paper = measure(spec), PUBLISHED.get(spec, Published())
+    total = entry.counts["total"]
+    cells = [
+        f"`{spec.removeprefix('configs/')}`",
+        f"{total.total / 1e6:,.2f}",
+        f"{total.activated / 1e6:,.2f}",
+        f"{paper.activated:g}" if paper.activated else "",
+        f"{in_unit(entry.counts, paper.unit):,.1f} x {paper.unit}" if paper.activated else "",
+        f"{entry.flops / 1e9:.4g}",
+        f"{entry.flops / 1e6 / entry.tokens:.4g}",
+        f"{entry.flops / 2e9:.4g}",
+        f"{paper.gmacs:g}" if paper.gmacs else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table() -> str:
+    """The table in Markdown, families in alphabetical order, models by their size."""
+
+    def place(spec: str) -> tuple:
+        return measure(spec).family, measure(spec).counts["total"].total, spec
+
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 3 + "---|" + "---:|" * 4]
+    return "\n".join([*head, *map(row, sorted(specs(), key=place))])
+
+
+def renewed(text: str) -> str:
+    """The text of a page with the table between its marks renewed."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"the page has no place for the table: a line {BEGIN} and a line {END}")
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("generate_models", __doc__)
+    parser.prog = "python -m docs.generate_models"
+    parser.add_argument("--write", metavar="PAGE", help="renew the table in this page")
+    args = parser.parse_args(argv)
+    if not args.write:
+        print(table())
+        return
+    page = Path(args.write)
+    if not page.is_file():
+        raise UserError(f"{page} is not there: name the page that holds the table")
+    part = page.with_name(f".{page.name}.part")
+    part.write_text(renewed(page.read_text()))
+    os.replace(part, page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The keys that every run's config has, with their defaults and what they mean.
+
+Two sections have keys from elsewhere, which `schema` adds:
+
+* model.<architecture>: FIELDS of moe_diffusion/models/<architecture>.py.
+* model.router: the fields of the router's class, moe_diffusion/moe/routers/<router>.py.
+
+`ranges` says which values are possible, `validation` which combinations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "name": "dit",
+    "seed": 0,
+    "init_from": "",  # workdir or converted folder whose weights a new run begins with
+    "model": {
+        "architecture": "dit",  # dit (and what descends from it) | jit (large patches of pixels)
+        "image_size": 32,  # height of the model's input, in pixels or latents
+        "image_width": 0,  # its width; 0 = as image_size
+        "channels": 4,
+        "patch_size": 2,
+        "hidden_size": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "num_kv_heads": 0,  # fewer key/value heads (grouped queries); 0 = num_heads
+        "mlp_ratio": 4.0,  # width of the dense blocks' MLP / hidden_size; jit: * 2 / 3
+        "mlp": "gelu",  # dense blocks: gelu (tanh) | silu, two layers; swiglu, gated
+        "mlp_bias": True,
+        "norm": "layernorm",  # layernorm (no parameters) | rmsnorm (learned scale)
+        "qk_norm": False,
+        "qk_norm_kind": "rmsnorm",  # rmsnorm (scale) | layernorm_affine (scale and bias)
+        "qk_norm_eps": 1e-6,
+        "positions": "sincos",  # sincos | rope1d | rope2d | rope2d_pairs; jit: and sincos
+        "num_classes": 1000,  # label num_classes is the null label of guidance
+        "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
+        "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
+        "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+        "param_dtype": "float32",  # of every parameter: float32 | bfloat16 | float16
+        # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
+        # but products with dense weights) | full
+        "remat": "none",
+        # Periods of layers per step of the scan; 0: on CPU all, if at most 6 and remat none, else 1
+        "unroll": 0,
+        "attention": "auto",  # auto, or one of kernels/attention.py
+        "moe": {
+            "num_experts": 16,
+            "hidden_size": 768,  # width of one expert
+            "mlp": "swiglu",
+            "bias": False,
+            "shared_hidden_size": 0,  # width of the shared expert; 0 = none
+            "shared_mlp": "swiglu",
+            "shared_bias": False,
+            "residual_input": False,  # add the layer's input where a shared expert would stand
+            "interleave": True,  # MoE in odd blocks only
+            "skip_first": 0,  # the first n blocks stay dense
+            "dropout": 0.0,  # in training, of the hidden units of all experts
+            "backend": "auto",  # of the dispatch: auto, or one of moe/dispatch.py
+            "transport": "auto",  # to experts on other devices: auto, or one of moe/transport.py
+            "capacity_factor": 1.25,  # token choice on backend "slots": slots / average load
+        },
+        "router": {
+            # token_choice | expert_choice | diffmoe | promoe_tc | promoe_ec | expert_race |
+            # dense (no experts) | my_package.my_module:MyRouter
+            "name": "token_choice",
+            "group": "sample",  # a routing group is the tokens of a: sample | shard | batch
+        },
+    },
+    "diffusion": {
+        "path": "flow",  # flow (t = 0 noise, 1 data) | ddpm (1,000 discrete steps, learned sigma)
+        "prediction": "velocity",  # of a flow: velocity | data (JiT: the network predicts x)
+        "t_eps": 0.05,  # prediction=data: 1 - t is at least this where a velocity is made of it
+        "noise_scale": 1.0,  # standard deviation of the noise at t = 0
+        "time_shift": 1.0,  # s: the share of noise u becomes s u / (1 + (s - 1) u)
+        "time_sampling": "uniform",  # uniform | logit_normal
+        "time_mean": 0.0,  # of the logit
+        "time_std": 1.0,
+        "cond_dropout": 0.1,  # share of samples that are trained without their condition
+    },
+    "sampling": {
+        "sampler": "heun",  # flow: heun | euler | dopri5 | sde | sde_heun; ddpm: ddpm | ddim
+        "steps": 50,  # dopri5 chooses its own
+        "final_euler": False,  # heun: the last step is one of Euler, as JiT's sampler has it
+        "cfg": 2.0,  # guidance scale; 1 = off
+        "cfg_interval": (0.0, 1.0),  # times at which guidance acts; 0 is noise, 1 is data
+        "cfg_channels": 0,  # guide only the first n channels; 0 = all (not the variance of ddpm)
+        "joint": False,  # conditional and unconditional halves in one forward pass
+        "rtol": 1e-3,  # dopri5: error of a step per image, relative and
+        "atol": 1e-6,  # absolute
+        "sde_diffusion": "sigma",  # w(t): sigma | constant | decreasing | increasing_decreasing
+        "sde_norm": 1.0,  # scales w(t)
+        "sde_last_step": "mean",  # without noise: mean (drift of the SDE) | euler (velocity alone)
+        "sde_last_step_size": 0.04,
+        "respacing": "",  # ddpm, ddim: "" = `steps` evenly | 10,15,25 by sections | ddim50
+        "clip": False,  # ddpm, ddim: hold the estimate of the data within [-1, 1]
+        "eta": 0.0,  # ddim: 0 = no noise, 1 = as much as ddpm
+    },
+    "loss_weights": {},  # name -> weight of the auxiliary losses that the router is asked for
+    "data": {
+        "source": "digits",  # digits | synthetic | folder:<path> | tfds:<name> | latents:<path>
+        "split": "train",  # of digits and tfds
+        "skip_broken": False,  # folder: pass over files that are no images, naming them
+        "autoencoder": "",  # weights that decode latents into pictures, see docs/data.md
+        "batch_size": 256,  # images per optimizer step, over all devices
+        "augment": "none",  # none | flip | dequantize
+        "num_workers": 0,
+        "prefetch": 2,
+    },
+    "optim": {
+        "learning_rate": 1e-4,
+        # After the warm-up: constant | cosine, linear (down to min_learning_rate at
+        # train.num_steps) | inverse_sqrt (learning_rate * sqrt(warmup_steps / step))
+        "schedule": "constant",
+        "min_learning_rate": 0.0,  # where cosine and linear end
+        "warmup_steps": 0,
+        "trainable": ("*",),  # patterns of parameter paths, like layers_0/*,final/*; others stay
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "mu_dtype": "float32",  # of AdamW's first moment: float32 | bfloat16
+        "weight_decay": 0.0,
+        "decay_mask": "all",  # all | matrices
+        "clip_norm": 0.0,  # of the global gradient; 0 = off
+        "accumulate": 1,  # micro-batches per optimizer step
+        "accumulate_reduce": "mean",  # mean | sum
+    },
+    "ema": {
+        "decays": (0.9999,),
+        "warmup": False,  # decay of step n at most (1 + n) / (10 + n), so that short runs profit
+        "router_state": "average",  # average | copy | live
+    },
+    "train": {
+        "num_steps": 700_000,
+        "log_every": 100,
+        "sample_every": 0,  # 0 = never
+        "samples": 16,
+        "eval_samples": 0,  # judged at those intervals, see evaluation/periodic.py; 0 = none
+        "stop_on_nan": True,
+    },
+    "checkpoint": {"every": 5000, "keep_last": 3, "keep_every": 0, "asynchronous": True},
+    "parallel": {
+        "preset": "dp",  # dp | zero1 | fsdp | fsdp_ep
+        "expert": 0,  # fsdp_ep: how many devices share the experts; 0 = all
+    },
+    "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
+}
+
+# What may change between two starts in one workdir without making it another run.
+RUN_CONTROL = ("train.", "checkpoint.", "sampling.", "parallel.") + (
+    "compile_cache",
+    "data.autoencoder",
+    "data.num_workers",
+    "data.prefetch",
+)

@@ -1,0 +1,188 @@
+"""Reading and writing configs: config files, config.json, and the arguments of a config file.
+
+A config file is a Python file with `get_config(arg: str | None = None) -> ConfigDict`, which starts
+from `default()` and sets what differs. `load` reads it, applies overrides and validates. Nothing is
+guessed: an unknown key is a `UserError` naming the nearest valid one, and so is a value of the
+wrong kind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from moe_diffusion.config.defaults import RUN_CONTROL
+from moe_diffusion.config.draft import is_draft
+from moe_diffusion.config.schema import leaves, parse, settle, unknown_key
+from moe_diffusion.config.validation import validate
+from moe_diffusion.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]  # config files may import `configs.families` from it
+VERSION = 2  # of config.json; 1, which does not say so, has the old names of `renamed`
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a config file, applies the overrides in order and validates the result.
+
+    Args:
+      spec: "configs/digits.py" or, with an argument for `get_config`,
+        "configs/digits.py:router=diffmoe". Looked for in the current folder, then beside the
+        package.
+      overrides: "--config.optim.learning_rate=2e-4" or "optim.learning_rate=2e-4".
+
+    Raises:
+      UserError: no such file, the file fails, an unknown key, a value of the wrong kind, or an
+        impossible combination.
+    """
+    path_text, _, arg = spec.partition(":")
+    path = _find(path_text)
+    get_config = _import_get_config(path)
+    try:
+        returned = get_config(arg or None)
+    except UserError as error:
+        raise UserError(f"{spec}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{spec}: get_config failed: {_one_line(error)}") from error
+    if not isinstance(returned, ConfigDict):
+        raise UserError(f"{spec}: get_config returned {type(returned).__name__}, not a ConfigDict")
+    config = settle(returned, overrides, origin=spec)
+    validate(config)
+    return config
+
+
+def save_json(config: ConfigDict, path: str | os.PathLike) -> None:
+    """Writes the config as JSON, whole or not at all. Raises UserError if it cannot be written."""
+    values = (settle(config) if is_draft(config) else config).to_dict()
+    path = epath.Path(path)
+    part = path.parent / f".{path.name}.part"
+    try:
+        part.write_text(json.dumps({"version": VERSION, **values}, indent=2) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): choose another folder"
+        ) from error
+
+
+def load_json(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads what `save_json` wrote. Keys that a later version added take their defaults.
+
+    Args:
+      overrides: as for `load`; the result is validated.
+
+    Raises:
+      UserError: the file is missing, no JSON object or of a later version, or has unknown keys or
+        wrong values.
+    """
+    path = epath.Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): is it a workdir?"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): restore it or delete it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a config: restore it or delete it")
+    version = values.pop("version", 1)
+    if not (isinstance(version, int) and version <= VERSION):
+        raise UserError(
+            f"{path} is of version {version}, and this code reads versions up to {VERSION}: update "
+            "moe_diffusion"
+        )
+    config = settle(values, overrides, origin=str(path))
+    validate(config)
+    return config
+
+
+def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Differences that make two configs different runs: "key: old value -> new value", by key.
+
+    Keys under `RUN_CONTROL` (how long to run, how to save, sample and shard) are left out.
+    """
+    old, new = (settle(config) if is_draft(config) else config for config in (old, new))
+    before, after = ({**leaves(c), **leaves(c.loss_weights, "loss_weights.")} for c in (old, new))
+    keys = sorted((before.keys() | after.keys()) - {"loss_weights"})
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in keys
+        if before.get(key) != after.get(key) and not key.startswith(RUN_CONTROL)
+    ]
+
+
+def parse_arg(
+    arg: str | None, *, choices: Mapping[str, Sequence] | None = None, **defaults: Any
+) -> ConfigDict:
+    """Parses the argument of a config file: "key=value,key=value"; "key" alone sets a bool.
+
+    Args:
+      arg: the text after the colon of "configs/x.py:router=dense,size=small", or None.
+      choices: allowed values of some arguments.
+      **defaults: the arguments with their defaults; a value must be of its default's kind.
+
+    Returns:
+      A locked ConfigDict with one attribute per argument.
+    """
+    values = dict(defaults)
+    for part in filter(None, (part.strip() for part in (arg or "").split(","))):
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if key not in defaults:
+            raise UserError(f"unknown argument {key!r}; known are: {', '.join(defaults)}")
+        if not equals and not isinstance(defaults[key], bool):
+            raise UserError(f"argument {key!r} needs a value: {key}={defaults[key]}")
+        values[key] = parse(key, text if equals else "true", defaults[key])
+        allowed = (choices or {}).get(key)
+        if allowed and values[key] not in allowed:
+            raise UserError(f"{key}={text} is not possible; choose {' | '.join(map(str, allowed))}")
+    return ConfigDict(values).lock()
+
+
+def _find(path_text: str) -> Path:
+    """The config file, or a UserError that lists the files in its folder, the likeliest first."""
+    for path in (Path(path_text), ROOT / path_text):
+        if path.is_file():
+            return path
+    folder = Path(path_text).parent
+    folder = folder if folder.is_dir() and list(folder.glob("*.py")) else ROOT / "configs"
+    known = [p.stem for p in sorted(folder.glob("*.py")) if "def get_config(" in p.read_text()]
+    name = Path(path_text).stem
+    known.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
+    raise UserError(f"no config file {path_text!r}; in {folder} are: {', '.join(known)}")
+
+
+def _import_get_config(path: Path) -> Callable[[str | None], ConfigDict]:
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if module_spec is None:
+        raise UserError(f"{path} is not a Python file; a config file is named like digits.py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} cannot be imported: {_one_line(error)}") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path} has no function get_config(arg=None)")
+    return module.get_config
+
+
+def _one_line(error: Exception) -> str:
+    """Kind and first line; of ml_collections' complaint about an unknown key, our own wording."""
+    text = str(error)
+    unknown = re.search(r'Key "(\w+)" does not exist', text)
+    if error.args and isinstance(error.args[0], KeyError):  # an attribute of a ConfigDict
+        unknown = unknown or re.match(r"\W*(\w+)", text)
+    if unknown:
+        return unknown_key(unknown[1])
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0]}"

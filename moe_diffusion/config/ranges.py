@@ -1,0 +1,78 @@
+"""What each shared key of a config may be on its own; `validation` says what goes together."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from moe_diffusion.checks import check_values
+from moe_diffusion.models import ARCHITECTURES
+
+_MLPS = ("gelu", "silu", "swiglu")
+
+CHOICES = {
+    "model.architecture": tuple(ARCHITECTURES),
+    "model.mlp": _MLPS,
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.qk_norm_kind": ("rmsnorm", "layernorm_affine"),
+    "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
+    "model.param_dtype": ("float32", "bfloat16", "float16"),
+    "model.dtype": ("float32", "bfloat16", "auto"),
+    "model.remat": ("none", "cheap", "dots", "full"),
+    "model.attention": ("auto", "xla", "own_gradient", "splash", "cudnn"),
+    "model.moe.mlp": _MLPS,
+    "model.moe.shared_mlp": _MLPS,
+    "model.moe.backend": (
+        *("auto", "reference", "blocked", "slots", "cpu", "tpu", "gpu", "ragged_dot"),
+    ),
+    "model.moe.transport": ("auto", "none", "gather", "a2a_slots", "ragged_a2a"),
+    "model.router.group": ("sample", "shard", "batch"),
+    "diffusion.path": ("flow", "ddpm"),
+    "diffusion.prediction": ("velocity", "data"),
+    "diffusion.time_sampling": ("uniform", "logit_normal"),
+    "sampling.sampler": ("heun", "euler", "dopri5", "sde", "sde_heun", "ddpm", "ddim"),
+    "sampling.sde_diffusion": ("sigma", "constant", "decreasing", "increasing_decreasing"),
+    "sampling.sde_last_step": ("mean", "euler"),
+    "data.augment": ("none", "flip", "dequantize"),
+    "optim.schedule": ("constant", "cosine", "linear", "inverse_sqrt"),
+    "optim.mu_dtype": ("float32", "bfloat16"),
+    "optim.decay_mask": ("all", "matrices"),
+    "optim.accumulate_reduce": ("mean", "sum"),
+    "ema.router_state": ("average", "copy", "live"),
+    "parallel.preset": ("dp", "zero1", "fsdp", "fsdp_ep"),
+}
+
+_POSITIVE = (
+    *(f"model.{k}" for k in ("image_size", "channels", "patch_size", "hidden_size", "depth")),
+    *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale")),
+    "model.qk_norm_eps",
+    *(f"model.moe.{k}" for k in ("num_experts", "hidden_size", "capacity_factor")),
+    *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale", "time_shift")),
+    *(f"sampling.{k}" for k in ("steps", "rtol", "atol", "sde_norm", "sde_last_step_size")),
+    *("data.batch_size", "optim.learning_rate"),
+    *("optim.eps", "optim.accumulate", "train.num_steps", "train.log_every", "train.samples"),
+    *("checkpoint.every", "checkpoint.keep_last"),
+)
+
+_NOT_NEGATIVE = (
+    *("model.image_width", "model.unroll"),
+    *("seed", "model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
+    *("sampling.cfg", "sampling.cfg_channels"),
+    *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
+    *("optim.weight_decay", "optim.min_learning_rate"),
+    *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),
+)
+
+_FRACTION = ("model.moe.dropout", "optim.b1", "optim.b2")  # in [0, 1)
+_SHARE = ("diffusion.cond_dropout", "sampling.eta", "sampling.sde_last_step_size")  # in [0, 1]
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Checks every shared value on its own; architectures and routers check their fields."""
+    check_values(
+        config,
+        choices=CHOICES,
+        positive=_POSITIVE,
+        not_negative=_NOT_NEGATIVE,
+        fraction=_FRACTION,
+        share=_SHARE,
+    )

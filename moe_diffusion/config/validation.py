@@ -1,0 +1,245 @@
+"""Which values and combinations of a config are possible; a message names the keys and a remedy.
+
+Only what the numbers alone can tell is checked here. Whether a data source exists and fits the
+model is checked where it is opened (`data.sources`).
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from moe_diffusion import models
+from moe_diffusion.checks import require
+from moe_diffusion.config.draft import is_draft
+from moe_diffusion.config.ranges import check_ranges
+from moe_diffusion.config.schema import settle
+from moe_diffusion.moe import routers
+from moe_diffusion.moe.router import Router
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises a UserError at the first value or combination that cannot work on any machine."""
+    config = settle(config) if is_draft(config) else config
+    check_ranges(config)
+    _check_transformer(config.model)
+    _check_architecture(config.model)
+    router = routers.find(config.model.router.name)
+    if router:
+        _check_moe(config.model)
+        samples = {"sample": 1, "batch": _micro_batch(config), "shard": None}
+        _check_router(router, config.model, samples[config.model.router.group])
+    require(
+        config.diffusion.path == "flow" or not config.model.dit.reverse_time,
+        "model.dit.reverse_time turns the time of a flow; diffusion.path = ddpm counts its steps "
+        "from the data anyway: set model.dit.reverse_time=false",
+    )
+    _check_loss_weights(config, router.provides if router else ())
+    _check_diffusion(config)
+    _check_training(config)
+
+
+def validate_devices(config: ConfigDict, num_devices: int) -> None:
+    """Raises a UserError unless a micro-batch splits evenly over the devices of all processes."""
+    images = _micro_batch(config)
+    require(
+        images % num_devices == 0,
+        f"data.batch_size / optim.accumulate = {images} images cannot be split evenly over "
+        f"{num_devices} devices: make it a multiple of {num_devices}",
+    )
+    router, parallel = routers.find(config.model.router.name), config.parallel
+    if router and config.model.router.group == "shard":
+        _check_router(router, config.model, images // num_devices)
+    if parallel.preset == "fsdp_ep":
+        sharing, experts = parallel.expert or num_devices, config.model.moe.num_experts
+        require(
+            num_devices % sharing == 0,
+            f"parallel.expert = {sharing} does not divide the {num_devices} devices: choose a "
+            "divisor, or 0 for all",
+        )
+        require(
+            experts % sharing == 0,
+            f"model.moe.num_experts = {experts} cannot be split evenly over {sharing} devices: set "
+            "parallel.expert to a divisor of both",
+        )
+
+
+def _micro_batch(config: ConfigDict) -> int:
+    batch, parts = config.data.batch_size, config.optim.accumulate
+    require(
+        batch % parts == 0,
+        f"data.batch_size = {batch} cannot be split into optim.accumulate = {parts} micro-batches: "
+        "make it a multiple",
+    )
+    return batch // parts
+
+
+def _sides(model: ConfigDict) -> tuple[int, int]:
+    """Height and width of the model's input."""
+    return model.image_size, model.image_width or model.image_size
+
+
+def _check_transformer(model: ConfigDict) -> None:
+    for name, side in zip(("image_size", "image_width"), _sides(model), strict=True):
+        require(
+            side % model.patch_size == 0,
+            f"model.patch_size = {model.patch_size} does not divide model.{name} = {side}: choose "
+            "a divisor",
+        )
+    require(
+        model.hidden_size % model.num_heads == 0,
+        f"model.num_heads = {model.num_heads} does not divide model.hidden_size = "
+        f"{model.hidden_size}: choose a divisor",
+    )
+    require(
+        model.num_kv_heads == 0 or model.num_heads % model.num_kv_heads == 0,
+        f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = "
+        f"{model.num_heads}: choose a divisor, or 0 for as many",
+    )
+    head_size = model.hidden_size // model.num_heads
+    # One sine-cosine pair needs two channels; two axes need twice as many.
+    for positions, name, size, step in (
+        ("sincos", "model.hidden_size", model.hidden_size, 4),
+        ("rope1d", "model.hidden_size / model.num_heads", head_size, 2),
+        ("rope2d", "model.hidden_size / model.num_heads", head_size, 4),
+        ("rope2d_pairs", "model.hidden_size / model.num_heads", head_size, 4),
+    ):
+        require(
+            model.positions != positions or size % step == 0,
+            f"model.positions = {positions} needs {name} = {size} to be a multiple of {step}: "
+            "change the width, the heads or the positions",
+        )
+
+
+def _check_architecture(model: ConfigDict) -> None:
+    """Checks the fields of the architecture, and that no other one's are switched on."""
+    models.architecture(model.architecture).check(model)
+    for other in set(models.ARCHITECTURES) - {model.architecture}:
+        for name, (default, _) in models.architecture(other).FIELDS.items():
+            # Where the default is "off", somebody expects an effect that will not come.
+            require(
+                default or model[other][name] == default,
+                f"model.{other}.{name} = {model[other][name]} is of model.architecture = {other}, "
+                f"and this is {model.architecture}: set it to {default}",
+            )
+
+
+def _check_moe(model: ConfigDict) -> None:
+    moe = model.moe
+    blocks = range(moe.skip_first, model.depth)
+    require(
+        any(not moe.interleave or block % 2 for block in blocks),
+        f"model.depth = {model.depth}, model.moe.skip_first = {moe.skip_first} and "
+        f"model.moe.interleave = {moe.interleave} leave no MoE block: add blocks, skip fewer, or "
+        "set model.router.name=dense",
+    )
+    require(
+        not (moe.residual_input and moe.shared_hidden_size),
+        f"model.moe.residual_input stands in for a shared expert, but model.moe.shared_hidden_size "
+        f"= {moe.shared_hidden_size}: set one of them to false or 0",
+    )
+    require(
+        moe.dropout == 0 or moe.backend not in ("cpu", "tpu", "gpu", "ragged_dot"),
+        f"model.moe.backend = {moe.backend} cannot do model.moe.dropout = {moe.dropout}: choose "
+        "auto, blocked or slots, or set model.moe.dropout=0",
+    )
+
+
+def _check_router(router: type[Router], model: ConfigDict, samples: int | None) -> None:
+    """Asks the router's class; a routing group has the tokens of `samples` samples."""
+    rows, columns = (side // model.patch_size for side in _sides(model))
+    group_tokens = None if samples is None else samples * rows * columns
+    router.check(model.router, model.moe.num_experts, group_tokens)
+
+
+def _check_loss_weights(config: ConfigDict, provided: tuple[str, ...]) -> None:
+    for name, weight in config.loss_weights.items():
+        require(
+            name in provided,
+            f"loss_weights.{name} is no loss of model.router.name = {config.model.router.name}, "
+            f"which has {' and '.join(provided) or 'none'}: remove it, or clear all: "
+            "loss_weights={}",
+        )
+        require(weight >= 0, f"loss_weights.{name} = {weight} must be zero or positive")
+
+
+def _check_diffusion(config: ConfigDict) -> None:
+    """The samplers fit the path, and their keys fit them."""
+    path, sampling = config.diffusion.path, config.sampling
+    interval, discrete = sampling.cfg_interval, sampling.sampler in ("ddpm", "ddim")
+    require(
+        discrete == (path == "ddpm"),
+        f"sampling.sampler = {sampling.sampler} does not fit diffusion.path = {path}: choose "
+        + ("ddpm | ddim" if path == "ddpm" else "heun | euler | dopri5 | sde | sde_heun"),
+    )
+    require(
+        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+        f"sampling.cfg_interval = {interval} must be two times, 0 <= start < end <= 1",
+    )
+    if path == "ddpm":
+        require(
+            config.model.learn_sigma,
+            "diffusion.path = ddpm trains a variance: set model.learn_sigma=true",
+        )
+        for key, needed in (("prediction", "velocity"), ("noise_scale", 1.0)):
+            require(
+                config.diffusion[key] == needed,
+                f"diffusion.{key} = {config.diffusion[key]} is for diffusion.path = flow: set it "
+                f"to {needed}",
+            )
+        require(
+            tuple(interval) == (0, 1),
+            f"sampling.cfg_interval = {interval} is for diffusion.path = flow: set it to (0, 1)",
+        )
+    require(
+        sampling.sampler not in ("sde", "sde_heun") or sampling.steps >= 2,
+        f"sampling.steps = {sampling.steps} is too few for sampling.sampler = {sampling.sampler}, "
+        "whose last step is one without noise: take at least 2",
+    )
+    for key in ("respacing", "clip"):
+        require(
+            discrete or not sampling[key],
+            f"sampling.{key} = {sampling[key]} is for diffusion.path = ddpm: leave it out",
+        )
+
+
+def _check_training(config: ConfigDict) -> None:
+    _micro_batch(config)
+    decays = config.ema.decays
+    require(
+        all(0 < decay < 1 for decay in decays) and len(set(decays)) == len(decays),
+        f"ema.decays = {decays} must be different numbers above 0 and below 1",
+    )
+    require(
+        config.train.eval_samples != 1,
+        "train.eval_samples = 1 has no covariance: take some hundreds, or 0 for none",
+    )
+    _check_optim(config.optim, config.train.num_steps)
+
+
+def _check_optim(optim: ConfigDict, steps: int) -> None:
+    falling = optim.schedule in ("cosine", "linear")
+    require(
+        not falling or optim.warmup_steps < steps,
+        f"optim.warmup_steps = {optim.warmup_steps} leaves nothing of train.num_steps = {steps} to "
+        f"optim.schedule = {optim.schedule}: lower the warm-up or train longer",
+    )
+    require(
+        optim.schedule != "inverse_sqrt" or optim.warmup_steps >= 1,
+        "optim.schedule = inverse_sqrt falls with the steps since the warm-up began, but "
+        "optim.warmup_steps = 0: set it to at least 1",
+    )
+    require(
+        falling or optim.min_learning_rate == 0,
+        f"optim.min_learning_rate = {optim.min_learning_rate} is where optim.schedule = cosine or "
+        f"linear ends, and this is {optim.schedule}: set it to 0, or change the schedule",
+    )
+    require(
+        optim.min_learning_rate <= optim.learning_rate,
+        f"optim.min_learning_rate = {optim.min_learning_rate} exceeds optim.learning_rate = "
+        f"{optim.learning_rate}: lower it",
+    )
+    require(
+        bool(optim.trainable) and all(optim.trainable),
+        f"optim.trainable = {optim.trainable} trains nothing: name patterns of parameter paths, "
+        "like *",
+    )

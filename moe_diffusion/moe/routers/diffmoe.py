@@ -1,0 +1,139 @@
+"""DiffMoE: expert choice from a pool of the whole batch, with a learned share at inference."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from moe_diffusion.checks import check_values, require
+from moe_diffusion.moe.router import Aux, router_z
+from moe_diffusion.moe.routers.expert_choice import ExpertChoice
+from moe_diffusion.moe.routing import Routing, by_expert, slots_per_expert, top_tokens
+
+
+class DiffMoE(ExpertChoice):
+    """Experts choose from a pool of the whole batch; a predictor sets their share at inference.
+
+    Training: expert choice over the group (the batch), C = T / E * capacity. A small MLP on the
+    detached token learns to tell which tokens each expert takes (binary cross-entropy). Its C-th
+    largest probability in the batch feeds each expert's threshold, a moving average.
+    Inference: k_e = the number of tokens whose predicted probability exceeds the threshold of
+    expert e. The expert takes its k_e best tokens by gate score, as in the authors' code: the
+    thresholds say how many, the gate says which.
+
+    capacity: experts per token on average.
+    threshold: "dynamic", those averages, or one constant for all experts as text like "0.4" (what
+      the paper's interval search looks for).
+    threshold_decay: of the averages, per optimizer step.
+    max_capacity: at inference an expert takes at most this multiple of C tokens, so that shapes are
+      static. The metric `dropped` is the share that the bound refuses. 0 = no bound.
+
+    Source: DiffMoE (2503.14487) section 3, Algorithms 1 and 2.
+    """
+
+    threshold: str = "dynamic"
+    threshold_decay: float = 0.95
+    max_capacity: float = 4.0
+
+    provides: ClassVar[tuple[str, ...]] = ("capacity_predictor", "router_z")
+
+    @classmethod
+    def check(cls, config, num_experts, group_tokens):
+        super().check(config, num_experts, group_tokens)
+        check_values(
+            config,
+            "model.router.",
+            not_negative=("max_capacity",),
+            fraction=("threshold_decay",),
+        )
+        require(
+            config.max_capacity == 0 or config.max_capacity >= 1,
+            f"model.router.max_capacity = {config.max_capacity} would drop tokens even at the "
+            "average load: use at least 1, or 0 for no bound",
+        )
+        require(
+            config.threshold == "dynamic" or _is_fraction(config.threshold),
+            f"model.router.threshold = {config.threshold!r} must be dynamic or a number at least 0 "
+            "and below 1, like 0.4",
+        )
+
+    @nn.compact
+    def __call__(self, x, is_null=None, train=False) -> tuple[Routing, Aux]:
+        del is_null
+        logits = self.logits(x)
+        scores = jax.nn.softmax(logits)
+        predicted = CapacityPredictor(self.num_experts, name="predictor")(x)
+        threshold = self.variable("router_state", "threshold", jnp.zeros, (self.num_experts,)).value
+        tokens = x.shape[1]
+        slots = slots_per_expert(tokens, self.num_experts, self.capacity)
+        if train:
+            weight, token = top_tokens(scores, slots)
+            quantile = top_tokens(jax.nn.sigmoid(predicted), slots)[0][..., -1]
+            asked = self.asked(
+                capacity_predictor=lambda: predictor_loss(predicted, _taken(token, scores)),
+                router_z=lambda: router_z(logits),
+            )
+            stats = {"threshold": lax.stop_gradient(quantile.mean(0))}
+            return by_expert(token, weight), Aux(asked, {}, stats)
+
+        if self.threshold != "dynamic":
+            threshold = float(self.threshold)
+        wanted = (jax.nn.sigmoid(predicted) > threshold).sum(1)  # i32[G, E]
+        bound = max(1, int(slots * self.max_capacity)) if self.max_capacity else tokens
+        bound = min(tokens, bound)
+        weight, token = top_tokens(scores, bound)
+        used = jnp.arange(bound) < wanted[..., None]
+        dropped = jnp.maximum(wanted - bound, 0).sum() / jnp.maximum(wanted.sum(), 1)
+        per_token = wanted.sum() / (x.shape[0] * tokens)
+        metrics = {"experts_per_token": per_token, "dropped": dropped}
+        # Bounded, the slots are worth a static shape; unbounded, most of the T slots are empty.
+        return by_expert(token, weight, used, fixed_slots=bound < tokens), Aux({}, metrics, {})
+
+    def next_state(self, state, stats):
+        """threshold = decay * threshold + (1 - decay) * quantile seen in the batch."""
+        if "threshold" not in stats:
+            return dict(state)
+        decay = self.threshold_decay
+        return {"threshold": decay * state["threshold"] + (1 - decay) * stats["threshold"]}
+
+
+class CapacityPredictor(nn.Module):
+    """Linear, SiLU, Linear on the detached token: x[G, T, D] -> logits f32[G, T, E]."""
+
+    num_experts: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = lax.stop_gradient(x).astype(jnp.float32)
+        xavier = nn.initializers.xavier_uniform()
+        init = nn.with_logical_partitioning(xavier, ("embed", None))
+        x = nn.silu(nn.Dense(x.shape[-1], kernel_init=init, name="dense_0")(x))
+        return nn.Dense(self.num_experts, kernel_init=init, name="dense_1")(x)
+
+
+def predictor_loss(logits: jax.Array, taken: jax.Array) -> jax.Array:
+    """Mean binary cross-entropy of the predictor's logits f32[G, T, E] against the experts' choice.
+
+    taken[g, t, e] is 1 where expert e took token t. DiffMoE (2503.14487), capacity predictor loss.
+    """
+    return optax.sigmoid_binary_cross_entropy(logits, taken).mean()
+
+
+def _taken(token: jax.Array, scores: jax.Array) -> jax.Array:
+    """f32[G, T, E], 1 where token i32[G, E, C] says that the expert took the token."""
+    groups, num_experts, _ = token.shape
+    group = jnp.arange(groups)[:, None, None]
+    expert = jnp.arange(num_experts)[:, None]
+    return jnp.zeros_like(scores).at[group, token, expert].set(1.0)
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False

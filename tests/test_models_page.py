@@ -1,0 +1,133 @@
+"""The configs against the authors' classes at full size, and the table in docs/models.md."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from docs import generate_models
+from docs.published import PUBLISHED, VARIANTS
+from moe_diffusion import config as configs
+from moe_diffusion.errors import UserError
+from tests.models.test_accounting import FAMILIES, check
+
+SIZES = ("S", "B", "L", "XL")
+# Entry of param_counts.json -> config and overrides. Those by yaml file are in test_accounting.py.
+PINNED = {
+    "dsmoe_yaml_configs": {
+        "000_DSMoE_S_E16_Flow_half_misx2_s1a2_rope2d_l10": ["dsmoe_s.py"],
+        "000_DSMoE_S_E48_Flow_half_misx0.3_s1a5_rope2d_l12": ["dsmoe_s.py:experts=48"],
+        "000_DSMoE_B_E16_Flow_half_misx2_s1a2_rope2d_l10": ["dsmoe_b.py"],
+        "000_DSMoE_B_E48_Flow_half_misx0.3_s1a5_rope2d_l12": ["dsmoe_b.py:experts=48"],
+        "000_DSMoE_L_E16_Flow_half_misx2_s1a2_rope2d_l20": ["dsmoe_l.py:experts=16"],
+        "000_DSMoE_L_E48_Flow_half_misx0.4_s1a5_rope2d_l24": ["dsmoe_l.py"],
+        "000_DSMoE_3B_E16_Flow_half_misx2.5_s1a2_rope2d_l30": ["dsmoe_3b.py"],
+    },
+    "diffmoe_as_named": {
+        f"DiffMoE-{size}-E{experts}": [f"diffmoe_{size.lower()}.py:experts={experts}"]
+        for size in SIZES[:3]
+        for experts in (8, 16)
+    },
+    "tc_ec_dit": {
+        f"{kind}-DiT-L-E{experts}": [f"{kind.lower()}dit_l.py:experts={experts}"]
+        for kind in ("TC", "EC")
+        for experts in (8, 16)
+    },
+    "dit": {
+        f"DiT-{size}/{patch}": [f"dit_{size.lower()}.py", f"model.patch_size={patch}"]
+        for size in SIZES
+        for patch in (2, 4, 8)
+    },
+    "sit": {f"SiT-{size}/2": [f"sit_{size.lower()}.py"] for size in SIZES},
+    "dit_moe": {
+        # Counted without the normalisation of queries and keys that XL's and G's weights have.
+        "DiT-MoE-S/2-8E2A": ["dit_moe_s.py"],
+        "DiT-MoE-B/2-8E2A": ["dit_moe_b.py"],
+        "DiT-MoE-XL/2-8E2A": ["dit_moe_xl.py:qk_norm=false"],
+        "DiT-MoE-G/2-16E2A": ["dit_moe_g.py:qk_norm=false"],
+    },
+    "promoe": {
+        **{f"ProMoE_TC_{size}": [f"promoe_{size.lower()}.py"] for size in SIZES},
+        "ProMoE_EC_L": ["promoe_l.py:routing=expert_choice"],
+    },
+    "jit": {
+        **{
+            f"JiT-{size}/{patch}": [f"jit_{size.lower()}{patch}.py"]
+            for size in "BLH"
+            for patch in (16, 32)
+        },
+        **{f"JiT-{size}/16-E16": [f"jitmoe_{size.lower()}16.py"] for size in "BLH"},
+    },
+}
+# Built from their hyperparameters in test_accounting.py; the rest are models of other kinds.
+BY_HYPERPARAMETERS = ("dsmoe_yaml_configs", "diffmoe_yaml_configs")
+OUT_OF_SCOPE = ("flux_and_encoders",)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in PINNED for name in PINNED[family]]
+)
+def test_configs_are_the_authors_networks(family, name):
+    spec, *overrides = PINNED[family][name]
+    check(FAMILIES[family][name], generate_models.measure(f"configs/{spec}", *overrides).counts)
+
+
+def test_every_entry_is_pinned():
+    assert set(FAMILIES) == {*PINNED, *BY_HYPERPARAMETERS, *OUT_OF_SCOPE}
+    for family in set(PINNED) - set(BY_HYPERPARAMETERS):
+        assert set(PINNED[family]) == set(FAMILIES[family])
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_is_not_stale():
+    page = configs.ROOT / "docs" / "models.md"
+    text = page.read_text()
+    remedy = "run python -m docs.generate_models --write docs/models.md"
+    assert generate_models.renewed(text) == text, remedy
+
+
+def test_every_config_is_in_the_table():
+    specs = generate_models.specs()
+    files = {path.name for path in (configs.ROOT / "configs").glob("*.py")}
+    files = {name for name in files if not re.match("__init__|eval_", name)}
+    assert {spec.removeprefix("configs/").partition(":")[0] for spec in specs} == files
+    assert len(set(specs)) == len(specs) and set(PUBLISHED) | set(VARIANTS) <= set(specs)
+
+
+@pytest.mark.parametrize("spec", PUBLISHED)
+def test_published_figures_are_explained(spec):
+    """A printed figure is ours, in its unit, rounded or cut off; DiffMoE's also follow C_infer."""
+    entry, paper = generate_models.measure(spec), PUBLISHED[spec]
+    slack = 1.05 if "diffmoe" in spec else 1
+    assert -0.5 <= generate_models.in_unit(entry.counts, paper.unit) - paper.activated < slack
+    if paper.gmacs:
+        assert entry.flops / 2e9 == pytest.approx(paper.gmacs, rel=0.01)
+
+
+def test_write(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate_models, "specs", lambda: ["configs/dsmoe_s.py"])
+    page = tmp_path / "models.md"
+    page.write_text(f"before\n{generate_models.BEGIN}\nold\n{generate_models.END}\nafter\n")
+    generate_models.main(["--write", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:5] == ["`dsmoe_s.py`", "96.87", "34.94", "33", "33.3 x 2^20"]
+    # Multiply-adds are half the FLOPs; 256 patches.
+    assert float(cells[5]) == pytest.approx(2 * float(cells[7]), rel=1e-3)
+    assert float(cells[6]) == pytest.approx(1e3 * float(cells[5]) / 256, rel=1e-3)
+    generate_models.main([])
+    assert capsys.readouterr().out.strip() == generate_models.table()
+    assert [path.name for path in tmp_path.iterdir()] == ["models.md"]
+
+
+def test_a_page_without_place(tmp_path, capsys):
+    with pytest.raises(UserError, match="no place for the table"):
+        generate_models.renewed("no marks")
+    with pytest.raises(SystemExit):
+        generate_models.main(["--write", str(tmp_path / "missing.md")])
+    assert "is not there" in capsys.readouterr().err
