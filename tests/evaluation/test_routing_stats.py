@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from ml_collections import ConfigDict
 from PIL import Image
 
 from moe_diffusion import config as configs
@@ -192,7 +193,7 @@ def test_json_and_picture(tmp_path):
 
 def test_a_constant_of_the_config_is_that_of_the_search(diffmoe):
     config, model, variables, observed = diffmoe
-    constant = configs.ConfigDict(config)
+    constant = ConfigDict(config)
     constant.model.router.threshold = "0.45"
     model = build(constant.model)
     by_config = jax.jit(lambda *args: observe(model, *args, False))(
@@ -208,7 +209,7 @@ def test_a_constant_of_the_config_is_that_of_the_search(diffmoe):
 
 def test_search(diffmoe):
     config, _, variables, _ = diffmoe
-    config = configs.ConfigDict(config)
+    config = ConfigDict(config)
     config.sampling.sampler, config.sampling.cfg = "euler", 1.0
     seen = []
     rows = capacity_search.search(
