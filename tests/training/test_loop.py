@@ -46,7 +46,7 @@ def test_a_run_leaves_what_it_should(tmp_path):
     state = train(config, workdir)
     assert int(state.step) == 6
     saved = configs.load_json(workdir / "config.json")
-    assert configs.compare(saved, config) == [] and saved.train == config.train
+    assert configs.compare(saved, config) == [] and saved.train.num_steps == 6
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "6"]
     assert sorted(p.name for p in (workdir / "checkpoints" / "6").iterdir() if p.is_dir()) == [
         "data",
