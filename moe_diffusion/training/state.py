@@ -74,6 +74,17 @@ def merge(trained: Tree, untrained: Tree) -> Tree:
     return unflatten_dict(flatten_dict(trained) | flatten_dict(untrained))
 
 
+def whole(state: TrainState, untrained: Tree) -> TrainState:
+    """The state with the untrained parameters, too, in `params` and in every average."""
+    if not untrained:
+        return state
+    emas = {
+        decay: ema | {"params": merge(ema["params"], untrained)}
+        for decay, ema in state.emas.items()
+    }
+    return state.replace(params=merge(state.params, untrained), emas=emas)
+
+
 def weights(state: TrainState, ema: str | None = None) -> tuple[Tree, Tree]:
     """(params, router_state) of the live model or of the average with decay `ema`, to sample with.
 
