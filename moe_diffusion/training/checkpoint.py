@@ -133,28 +133,6 @@ class Checkpointer:
         )
 
 
-def restore_for_inference(
-    workdir: str | os.PathLike,
-    step: int | None = None,
-    ema: str | None = None,
-    sharding: jax.sharding.Sharding | None = None,
-) -> tuple[Any, Any, int]:
-    """Reads (params, router_state, step) and nothing else of a checkpoint.
-
-    Args:
-      step: None reads the newest.
-      ema: decay of an average as text ("0.9999"); None reads the live weights.
-      sharding: of every array; None puts them on the first device.
-
-    Raises:
-      UserError: no such checkpoint or average, or a damaged checkpoint.
-    """
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with StoredWeights(workdir, step, ema) as stored:
-        tree = stored.read_tree(dict.fromkeys(stored.shapes, sharding))
-        return tree["params"], tree["router_state"], stored.step
-
-
 def first_average(config: Any) -> str | None:
     """The average that is used where none is named: the run's first; None for the live weights."""
     return str(config.ema.decays[0]) if config.ema.decays else None
@@ -174,7 +152,15 @@ class StoredWeights:
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int | None = None, ema: str | None = None):
-        """See `restore_for_inference`."""
+        """Opens a checkpoint of a workdir.
+
+        Args:
+          step: None takes the newest.
+          ema: decay of an average as text ("0.9999"); None takes the live weights.
+
+        Raises:
+          UserError: there is no such checkpoint or average, or the checkpoint is damaged.
+        """
         folder = _folder(workdir)
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no checkpoints: train into it first, or name another")

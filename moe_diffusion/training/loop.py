@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
-from moe_diffusion.conditions import Field, check_fields, cond_of
+from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
@@ -31,7 +31,7 @@ from moe_diffusion.training.allocator import host_memory, return_freed_memory
 from moe_diffusion.training.checkpoint import Checkpointer, is_started
 from moe_diffusion.training.logging import MetricWriter, Progress
 from moe_diffusion.training.run import Run, on_every_device, prepare_run
-from moe_diffusion.training.state import TrainState, matches, merge
+from moe_diffusion.training.state import TrainState, matches, merge, whole
 from moe_diffusion.training.step import Frozen, Metrics, large_constants
 
 Tree = Any
@@ -60,8 +60,9 @@ def train(
       iterator_fn: makes this process's iterator over batches of numpy arrays [B, ...], where all
         processes' batches together are `data.batch_size` images; with `get_state() -> dict` (JSON,
         the same on every process), `set_state` and `close`; see `data.pipeline`.
-      hooks: called as hook(step, state) every `train.sample_every` steps on every process; may
-        return images for TensorBoard, name -> [H, W, C], and numbers for the metrics.
+      hooks: called as hook(step, state) every `train.sample_every` steps on every process; the
+        state has the untrained parameters, too. A hook may return images for TensorBoard,
+        name -> [H, W, C], and numbers for the metrics.
       frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights. They are not
         saved. Those that lie on the run's mesh stay as they are; others go whole to every device.
 
@@ -125,7 +126,7 @@ def train(
                 monitor.finish()
                 with progress.paused():
                     for hook in hooks:
-                        _write_outputs(writer, step, hook(step, state) or {})
+                        _write_outputs(writer, step, hook(step, whole(state, untrained)) or {})
             if step < num_steps:
                 # After the checkpoint, which keeps the iterator where batch step + 1 begins.
                 batch = place(next(iterator))
@@ -296,8 +297,7 @@ def _restore_or_create(
 
 def _check_batch(model: Model, batch: Mapping[str, Any]) -> None:
     """Raises a UserError unless a batch [B, ...] has the fields that the model takes."""
-    found = {k: Field(v.shape[1:], str(v.dtype)) for k, v in cond_of(batch).items()}
-    check_fields(found, model.cond_spec(), "the data")
+    check_fields(fields_of(batch), model.cond_spec(), "the data")
 
 
 def _check_constants(traced: Any) -> None:

@@ -74,6 +74,17 @@ def merge(trained: Tree, untrained: Tree) -> Tree:
     return unflatten_dict(flatten_dict(trained) | flatten_dict(untrained))
 
 
+def whole(state: TrainState, untrained: Tree) -> TrainState:
+    """The state with the untrained parameters, too, in `params` and in every average."""
+    if not untrained:
+        return state
+    emas = {
+        decay: ema | {"params": merge(ema["params"], untrained)}
+        for decay, ema in state.emas.items()
+    }
+    return state.replace(params=merge(state.params, untrained), emas=emas)
+
+
 def weights(state: TrainState, ema: str | None = None) -> tuple[Tree, Tree]:
     """(params, router_state) of the live model or of the average with decay `ema`, to sample with.
 
@@ -93,14 +104,20 @@ def abstract_state(
       The state; the untrained parameters; and the logical axes of all parameters, a tree like them
       with a tuple of names (or None) per parameter.
     """
-    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    variables, axes = abstract_weights(model)
+    return *jax.eval_shape(partial(initial_state, optimizer, config), variables), axes
+
+
+def abstract_weights(model: Model) -> tuple[dict[str, Any], Tree]:
+    """Shapes of params and router_state, and the logical axes of params; nothing is allocated."""
+    shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    variables = {name: shapes[name] for name in ("params", "router_state") if name in shapes}
     axes = jax.tree.map(
         tuple,
         nn.get_partition_spec(variables["params"]),
         is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
-    begin = partial(initial_state, optimizer, config)
-    return *jax.eval_shape(begin, nn.meta.unbox(variables)), axes
+    return nn.meta.unbox(variables), axes
 
 
 def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
