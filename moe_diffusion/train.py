@@ -84,9 +84,13 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
 def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     parser = Parser("train", __doc__)
-    add = partial(parser.add_argument, required=True, metavar="")
-    add("--config", help="config file, with arguments: configs/digits.py:router=dense")
-    add("--workdir", help="folder of the run; made if missing, resumed if not")
+    add = partial(parser.add_argument, required=True)
+    add(
+        "--config",
+        metavar="FILE",
+        help="config file, with arguments: configs/digits.py:router=dense",
+    )
+    add("--workdir", metavar="DIR", help="folder of the run; made if missing, resumed if not")
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
     distributed.initialize()

@@ -6,7 +6,6 @@ latent (2212.09748); in a pattern of blocks, experts take the place of the MLP.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -35,14 +34,7 @@ class DiT(PatchTransformer):
     reverse_time: bool
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        cond: dict[str, jax.Array],
-        train: bool,
-        capture: tuple[int, ...] = (),
-    ):
+    def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
         """See `Model`. train only tells the routers; features are tokens [B, S, D]."""
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
         x = patchify(x.astype(dtype), self.patch_size)

@@ -7,7 +7,6 @@ stand before the image's tokens ("in context").
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -104,14 +103,7 @@ class JiT(PatchTransformer):
         return super().make_block(kind, train=train, context=context, dropout=dropout)
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        cond: dict[str, jax.Array],
-        train: bool,
-        capture: tuple[int, ...] = (),
-    ):
+    def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
         """See `Model`. train tells the routers and turns dropout on, which draws from the random
         stream "dropout". Features are tokens [B, S, D], with the class tokens where they are."""
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]

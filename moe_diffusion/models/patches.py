@@ -98,30 +98,13 @@ class PatchTransformer(Model):
 
         context: tokens before those of the image. dropout: of attention and dense MLPs.
         """
-        attention = partial(
-            Attention,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            qk_norm=self.qk_norm,
-            qk_norm_kind=self.qk_norm_kind,
-            qk_norm_eps=self.qk_norm_eps,
-            positions=self.positions,
-            grid=self.grid,
-            dtype=self.dtype,
-            context=context,
-            dropout=dropout,
-            implementation=self.attention,
-        )
-        is_moe = kind.startswith("moe")
-        ffn = self.make_moe if is_moe else partial(self.make_mlp, dropout=dropout)
-        return partial(
-            TransformerBlock,
-            norm=self.norm,
-            make_attention=attention,
-            make_ffn=ffn,
-            train=train,
-            dtype=self.dtype,
-        )
+        names = ("num_heads", "num_kv_heads", "qk_norm", "qk_norm_kind", "qk_norm_eps", "positions")
+        options = {name: getattr(self, name) for name in (*names, "grid", "dtype")}
+        options |= {"context": context, "dropout": dropout, "implementation": self.attention}
+        dense = partial(self.make_mlp, dropout=dropout)
+        ffn = self.make_moe if kind.startswith("moe") else dense
+        make_attention = partial(Attention, **options)
+        return partial(TransformerBlock, self.norm, make_attention, ffn, train, self.dtype)
 
     @nn.nowrap
     def to_image(self, tokens: jax.Array, c: jax.Array, norm: str = "layernorm") -> jax.Array:

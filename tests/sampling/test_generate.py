@@ -100,7 +100,8 @@ def test_hooks_draw_prompts_of_the_source(tmp_path):
     outputs = SampleHook(config, Prompted(), tmp_path, Prompts())(3, state)
     picture = Image.open(tmp_path / "samples" / "00000003.png")
     np.testing.assert_array_equal(np.asarray(picture), outputs["samples"])
-    assert picture.width == 2 * 64 + 3 + 24 and picture.height > 2 * 32  # tiles of 32 x 64
+    assert picture.size == image_grid(np.zeros((4, *SHAPE)), list("0123"), title="step 3").size
+    assert picture.width == 2 * 64 + 3 + 24  # tiles of 32 x 64
 
     judged = EvaluationHook(config, Prompted(), Prompts())(3, state)
     assert "eval/fd_pooled" in judged and np.isfinite(list(judged.values())).all()
