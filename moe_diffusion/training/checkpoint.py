@@ -119,10 +119,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits as `wait` does and ends the threads."""
-        try:
+        with contextlib.closing(self._manager):
             self.wait()
-        finally:
-            self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -62,10 +62,9 @@ class MetricWriter:
             self._events.add_scalar(name, value, step)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """images: name -> [H, W, C] or [N, H, W, C]; uint8, or floats in [0, 1]."""
+        """images: name -> [H, W, C]; uint8, or floats in [0, 1]."""
         for name, image in images.items():
-            add = self._events.add_images if np.ndim(image) == 4 else self._events.add_image
-            add(name, image, step, dataformats="HWC" if np.ndim(image) == 3 else "NHWC")
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def write_outputs(self, step: int, outputs: Mapping[str, Any]) -> None:
         """Writes numbers as scalars and everything else as images."""

@@ -182,14 +182,11 @@ class StopSignal:
     makes them stop at the same step, whichever of them is told.
     """
 
-    name = "SIGTERM"
-
     def __enter__(self) -> StopSignal:
-        self._received = False
-        self._previous = {}
+        self.name, self._received, self._previous = "SIGTERM", False, {}
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
+            numbers = (signal.SIGTERM, signal.SIGINT)
+            self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -198,8 +195,7 @@ class StopSignal:
         self._previous = {}
 
     def _receive(self, number: int, _: Any) -> None:
-        self._received = True
-        self.name = signal.Signals(number).name
+        self.name, self._received = signal.Signals(number).name, True
         self.__exit__()
 
     def requested(self, step: int) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -23,15 +24,9 @@ from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.models import build
 from moe_diffusion.models.stack import Model, abstract_inputs, next_router_state
 from moe_diffusion.parallel import rules
-from moe_diffusion.parallel.mesh import make_mesh
-from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import (
-    TrainState,
-    abstract_weights,
-    init_variables,
-    initial_state,
-    merge,
-)
+from moe_diffusion.parallel.mesh import make_mesh, num_batch_shards
+from moe_diffusion.training.optim import init_emas, make_optimizer, make_schedule
+from moe_diffusion.training.state import TrainState, merge, split
 from moe_diffusion.training.step import TrainStep, make_train_step
 
 Tree = Any
@@ -130,6 +125,37 @@ def prepare_run(
     grads, untrained = place(state.params, of_update), place(untrained, of_params)
     state = place(state, of_update).replace(params=place(state.params, of_params))
     return Run(config, model, mesh, optimizer, state, untrained, grads, loss_fn)
+
+
+def abstract_weights(model: Model) -> tuple[dict[str, Any], Tree]:
+    """Shapes of params and router_state, and the logical axes of params; nothing is allocated.
+
+    The axes are a tree like params with a PartitionSpec of names (or None) for every parameter.
+    """
+    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    return nn.meta.unbox(variables), nn.get_partition_spec(variables["params"])
+
+
+def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
+    """New params and router_state (if there is one) with their metadata.
+
+    The inputs of the model only give shapes: they have one sample for every device.
+    """
+    inputs = abstract_inputs(model, num_batch_shards())
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    variables = model.init(key, *zeros, False)
+    return {name: variables[name] for name in ("params", "router_state") if name in variables}
+
+
+def initial_state(
+    optimizer: optax.GradientTransformation, config: Any, variables: dict[str, Any]
+) -> tuple[TrainState, Tree]:
+    """The state before step 0 of {"params", "router_state"}, and the untrained parameters."""
+    router_state = variables.get("router_state", {})
+    params, untrained = split(variables["params"], config.optim.trainable)
+    emas = init_emas(params, router_state, config.ema)
+    step = jnp.zeros([], jnp.int32)
+    return TrainState(step, params, router_state, emas, optimizer.init(params)), untrained
 
 
 def shardings(tree: Tree) -> Tree:

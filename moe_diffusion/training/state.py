@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
-import optax
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.models.stack import Model, abstract_inputs
-from moe_diffusion.parallel.mesh import num_batch_shards
-from moe_diffusion.training.optim import init_emas
 
 Tree = Any
 
@@ -93,34 +86,3 @@ def weights(state: TrainState, ema: str | None = None) -> tuple[Tree, Tree]:
     if ema is None:
         return state.params, state.router_state
     return state.emas[ema]["params"], state.emas[ema]["router_state"] or state.router_state
-
-
-def abstract_weights(model: Model) -> tuple[dict[str, Any], Tree]:
-    """Shapes of params and router_state, and the logical axes of params; nothing is allocated.
-
-    The axes are a tree like params with a PartitionSpec of names (or None) for every parameter.
-    """
-    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-    return nn.meta.unbox(variables), nn.get_partition_spec(variables["params"])
-
-
-def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
-    """New params and router_state (if there is one) with their metadata.
-
-    The inputs of the model only give shapes: they have one sample for every device.
-    """
-    inputs = abstract_inputs(model, num_batch_shards())
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-    variables = model.init(key, *zeros, False)
-    return {name: variables[name] for name in ("params", "router_state") if name in variables}
-
-
-def initial_state(
-    optimizer: optax.GradientTransformation, config: Any, variables: dict[str, Any]
-) -> tuple[TrainState, Tree]:
-    """The state before step 0 of {"params", "router_state"}, and the untrained parameters."""
-    router_state = variables.get("router_state", {})
-    params, untrained = split(variables["params"], config.optim.trainable)
-    emas = init_emas(params, router_state, config.ema)
-    step = jnp.zeros([], jnp.int32)
-    return TrainState(step, params, router_state, emas, optimizer.init(params)), untrained
