@@ -26,7 +26,7 @@ def make_schedule(optim_config: Any, num_steps: int) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=floor / peak),
         "linear": lambda: optax.linear_schedule(peak, floor, rest),
-        "inverse_sqrt": lambda: lambda n: peak * jnp.sqrt(warmup / (n + warmup)),
+        "inverse_sqrt": lambda: lambda n: peak * jnp.sqrt(warmup / jnp.maximum(n + warmup, 1)),
     }[optim_config.schedule]()
     if warmup == 0:
         return after
