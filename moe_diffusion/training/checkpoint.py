@@ -143,7 +143,7 @@ def is_started(workdir: str | os.PathLike) -> bool:
     return any(path.name.isdigit() for path in _folder(workdir).glob("*"))
 
 
-class StoredWeights:
+class StoredWeights(contextlib.AbstractContextManager):
     """The weights of one checkpoint of a workdir, none of them read yet.
 
     Attributes:
@@ -189,9 +189,6 @@ class StoredWeights:
                     path = "/".join((name, *place[len(root) :]))
                     self._places[path] = folder, place
                     self.shapes[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-    def __enter__(self) -> StoredWeights:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self._handler.close()

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ from moe_diffusion.parallel.distributed import is_main_process
 class MetricWriter:
     """Writes `workdir/metrics.jsonl` and TensorBoard events, and lists the parameters once.
 
-    The methods are those of clu's `MetricWriter`, all of whose writers need TensorFlow.
+    `clu.metric_writers` would do this, but it cannot be imported without TensorFlow.
     metrics.jsonl has one JSON object a line, {"step": 100, "loss": 0.25, ...}; a number that is
     not finite is null. Opening drops the lines past `step`, since a resumed run writes them anew.
 
@@ -73,14 +74,15 @@ class MetricWriter:
             self.write_scalars(step, numbers)
         self.write_images(step, {k: v for k, v in outputs.items() if k not in numbers})
 
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Shows the hyperparameters as one indented JSON text."""
-        text = json.dumps(dict(hparams), indent=4, default=str)
-        indented = "".join(f"    {line}\n" for line in text.splitlines())
-        self._events.add_text("hparams", indented, 0)
+    def write_setup(self, hparams: Mapping[str, Any], params: Any) -> None:
+        """Writes what stays the same in a run.
 
-    def write_parameters(self, params: Any) -> None:
-        """Lists every parameter with its shape, dtype, size and sharding in parameters.txt."""
+        Args:
+          hparams: shown as one indented JSON text.
+          params: tree; parameters.txt lists the shape, dtype, size and sharding of every array.
+        """
+        text = textwrap.indent(json.dumps(dict(hparams), indent=4, default=str), "    ")
+        self._events.add_text("hparams", text + "\n", 0)
         table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
         if is_main_process():
             (self._folder / "parameters.txt").write_text(table + "\n")

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -73,22 +72,21 @@ def train(
       UserError: before anything is written if config, workdir, devices or checkpoint do not fit;
         later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
     """
-    _check(config, workdir)
-    if config.init_from and not is_started(workdir):
-        warm_start.check(config, model)
+    _check(config, model, workdir)
     _use_compile_cache(config.compile_cache)
     run = prepare_run(config, model, loss_fn)
     with contextlib.ExitStack() as stack:
+
+        def opened(resource: Any) -> Any:
+            return stack.enter_context(contextlib.closing(resource))
+
         stop = stack.enter_context(StopSignal())
         stack.enter_context(run.on_mesh())
-        iterator = stack.enter_context(contextlib.closing(iterator_fn()))
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpointer(workdir, config.checkpoint))
-        )
+        iterator = opened(iterator_fn())
+        checkpoints = opened(Checkpointer(workdir, config.checkpoint))
         state, untrained = _restore_or_create(run, checkpoints, iterator)
         start, num_steps = int(state.step), config.train.num_steps
-        progress = Progress(start, num_steps, config.data.batch_size)
-        stack.callback(progress.close)
+        progress = opened(Progress(start, num_steps, config.data.batch_size))
         if start >= num_steps:
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state
@@ -100,11 +98,10 @@ def train(
         batch, train_step = place(first), run.step()
         # A wrong loss fails here, before anything is written.
         _check_constants(train_step.trace(state, batch, key, held))
-        writer = stack.enter_context(contextlib.closing(_open_workdir(run, workdir, start)))
+        writer = opened(_open_workdir(run, workdir, start))
         checkpoints.save_untrained(untrained)
-        progress.write(
-            f"{'resuming after' if start else 'starting at'} step {start} of {num_steps}"
-        )
+        verb = "resuming after" if start else "starting at"
+        progress.write(f"{verb} step {start} of {num_steps}")
         _tell_trainable(run, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
@@ -205,7 +202,7 @@ class StopSignal:
         return self._received
 
 
-def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
+def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None:
     """Raises a UserError for what would fail later; writes nothing."""
     configs.validate_devices(config, jax.device_count())
     folder = epath.Path(workdir)
@@ -218,6 +215,8 @@ def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
             )
     if "://" not in os.fspath(workdir):
         check_writable(workdir)
+    if config.init_from and not is_started(workdir):
+        warm_start.check(config, model)
 
 
 def _tell_trainable(run: Run, progress: Progress) -> None:
@@ -248,8 +247,8 @@ def _use_compile_cache(folder: str) -> None:
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
     elif folder or jax.config.jax_compilation_cache_dir is None:
-        default = Path.home() / ".cache" / "moe_diffusion" / "jax"
-        jax.config.update("jax_compilation_cache_dir", folder or str(default))
+        folder = folder or os.path.expanduser("~/.cache/moe_diffusion/jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _restore_or_create(
@@ -289,8 +288,7 @@ def _open_workdir(run: Run, workdir: str | os.PathLike, start: int) -> MetricWri
     if is_main_process():
         configs.save_json(run.config, epath.Path(workdir) / "config.json")
     writer = MetricWriter(workdir, start)
-    writer.write_hparams(run.config.to_dict())
-    writer.write_parameters(run.variables["params"])
+    writer.write_setup(run.config.to_dict(), run.variables["params"])
     return writer
 
 

@@ -112,11 +112,7 @@ def init_emas(params: Tree, router_state: Tree, ema_config: Any) -> dict[str, di
 
 
 def update_emas(
-    emas: Mapping[str, Mapping[str, Tree]],
-    params: Tree,
-    router_state: Tree,
-    step: jax.Array,
-    ema_config: Any,
+    emas: Tree, params: Tree, router_state: Tree, step: jax.Array, ema_config: Any
 ) -> dict[str, dict[str, Tree]]:
     """average = d average + (1 - d) value, with the values after optimizer step `step` (0, 1, ...).
 

@@ -69,12 +69,7 @@ def merge(trained: Tree, untrained: Tree) -> Tree:
 
 def whole(state: TrainState, untrained: Tree) -> TrainState:
     """The state with the untrained parameters, too, in `params` and in every average."""
-    if not untrained:
-        return state
-    emas = {
-        decay: ema | {"params": merge(ema["params"], untrained)}
-        for decay, ema in state.emas.items()
-    }
+    emas = {d: e | {"params": merge(e["params"], untrained)} for d, e in state.emas.items()}
     return state.replace(params=merge(state.params, untrained), emas=emas)
 
 

@@ -58,7 +58,7 @@ def test_images_numbers_and_hparams(tmp_path):
     writer = MetricWriter(tmp_path)
     images = {"grid": np.zeros((8, 8, 3), np.uint8), "gray": np.zeros((8, 8, 1))}
     writer.write_outputs(1, {**images, "distance": np.float32(0.5)})
-    writer.write_hparams({"optim": {"learning_rate": 1e-4}})
+    writer.write_setup({"optim": {"learning_rate": 1e-4}}, {})
     writer.close()
     events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
     for name in (b"grid", b"gray", b"distance", b"learning_rate"):
@@ -71,7 +71,7 @@ def test_parameters_are_listed_with_their_shardings(tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("data", None))
     shape = jax.ShapeDtypeStruct((16, 4), jnp.bfloat16, sharding=sharding)
-    writer.write_parameters({"layers": {"kernel": shape}})
+    writer.write_setup({}, {"layers": {"kernel": shape}})
     writer.close()
     text = (tmp_path / "parameters.txt").read_text()
     row = next(line for line in text.splitlines() if "layers/kernel" in line)
@@ -84,8 +84,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logging, "is_main_process", lambda: False)
     writer = MetricWriter(tmp_path)
     writer.write_scalars(1, {"loss": 1.0})
-    writer.write_hparams({"seed": 1})
-    writer.write_parameters({"kernel": np.zeros(3)})
+    writer.write_setup({"seed": 1}, {"kernel": np.zeros(3)})
     writer.write_outputs(1, {"grid": np.zeros((8, 8, 3), np.uint8)})
     writer.close()
     progress = Progress(0, 2, batch_size=4)
