@@ -7,7 +7,6 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,19 +31,16 @@ def check(config: ConfigDict, model: Model) -> None:
       UserError: it is of another model; the message lists the differences.
     """
     there = _config(config)
-    wanted = flatten_dict(abstract_variables(model), sep="/")
+    variables = flatten_dict(abstract_variables(model), sep="/")
+    wanted = {name: array.shape for name, array in variables.items()}
     with StoredWeights(config.init_from, ema=first_average(there)) as stored:
-        found = stored.shapes
-
-    def shape(arrays: Mapping[str, Any], name: str) -> Any:
-        return arrays[name].shape if name in arrays else "absent"
-
+        found = {name: array.shape for name, array in stored.shapes.items()}
     # A checkpoint may hold the state of a router which this model's router does not keep.
     names = wanted.keys() | {name for name in found if name.startswith("params/")}
     arrays = [
-        f"{name}: {shape(found, name)} there, {shape(wanted, name)} here"
+        f"{name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
         for name in sorted(names)
-        if shape(found, name) != shape(wanted, name)
+        if found.get(name) != wanted.get(name)
     ]
     ours, theirs = (flatten_dict(c.model.to_dict(), sep=".") for c in (config, there))
     differences = [
