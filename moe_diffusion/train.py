@@ -26,7 +26,6 @@ from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_loss
-from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.periodic import EvaluationHook
 from moe_diffusion.figures.curves import loss_curve
 from moe_diffusion.interop import autoencoder as autoencoders
@@ -53,18 +52,9 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     with contextlib.ExitStack() as stack:
 
         def open_iterator():
-            if config.data.batch_size % jax.process_count():
-                raise UserError(
-                    f"data.batch_size = {config.data.batch_size} cannot be split over "
-                    f"{jax.process_count()} processes: make it a multiple"
-                )
+            index, count = jax.process_index(), jax.process_count()
             iterator = make_iterator(
-                source,
-                config.data,
-                seed=config.seed,
-                batch_size_per_process=config.data.batch_size // jax.process_count(),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                source, config.data, seed=config.seed, process_index=index, process_count=count
             )
             return stack.enter_context(contextlib.closing(iterator))
 

@@ -157,7 +157,7 @@ def test_without_data_it_says_what_to_prepare_and_how(tmp_path, capfd):
     args = ["--config", "configs/dsmoe_l.py", "--workdir", tmp_path / "run"]
     error = cli.refused(capfd, train.main, args)
     assert "data.source=latents:data/imagenet256_latents is not there" in error
-    assert "32x32x4 latents of 256x256 images" in error
+    assert "32x32x4 latents with the condition label" in error
     assert "python -m moe_diffusion.prepare --source folder:/data --size 256" in error
     assert "--config.data.source=synthetic" in error
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
-from moe_diffusion.conditions import Field, check_fields, cond_of
+from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
@@ -297,8 +297,7 @@ def _restore_or_create(
 
 def _check_batch(model: Model, batch: Mapping[str, Any]) -> None:
     """Raises a UserError unless a batch [B, ...] has the fields that the model takes."""
-    found = {k: Field(v.shape[1:], str(v.dtype)) for k, v in cond_of(batch).items()}
-    check_fields(found, model.cond_spec(), "the data")
+    check_fields(fields_of(batch), model.cond_spec(), "the data")
 
 
 def _check_constants(traced: Any) -> None:
