@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# What a device encodes or decodes at once: 8 images of 256x256 take a few GB.
+# The most that a device encodes or decodes at once; 8 images of 256x256 take a few GB.
 IMAGES_AT_ONCE = 8
 PIXELS_AT_ONCE = IMAGES_AT_ONCE * 256 * 256
 
@@ -31,8 +31,8 @@ class AutoencoderKL(nn.Module):
     Attributes:
       block_channels: width of every level, the highest resolution first; each level but the last
         halves the resolution.
-      layers_per_block: residual blocks of an encoder's level; the decoder's have one more.
-      quant_conv: a 1x1 convolution behind the encoder and one before the decoder (not FLUX).
+      layers_per_block: residual blocks in a level of the encoder; the decoder has one more.
+      quant_conv: adds a 1x1 convolution after the encoder and one before the decoder (not in FLUX).
       scale, shift: the diffusion model sees (z - shift) * scale; see `Autoencoder`.
     """
 
@@ -60,11 +60,11 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Unscaled z [B, h, w, c] -> images, in [-1, 1] but for overshoot."""
+        """Unscaled z [B, h, w, c] -> images, in [-1, 1] except for overshoot."""
         return self.decoder(self.post_quant(z) if self.quant_conv else z)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """The reconstruction from the mean; touches every parameter, as `init` needs."""
+        """The reconstruction from the mean. It uses every parameter, as `init` needs."""
         return self.decode(self.moments(image)[0])
 
     @property
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a step to the next: "down", "up" or ""."""
+    """Residual blocks at one resolution, then a change of resolution: "down", "up" or "" (none)."""
 
     width: int
     blocks: int
@@ -180,7 +180,7 @@ def _norm(groups: int, name: str) -> nn.GroupNorm:
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images of so many pixels a device takes at once."""
+    """How many images a device takes at once, if each has so many pixels."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
@@ -204,7 +204,8 @@ class Autoencoder:
     def encode(self, images: np.ndarray, seed: int | None = None) -> np.ndarray:
         """Images f32[B, H, W, C] in [-1, 1] -> latents f32[B, h, w, c].
 
-        seed: draws from the Gaussian of every image; None takes its mean.
+        Args:
+          seed: for a draw from each image's Gaussian; None takes the mean.
         """
         z, logvar = np.split(self.moments(images), 2, axis=-1)
         if seed is not None:
@@ -213,7 +214,7 @@ class Autoencoder:
         return (z - self.network.shift) * self.network.scale
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents f32[B, h, w, c] -> images f32[B, H, W, C], in [-1, 1] but for overshoot."""
+        """Latents f32[B, h, w, c] -> images f32[B, H, W, C], in [-1, 1] except for overshoot."""
         z = np.asarray(latents, np.float32) / self.network.scale + self.network.shift
         pixels = latents.shape[1] * latents.shape[2] * self.network.factor**2
         return self._chunked(self._decode, z, pixels)
@@ -224,7 +225,7 @@ class Autoencoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name weights, scale and shift, whatever file they came from."""
+        """16 hex digits, a hash of weights, scale and shift; the file's format has no influence."""
         digest = hashlib.sha256(repr((self.network.scale, self.network.shift)).encode())
         for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
             digest.update(path.encode())
@@ -232,14 +233,14 @@ class Autoencoder:
         return digest.hexdigest()[:16]
 
     def _chunked(self, function: Any, array: np.ndarray, pixels: int) -> np.ndarray:
-        """Maps [B, ...] in chunks of one size, the last filled up, split over the devices."""
+        """Maps [B, ...] in chunks of one size, each split over the devices; pads the last one."""
         devices = self._mesh.size
         chunk = devices * min(images_at_once(pixels), -(-len(array) // devices))
         parts = []
         for start in range(0, len(array), chunk):
             part = np.asarray(array[start : start + chunk], np.float32)
             padding = [(0, chunk - len(part))] + [(0, 0)] * (array.ndim - 1)
-            with jax.set_mesh(self._mesh):  # of these devices; training has one of all hosts'
+            with jax.set_mesh(self._mesh):  # training may have set a mesh over all hosts
                 placed = jax.device_put(np.pad(part, padding), self._split)
                 done = function(self._placed_params, placed)
             parts.append(np.asarray(done)[: len(part)])

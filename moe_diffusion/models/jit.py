@@ -1,8 +1,8 @@
 """JiT and JiTMoE: transformers on large patches of pixels that predict the image itself.
 
-"Just image Transformers" (2511.13720; with experts 2512.01252): DiT blocks with RMSNorm, q/k norm,
-SwiGLU and rope. Patches pass a bottleneck, and from some block on, copies of the class embedding
-stand before the image's tokens ("in context").
+"Just image Transformers" (2511.13720; with experts 2512.01252) are DiT blocks with RMSNorm, q/k
+norm, SwiGLU and rope. Patches pass through a bottleneck. From some block on, copies of the class
+embedding stand before the image's tokens ("in context").
 """
 
 from __future__ import annotations
@@ -70,13 +70,15 @@ class BottleneckPatchEmbed(nn.Module):
 class JiT(PatchTransformer):
     """Noisy image, time and label -> predicted image (diffusion.prediction=data).
 
-    Most fields are those of `PatchTransformer`. The sin-cos table is added to the tokens whatever
-    `positions` says, which is about rope.
+    Most fields are those of `PatchTransformer`. Here `positions` only chooses the kind of rope: the
+    sin-cos table is always added to the tokens.
 
-    bottleneck: width between pixels and tokens.
-    in_context_tokens: how many copies of the class embedding, each with a learned position, stand
-      before the image from block in_context_start on.
-    dropout: in training, of attention and dense MLPs in the middle half of the blocks.
+    Attributes:
+      bottleneck: width between pixels and tokens.
+      in_context_tokens: number of copies of the class embedding, each with a learned position, that
+        stand before the image's tokens.
+      in_context_start: the first block that sees these copies.
+      dropout: in training, of attention and dense MLPs in the middle half of the blocks.
     """
 
     bottleneck: int
@@ -86,7 +88,7 @@ class JiT(PatchTransformer):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Like "moe.context.dropout": what differs between blocks, so that no scan mixes them."""
+        """Like "moe.context.dropout": names all that differs, so that no scan mixes such blocks."""
         depth = len(self.moe_pattern)
 
         def kind(block: int, base: str) -> str:
@@ -104,8 +106,11 @@ class JiT(PatchTransformer):
 
     @nn.compact
     def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
-        """See `Model`. train tells the routers and turns dropout on, which draws from the random
-        stream "dropout". Features are tokens [B, S, D], with the class tokens where they are."""
+        """See `Model`. The routers use `train`, and it turns dropout on.
+
+        Dropout draws from the random stream "dropout". Features are tokens [B, S, D]; those of
+        blocks with class tokens begin with them.
+        """
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
         embed = BottleneckPatchEmbed(self.bottleneck, width, dtype, name="patch_embed")
         x = embed(patchify(x.astype(dtype), self.patch_size))
@@ -123,7 +128,7 @@ class JiT(PatchTransformer):
         return (x, early | late) if capture else x
 
     def _in_context(self, embedded):
-        """Class tokens [B, in_context_tokens, D] of the class embedding [B, D]."""
+        """Class embedding [B, D] -> class tokens [B, in_context_tokens, D]."""
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
         shape = (self.in_context_tokens, self.hidden_size)
         positions = self.param("in_context_embed", init, shape, jnp.float32)
