@@ -127,14 +127,7 @@ class Lesson(NamedTuple):
 
     def batches(self):
         source = Synthetic(self.student.input_shape, self.student.cond_spec())
-        return make_iterator(
-            source,
-            self.config.data,
-            seed=0,
-            batch_size_per_process=self.config.data.batch_size,
-            process_index=0,
-            process_count=1,
-        )
+        return make_iterator(source, self.config.data, seed=0)
 
 
 def lesson(preset: str = "dp", teachers: str | None = None, closed: bool = False) -> Lesson:

@@ -30,7 +30,7 @@ from moe_diffusion.planning import report
 from moe_diffusion.planning.compile import lower_train
 from moe_diffusion.planning.topologies import describe
 from moe_diffusion.training import loop
-from tests.data import latents_folder
+from tests.preparing import latents_folder
 from tests.training import toy
 
 CONFIG = """
@@ -80,14 +80,7 @@ def load(spec):
 
 def batches(config, model):
     source = open_source(config.data, model.input_shape, model.cond_spec())
-    return make_iterator(
-        source,
-        config.data,
-        seed=config.seed,
-        batch_size_per_process=config.data.batch_size,
-        process_index=0,
-        process_count=1,
-    )
+    return make_iterator(source, config.data, seed=config.seed)
 
 
 def train(config, model, workdir, **options):
