@@ -21,10 +21,10 @@ from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.evaluation.digits import DigitsJudge
 from moe_diffusion.figures.images import image_grid, save_png
+from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.sampling.conditions import default_conditions
 from moe_diffusion.sampling.generate import generate
 from moe_diffusion.sampling.load import load_workdir
-from moe_diffusion.training.allocator import keep_freed_memory
 
 SAMPLES, COLUMNS = 1000, 12
 

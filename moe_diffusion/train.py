@@ -29,12 +29,12 @@ from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.evaluation.periodic import EvaluationHook
 from moe_diffusion.figures.curves import loss_curve
 from moe_diffusion.interop import autoencoder as autoencoders
+from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
 from moe_diffusion.parallel import distributed
 from moe_diffusion.planning.kernels import dispatch_line
 from moe_diffusion.sampling.hooks import SampleHook
-from moe_diffusion.training.allocator import keep_freed_memory
 from moe_diffusion.training.loop import train
 
 

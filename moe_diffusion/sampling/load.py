@@ -18,7 +18,8 @@ from moe_diffusion.models import build
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
 from moe_diffusion.training.checkpoint import StoredWeights, first_average
-from moe_diffusion.training.state import TrainState, abstract_weights, weights
+from moe_diffusion.training.run import abstract_weights
+from moe_diffusion.training.state import TrainState, weights
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_diffusion import interop
 from moe_diffusion.diffusion import objectives, paths
+from moe_diffusion.training import optim
 
 from . import probe, trajectory
 
@@ -25,10 +26,16 @@ class JiTReplay(trajectory.Replay):
         config.optim.update(
             decay_mask="matrices",
             schedule=training["lr_schedule"],
+            min_learning_rate=training.get("min_lr", 0.0),
             warmup_steps=training["warmup_epochs"] * training["steps_per_epoch"],
         )
         config.ema.router_state = "live"
         return config
+
+    def schedule(self):
+        training = self.case.config["training"]
+        num_steps = training["epochs"] * training["steps_per_epoch"]
+        return optim.make_schedule(self.config.optim, num_steps)
 
     def _draws(self, batch):
         diffusion = self.config.diffusion

@@ -43,7 +43,7 @@ def test_shardings_of_each_preset(preset, of_params, of_moments):
 
 def test_an_axis_is_used_once():
     mesh, table = make_mesh(toy.make_config().parallel), rules.PRESETS["zero1"].update
-    axes = {"kernel": ("embed", "embed")}
+    axes = {"kernel": P("embed", "embed")}
     shapes = {"kernel": jax.ShapeDtypeStruct((16, 16), np.float32)}
     assert rules.shardings_of(mesh, table, shapes, axes)["kernel"].spec == P("data", None)
 
