@@ -5,7 +5,7 @@
 `BACKENDS` lists the ways to compute this, `choose_backend` says which of them runs, and `dispatch`
 does it. On a mesh every device dispatches the groups of its own part of the batch. Where the axis
 `expert` has several devices they also share the experts, and then tokens or weights travel
-(moe/transport.py). A group that spans devices (`router.scope` "batch") is split by experts and
+(moe/transport.py). A group that spans devices (`router.group` "batch") is split by experts and
 slots, see `_one_group_over_devices`.
 """
 
@@ -35,7 +35,7 @@ from moe_diffusion.moe import transport as transports
 from moe_diffusion.moe.routing import Routing, expert_slots, flatten
 from moe_diffusion.moe.transport import AXIS, EXPERT_AXES, Local, restrict
 from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards, num_expert_shards, platform
-from moe_diffusion.parallel.weights import gather, weight_specs
+from moe_diffusion.parallel.weights import Specs, gather, weight_specs
 
 # --- the backends --------------------------------------------------------------------------------
 
@@ -246,7 +246,9 @@ def dispatch(
       UserError: `backend` is unknown or cannot compute this.
     """
     backend, _ = choose_backend(platform(), routing, x.dtype.name, dropout is not None, backend)
-    num_experts = params["up"].shape[0]
+    num_experts, specs = params["up"].shape[0], weight_specs(params, EXPERT_AXES)
+    if transports.experts_are_whole(specs):
+        transport = "none"
     dropped = transports.dropped_share(
         BACKENDS[backend].drops, transport, routing, num_experts, capacity_factor
     )
@@ -257,10 +259,10 @@ def dispatch(
     if shards == 1:
         y = local(x, routing, params, dropout=dropout)
     elif x.shape[0] % shards:
-        y = _one_group_over_devices(local, x, routing, params, dropout)
+        y = _one_group_over_devices(local, x, routing, params, specs, dropout)
     else:
         how = transport or transports.default_transport(x, routing, params)
-        y = _groups_over_devices(local, x, routing, params, dropout, how, **options)
+        y = _groups_over_devices(local, x, routing, params, specs, dropout, how, **options)
     return y, dropped
 
 
@@ -270,16 +272,9 @@ def _on_one_device(x, routing, params, *, backend, kind, capacity_factor, dropou
 
 
 def _groups_over_devices(
-    local: Local,
-    x: jax.Array,
-    routing: Routing,
-    params: Params,
-    dropout: Dropout | None,
-    transport: str,
-    **options,
+    local: Local, x, routing, params, specs: Specs, dropout, transport: str, **options
 ) -> jax.Array:
     """Every device has whole groups: it dispatches those, by itself or with help (`transport`)."""
-    specs = weight_specs(params, EXPERT_AXES)
 
     def on_a_device(x, routing, params, dropout):
         params = gather(params, specs, keep="" if transport == "none" else AXIS)
@@ -298,12 +293,10 @@ def _groups_over_devices(
     )(x, routing, params, dropout)
 
 
-def _one_group_over_devices(
-    local: Local, x: jax.Array, routing: Routing, params: Params, dropout: Dropout | None
-) -> jax.Array:
+def _one_group_over_devices(local: Local, x, routing, params, specs: Specs, dropout) -> jax.Array:
     """One group over all devices, with fixed slots: x [1, T, D] -> [1, T, D].
 
-    A device serves its own experts, and of each expert its share of the slots, for all tokens.
+    A device serves its own experts, and of each expert a share of the slots, for all tokens.
     Anything else is left to XLA's partitioner, which is correct but slow: several groups that the
     devices do not divide, a router without fixed slots, tokens or experts that do not divide.
     """
@@ -312,16 +305,18 @@ def _one_group_over_devices(
     if slots is None or x.shape[0] > 1 or uneven:
         return local(x, routing, params, dropout=dropout)
     axes, num_experts = batch_axes(), params["up"].shape[0]
-    others = tuple(axis for axis in axes if axis != AXIS)
-    share = -(-slots // (shards // num_expert_shards()))
-    specs = weight_specs(params, EXPERT_AXES)
+    by_expert = "" if transports.experts_are_whole(specs) else AXIS  # the axis that splits experts
+    others = tuple(axis for axis in axes if axis != by_expert)
+    parts = shards // num_expert_shards() if by_expert else shards
+    share = -(-slots // parts)
 
     def serve(x, routing, params, dropout):
         dropout = dropout and dropout.fold_in(lax.axis_index(axes))
-        params = gather(params, specs, keep=AXIS)
+        params = gather(params, specs, keep=by_expert)
         count = params["up"].shape[0]
-        mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
-        spare = share * (shards // num_expert_shards()) - slots
+        mine = lax.axis_index(AXIS) * count if by_expert else 0
+        mine = restrict(routing, mine, count, num_experts)
+        spare = share * parts - slots
         first = lax.axis_index(others) * share
 
         def part(array, unused):

@@ -35,6 +35,7 @@ from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
 from moe_diffusion.moe.routing import Routing, expert_slots, flatten, slots_of
 from moe_diffusion.parallel.mesh import num_batch_shards, num_expert_shards
+from moe_diffusion.parallel.weights import Specs
 
 TRANSPORTS = ("none", "gather", "a2a_slots", "ragged_a2a")
 AXIS = "expert"
@@ -51,6 +52,15 @@ EXPERT_AXES = {  # logical axes of the experts' weights
 
 # (x [G, T, D], routing of the local experts, their params) -> [G, T, D]
 Local = Callable[[jax.Array, Routing, Params], jax.Array]
+
+
+def experts_are_whole(specs: Specs) -> bool:
+    """Whether every device has all experts, although the mesh has an axis to split them over.
+
+    specs: of the experts' weights. Two models on one mesh may follow different presets, and only
+    the preset `fsdp_ep` splits experts.
+    """
+    return num_expert_shards() > 1 and AXIS not in (specs["up"][0] or ())
 
 
 def default_transport(x: jax.Array, routing: Routing, params: Params) -> str:

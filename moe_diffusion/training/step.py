@@ -129,12 +129,14 @@ def large_constants(traced: Any, least: int) -> list[tuple[int, tuple[int, ...]]
 
     traced: `jax.jit(function).trace(...)`.
     """
-    found, closed = {}, [traced.jaxpr]
-    while closed:
-        program = closed.pop()
-        found |= {id(c): (c.nbytes, c.shape) for c in program.consts if c.nbytes >= least}
-        values = [value for eqn in program.jaxpr.eqns for value in eqn.params.values()]
-        closed += [value for value in values if hasattr(value, "consts")]
+    found, programs = {}, [traced.jaxpr]
+    while programs:
+        program = programs.pop()
+        constants = getattr(program, "consts", ())
+        found |= {id(c): (c.nbytes, c.shape) for c in constants if c.nbytes >= least}
+        # Programs inside, like the branches of a cond or what is computed again.
+        values = jax.tree.leaves([eqn.params for eqn in program.eqns])
+        programs += [value for value in values if hasattr(value, "eqns")]
     return list(found.values())
 
 
