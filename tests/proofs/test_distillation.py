@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -33,8 +32,7 @@ from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.training import loop
 from moe_diffusion.training.checkpoint import StoredWeights
-from moe_diffusion.training.run import on_every_device, prepare_run
-from moe_diffusion.training.state import init_variables
+from moe_diffusion.training.run import abstract_weights, on_every_device, prepare_run
 from moe_diffusion.training.step import Frozen, large_constants
 from tests import cli
 from tests.training import toy
@@ -73,8 +71,7 @@ def some_weights(model: Model):
 
 def lay_out(params, model: Model, mesh, preset: str):
     """The weights on a mesh as a preset says."""
-    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-    axes = jax.tree.map(tuple, nn.get_partition_spec(variables["params"]))
+    _, axes = abstract_weights(model)
     table = rules.PRESETS[preset].params
     return jax.device_put(params, rules.shardings_of(mesh, table, params, axes))
 
