@@ -4,10 +4,10 @@
   python -m moe_diffusion.train --config configs/digits.py:router=diffmoe --workdir runs/diffmoe \\
       --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
 
-The workdir then holds config.json, metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and
-samples/. Any key of the config can be set as --config.<key>=<value>. The shared keys are listed in
-moe_diffusion/config/defaults.py, those of model.<architecture> in models/<architecture>.py, and
-those of model.router in moe/routers/<router>.py.
+The workdir then holds config.json, parameters.txt, metrics.jsonl, loss.png, TensorBoard events,
+checkpoints/ and samples/. Any key of the config can be set as --config.<key>=<value>. The shared
+keys are listed in moe_diffusion/config/defaults.py, those of model.<architecture> in
+models/<architecture>.py, and those of model.router in moe/routers/<router>.py.
 """
 
 from __future__ import annotations

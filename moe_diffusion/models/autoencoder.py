@@ -1,9 +1,9 @@
 """KL autoencoders of latent diffusion: images [B, H, W, C] <-> latents [B, h, w, c].
 
-One network serves Stable Diffusion's (4 channels, "sd-vae-ft-mse" and "-ema") and FLUX.1's (16
-channels); `interop.autoencoder.load` reads their weights. Source: Rombach et al., 2112.10752,
-section 3.1 and appendix G; the details are those of the published code: GroupNorm with eps 1e-6,
-SiLU, one attention head over all positions at the lowest resolution.
+One network serves the autoencoders of Stable Diffusion (4 channels, "sd-vae-ft-mse" and "-ema") and
+of FLUX.1 (16 channels). `interop.autoencoder.load` reads their weights. Source: Rombach et al.,
+2112.10752, section 3.1 and appendix G. The details follow the published code: GroupNorm with eps
+1e-6, SiLU, one attention head over all positions at the lowest resolution.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# The most that a device encodes or decodes at once; 8 images of 256x256 take a few GB.
+# A device encodes or decodes so much at once: 8 images of 256x256 take a few GB.
 IMAGES_AT_ONCE = 8
 PIXELS_AT_ONCE = IMAGES_AT_ONCE * 256 * 256
 
@@ -29,10 +29,11 @@ class AutoencoderKL(nn.Module):
     """Encoder to the moments of a Gaussian, and decoder.
 
     Attributes:
-      block_channels: width of every level, the highest resolution first; each level but the last
+      block_channels: width of every level, the highest resolution first. Each level but the last
         halves the resolution.
       layers_per_block: residual blocks in a level of the encoder; the decoder has one more.
-      quant_conv: adds a 1x1 convolution after the encoder and one before the decoder (not in FLUX).
+      quant_conv: whether a 1x1 convolution follows the encoder and another precedes the decoder;
+        FLUX has none.
       scale, shift: the diffusion model sees (z - shift) * scale; see `Autoencoder`.
     """
 
@@ -60,7 +61,7 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Unscaled z [B, h, w, c] -> images, in [-1, 1] except for overshoot."""
+        """Unscaled z [B, h, w, c] -> images, in [-1, 1] but for overshoot."""
         return self.decoder(self.post_quant(z) if self.quant_conv else z)
 
     def __call__(self, image: jax.Array) -> jax.Array:
@@ -74,6 +75,8 @@ class AutoencoderKL(nn.Module):
 
 
 class Encoder(nn.Module):
+    """[B, H, W, C] -> [B, h, w, out_channels]; for the attributes see `AutoencoderKL`."""
+
     out_channels: int
     block_channels: Sequence[int]
     layers_per_block: int
@@ -92,6 +95,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """[B, h, w, c] -> [B, H, W, out_channels]; for the attributes see `AutoencoderKL`."""
+
     out_channels: int
     block_channels: Sequence[int]
     layers_per_block: int
@@ -110,7 +115,11 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution: "down", "up" or "" (none)."""
+    """Residual blocks at one resolution, then a step to the next.
+
+    Attributes:
+      resize: "down" halves the resolution, "up" doubles it, "" keeps it.
+    """
 
     width: int
     blocks: int
@@ -130,6 +139,8 @@ class Level(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Twice norm, SiLU and convolution, added to the input; [B, h, w, C] -> [B, h, w, width]."""
+
     width: int
     norm_groups: int
 
@@ -145,7 +156,7 @@ class ResBlock(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the lowest resolution."""
+    """A residual block, attention and another block, at the lowest resolution."""
 
     norm_groups: int
 
@@ -158,7 +169,7 @@ class Middle(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, scale 1 / sqrt(C), added to its input."""
+    """Attention with one head over all positions, scale 1 / sqrt(C), added to its input."""
 
     norm_groups: int
 
@@ -180,15 +191,15 @@ def _norm(groups: int, name: str) -> nn.GroupNorm:
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images a device takes at once, if each has so many pixels."""
+    """How many images of so many pixels a device takes at once."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
 class Autoencoder:
     """A network with its weights, as the rest of the library uses it.
 
-    Latents are what the diffusion model sees, (z - shift) * scale. The work is split over this
-    process's devices in chunks, so that any number of images fits the memory.
+    Latents are what the diffusion model sees, (z - shift) * scale. This process's devices
+    share the work, chunk by chunk, so that any number of images fits the memory.
     """
 
     def __init__(self, network: AutoencoderKL, params: Mapping[str, Any], name: str = ""):
@@ -204,8 +215,7 @@ class Autoencoder:
     def encode(self, images: np.ndarray, seed: int | None = None) -> np.ndarray:
         """Images f32[B, H, W, C] in [-1, 1] -> latents f32[B, h, w, c].
 
-        Args:
-          seed: for a draw from each image's Gaussian; None takes the mean.
+        Latents are drawn from the Gaussian of every image; without a seed they are its mean.
         """
         z, logvar = np.split(self.moments(images), 2, axis=-1)
         if seed is not None:
@@ -214,7 +224,7 @@ class Autoencoder:
         return (z - self.network.shift) * self.network.scale
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents f32[B, h, w, c] -> images f32[B, H, W, C], in [-1, 1] except for overshoot."""
+        """Latents f32[B, h, w, c] -> images f32[B, H, W, C], in [-1, 1] but for overshoot."""
         z = np.asarray(latents, np.float32) / self.network.scale + self.network.shift
         pixels = latents.shape[1] * latents.shape[2] * self.network.factor**2
         return self._chunked(self._decode, z, pixels)
@@ -225,7 +235,7 @@ class Autoencoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits, a hash of weights, scale and shift; the file's format has no influence."""
+        """16 hex digits of a hash of weights, scale and shift, whatever file they came from."""
         digest = hashlib.sha256(repr((self.network.scale, self.network.shift)).encode())
         for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
             digest.update(path.encode())
@@ -233,14 +243,22 @@ class Autoencoder:
         return digest.hexdigest()[:16]
 
     def _chunked(self, function: Any, array: np.ndarray, pixels: int) -> np.ndarray:
-        """Maps [B, ...] in chunks of one size, each split over the devices; pads the last one."""
+        """Applies `function` to chunks of [B, ...], split over the devices.
+
+        All chunks have one size, so that it compiles once; the last one is filled up with zeros.
+
+        Args:
+          function: (params, chunk) -> results, one per entry.
+          pixels: of one image, which bounds the chunk.
+        """
         devices = self._mesh.size
         chunk = devices * min(images_at_once(pixels), -(-len(array) // devices))
         parts = []
         for start in range(0, len(array), chunk):
             part = np.asarray(array[start : start + chunk], np.float32)
             padding = [(0, chunk - len(part))] + [(0, 0)] * (array.ndim - 1)
-            with jax.set_mesh(self._mesh):  # training may have set a mesh over all hosts
+            # Of this process's devices alone: the mesh of a training run has those of all hosts.
+            with jax.set_mesh(self._mesh):
                 placed = jax.device_put(np.pad(part, padding), self._split)
                 done = function(self._placed_params, placed)
             parts.append(np.asarray(done)[: len(part)])

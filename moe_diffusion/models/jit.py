@@ -7,19 +7,14 @@ embedding stand before the image's tokens ("in context").
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values, require
-from moe_diffusion.models.blocks import (
-    Dtype,
-    LabelEmbed,
-    TimeEmbed,
-    linear,
-    patchify,
-    sincos_table,
-)
+from moe_diffusion.models import blocks
 from moe_diffusion.models.patches import PatchTransformer, transformer
 
 FIELDS = {
@@ -57,14 +52,13 @@ class BottleneckPatchEmbed(nn.Module):
 
     bottleneck: int
     width: int
-    dtype: Dtype
+    dtype: blocks.Dtype
 
     @nn.compact
     def __call__(self, patches):
-        reduce = linear(
-            self.bottleneck, (None, None), name="reduce", dtype=self.dtype, use_bias=False
-        )
-        return linear(self.width, (None, "embed"), name="expand", dtype=self.dtype)(reduce(patches))
+        make = partial(blocks.linear, dtype=self.dtype)
+        x = make(self.bottleneck, (None, None), name="reduce", use_bias=False)(patches)
+        return make(self.width, (None, "embed"), name="expand")(x)
 
 
 class JiT(PatchTransformer):
@@ -113,10 +107,10 @@ class JiT(PatchTransformer):
         """
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
         embed = BottleneckPatchEmbed(self.bottleneck, width, dtype, name="patch_embed")
-        x = embed(patchify(x.astype(dtype), self.patch_size))
-        x += jnp.asarray(sincos_table(self.grid, width), dtype)
-        embedded = LabelEmbed(self.num_classes, width, dtype, name="label_embed")(label)
-        c = TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + embedded
+        x = embed(blocks.patchify(x.astype(dtype), self.patch_size))
+        x += jnp.asarray(blocks.sincos_table(self.grid, width), dtype)
+        embedded = blocks.LabelEmbed(self.num_classes, width, dtype, name="label_embed")(label)
+        c = blocks.TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + embedded
 
         layers, is_null = self.layers(train), label == self.num_classes
         first = self.in_context_start if self.in_context_tokens else 0

@@ -53,13 +53,8 @@ class PatchTransformer(Model):
     unroll: int
     attention: str | None
 
-    parts = {
-        "patch_embed": "embedders",
-        "time_embed": "embedders",
-        "label_embed": "embedders",
-        "in_context_embed": "embedders",
-        "final": "final layer",
-    }
+    embedders = ("patch_embed", "time_embed", "label_embed", "in_context_embed")
+    parts = {"final": "final layer"} | dict.fromkeys(embedders, "embedders")
     layer_parts = {
         "attn": "attention",
         "mlp": "dense ffn",

@@ -47,6 +47,7 @@ REMAT = {
     "cheap": _is_expensive,
 }
 
+Shape = jax.ShapeDtypeStruct
 Segments = tuple[tuple[tuple[Hashable, ...], int], ...]
 
 
@@ -304,13 +305,11 @@ def next_router_state(
     return update("", state, stats)
 
 
-def abstract_inputs(
-    model: Model, *lead: int
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_inputs(model: Model, *lead: int) -> tuple[Shape, Shape, dict[str, Shape]]:
     """Shapes of x, t and cond of a batch with leading axes `lead`, like (B,) or (A, B / A)."""
 
-    def make(field: Field) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, *field.shape), jnp.dtype(field.dtype))
+    def make(field: Field) -> Shape:
+        return Shape((*lead, *field.shape), jnp.dtype(field.dtype))
 
     cond = {name: make(field) for name, field in model.cond_spec().items()}
     return make(Field(tuple(model.input_shape), "float32")), make(Field((), "float32")), cond

@@ -81,11 +81,10 @@ def shardings_of(mesh: Mesh, table: Table, tree: Any, logical_axes: Any) -> Any:
 
     Args:
       table: one of the two of `Rules`.
-      logical_axes: tree with a PartitionSpec of names for each of the model's parameters.
+      logical_axes: tree with a tuple or PartitionSpec of names for each of the model's parameters.
     """
-    axes_of = {
-        _names(path): axes for path, axes in jax.tree_util.tree_leaves_with_path(logical_axes)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(logical_axes, lambda x: isinstance(x, tuple))
+    axes_of = {_names(path): axes for path, axes in leaves}
 
     def shard(path: tuple, leaf: Any) -> NamedSharding:
         names = _names(path)

@@ -28,13 +28,12 @@ from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion import paths
 from moe_diffusion.diffusion.loss_parts import with_router_losses
 from moe_diffusion.diffusion.objectives import draw
-from moe_diffusion.models.stack import Model, abstract_variables
+from moe_diffusion.models.stack import Model, abstract_inputs, abstract_variables
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.training import loop
 from moe_diffusion.training.checkpoint import StoredWeights
 from moe_diffusion.training.run import on_every_device, prepare_run
-from moe_diffusion.training.state import init_variables
 from moe_diffusion.training.step import Frozen, large_constants
 from tests import cli
 from tests.training import toy
@@ -73,7 +72,8 @@ def some_weights(model: Model):
 
 def lay_out(params, model: Model, mesh, preset: str):
     """The weights on a mesh as a preset says."""
-    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    init = partial(model.init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), *abstract_inputs(model, 1))
     axes = jax.tree.map(tuple, nn.get_partition_spec(variables["params"]))
     table = rules.PRESETS[preset].params
     return jax.device_put(params, rules.shardings_of(mesh, table, params, axes))
@@ -127,14 +127,7 @@ class Lesson(NamedTuple):
 
     def batches(self):
         source = Synthetic(self.student.input_shape, self.student.cond_spec())
-        return make_iterator(
-            source,
-            self.config.data,
-            seed=0,
-            batch_size_per_process=self.config.data.batch_size,
-            process_index=0,
-            process_count=1,
-        )
+        return make_iterator(source, self.config.data, seed=0)
 
 
 def lesson(preset: str = "dp", teachers: str | None = None, closed: bool = False) -> Lesson:
@@ -259,3 +252,25 @@ def test_a_loss_that_closes_over_the_teacher_is_found():
     assert len(large) > 5
     assert sorted(shape for _, shape in large_constants(traced, LEAST)) == large
     assert sorted(constants_in(text)) == large
+
+
+WEIGHTS = jnp.linspace(0.0, 1.0, 32 * 32).reshape(32, 32)
+
+
+def again(x):
+    return jax.checkpoint(lambda x: jax.jit(lambda x: jnp.sin(x @ WEIGHTS))(x))(x)
+
+
+HIDDEN = {
+    "in a branch": lambda x: jax.lax.cond(x.sum() > 0, jax.jit(lambda x: x @ WEIGHTS), jnp.sin, x),
+    "in what is computed again": again,
+    "in a scan": lambda x: jax.lax.scan(lambda x, _: (again(x), None), x, length=2)[0],
+    "in a gradient": jax.grad(lambda x: again(x).sum()),
+}
+
+
+@pytest.mark.parametrize("where", HIDDEN)
+def test_constants_are_found(where):
+    traced = jax.jit(HIDDEN[where]).trace(jnp.ones((4, 32)))
+    assert [shape for _, shape in large_constants(traced, LEAST)] == [(32, 32)]
+    assert large_constants(traced, 2 * WEIGHTS.nbytes) == []
