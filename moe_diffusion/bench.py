@@ -27,8 +27,8 @@ from moe_diffusion.benchmarks.steps import bench_sample, bench_train
 from moe_diffusion.benchmarks.timing import environment, gemm_flops
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.moe.dispatch import BACKENDS
-from moe_diffusion.training.allocator import keep_freed_memory
 
 
 @exits_on_user_error

@@ -36,6 +36,11 @@ def cond_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != IMAGE}
 
 
+def fields_of(batch: Mapping[str, Any]) -> dict[str, Field]:
+    """The fields of the condition that a batch [B, ...] holds, with unknown numbers of values."""
+    return {name: Field(v.shape[1:], str(v.dtype)) for name, v in cond_of(batch).items()}
+
+
 def drop(model: Any, cond: Mapping[str, jax.Array], dropped: jax.Array) -> dict[str, jax.Array]:
     """The condition with "no condition" (`model.null`) in the samples where dropped bool[B]."""
 

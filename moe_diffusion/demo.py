@@ -20,9 +20,11 @@ from moe_diffusion import train
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.evaluation.digits import DigitsJudge
-from moe_diffusion.evaluation.figures import image_grid, save_png
-from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
-from moe_diffusion.training.allocator import keep_freed_memory
+from moe_diffusion.figures.images import image_grid, save_png
+from moe_diffusion.kernels.cpu.heap import keep_freed_memory
+from moe_diffusion.sampling.conditions import default_conditions
+from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.load import load_workdir
 
 SAMPLES, COLUMNS = 1000, 12
 
@@ -42,11 +44,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_seconds = time.perf_counter() - started
 
     config, model, variables, note = load_workdir(args.workdir)
-    shape = (config.model.image_size, config.model.image_size, config.model.channels)
-    labels = spread_labels(SAMPLES, config.model.num_classes)
-    sampler = make_sampler(model, config)
+    cond = default_conditions(model, SAMPLES)
+    labels = cond["label"]
     images = generate(
-        sampler, variables, labels, shape, seed=config.seed, batch_size=250, progress=True
+        make_sampler(model, config),
+        variables,
+        cond,
+        model.input_shape,
+        seed=config.seed,
+        batch_size=250,
+        progress=True,
     )
     score = DigitsJudge().score(images, labels)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -16,6 +18,26 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explained(
+    what: str, remedy: str, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turns an exception of the body into the UserError "<what> (<what it says>): <remedy>".
+
+    Args:
+      what: the file or key, and what is wrong with it.
+      remedy: what the user can do.
+      kinds: the exceptions that are turned; others pass.
+
+    Raises:
+      UserError: the body raised one of `kinds`.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what} ({first_line(error)}): {remedy}") from None
 
 
 def check_writable(folder: str | os.PathLike) -> None:

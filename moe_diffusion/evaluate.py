@@ -24,7 +24,9 @@ from pathlib import Path
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.evaluation import evaluator, protocol, sweep
+from moe_diffusion.evaluation import evaluator, protocol
+from moe_diffusion.figures.curves import sweep_picture
+from moe_diffusion.figures.images import save_png
 from moe_diffusion.parallel import distributed
 from moe_diffusion.parallel.distributed import is_main_process
 
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(protocol.describe(result), flush=True)
     last = results[0] if len(results) == 1 else {"results": results}
     if len(results) > 1 and is_main_process():
-        picture = sweep.plot(results, args.plot or Path(args.workdir) / "sweep.png")
+        picture = save_png(sweep_picture(results), args.plot or Path(args.workdir) / "sweep.png")
         print(f"the curve: {picture}")
         last["plot"] = str(picture)
     if args.json and is_main_process():

@@ -28,8 +28,8 @@ from moe_diffusion.planning.topologies import describe, known
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("plan", __doc__)
     add = parser.add_argument
-    add("--config", required=True, metavar="", help="config file, as for train")
-    add("--topology", required=True, metavar="", help=f"{known()}, or local")
+    add("--config", required=True, metavar="FILE", help="config file, as for train")
+    add("--topology", required=True, metavar="CHIPS", help=f"{known()}, or local")
     add("--what", choices=("train", "sample"), default="train",
         help="the training step, or drawing data.batch_size images (%(default)s)")  # fmt: skip
     add("--search-batch", action="store_true", help="find the largest batch on a chip that fits")

@@ -14,43 +14,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.evaluation.figures import image_grid, save_png, save_pngs
-from moe_diffusion.evaluation.generate import generate, load_workdir, spread_labels
 from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
+from moe_diffusion.figures.images import image_grid, save_png, save_pngs
 from moe_diffusion.interop import autoencoder as autoencoders
+from moe_diffusion.sampling.conditions import captions, conditions_of_run
+from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.labels import LABEL, chosen_labels
+from moe_diffusion.sampling.load import load_workdir
 
 
-def labels_for(text: str, num: int, config: ConfigDict) -> np.ndarray:
-    """`num` labels, evenly over those of a text like "3,7", or over all classes."""
-    if not text:
-        return spread_labels(num, config.model.num_classes)
-    try:
-        chosen = np.array([int(part) for part in text.split(",")])
-    except ValueError:
-        raise UserError(f"--labels {text!r} is not a list of numbers like 3,7") from None
-    bad = chosen[(chosen < 0) | (chosen >= config.model.num_classes)]
-    if bad.size:
-        raise UserError(
-            f"--labels: {bad[0]} is no class; this model knows 0 to {config.model.num_classes - 1}"
-        )
-    return chosen[spread_labels(num, len(chosen))].astype(np.int32)
+def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> None:
+    """Writes an .npz, whole or not at all: arr_0 f32[N, H, W, C] in [-1, 1], and the conditions.
 
-
-def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes arr_0 f32[N, H, W, C] in [-1, 1] and labels i32[N], whole or not at all."""
+    Labels have the name "labels", other fields of the condition their own.
+    """
     part = Path(path).with_name(f".{Path(path).name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    fields = {"labels" if name == LABEL else name: values for name, values in cond.items()}
     with part.open("wb") as file:
-        np.savez(file, arr_0=images, labels=labels)
+        np.savez(file, arr_0=images, **fields)
     os.replace(part, path)
 
 
@@ -89,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, variables, note = load_workdir(
         args.workdir, tuple(overrides), step=args.step, ema=args.ema
     )
-    labels = labels_for(args.labels, args.num, config)
+    chosen = {LABEL: chosen_labels(args.labels, args.num, model)} if args.labels else {}
+    cond = conditions_of_run(config, model, args.num) | chosen
     autoencoder = autoencoders.for_config(config, args.vae)
     if args.stats:
         model = RoutingObserver(model)
@@ -97,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = generate(
         make_sampler(model, config),
         variables,
-        labels,
-        (config.model.image_size, config.model.image_size, config.model.channels),
+        cond,
+        model.input_shape,
         seed=args.seed,
         batch_size=min(args.batch, args.num),
         progress=True,
@@ -106,12 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if autoencoder:
         images = autoencoder.decode(images)
     title = f"{config.name}, step {note['step']}, ema {note['ema']}, cfg {sampling.cfg:g}, "
-    save_png(image_grid(images, labels, title=f"{title}{sampling.sampler} {sampling.steps}"),
-             args.out)  # fmt: skip
+    title += f"{sampling.sampler} {sampling.steps}"
+    save_png(image_grid(images, captions(model, cond), title=title), args.out)
     if args.images:
         save_pngs(images, args.images)
     if args.npz:
-        save_npz(args.npz, images, labels)
+        save_npz(args.npz, images, cond)
     if args.stats:
         stats = model.stats()
         save_stats(stats, args.stats)

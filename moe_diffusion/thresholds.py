@@ -18,9 +18,10 @@ from pathlib import Path
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation.capacity_search import metric_for, search
-from moe_diffusion.evaluation.figures import save_png
-from moe_diffusion.evaluation.generate import load_workdir, spread_labels
-from moe_diffusion.evaluation.routing_figures import threshold_picture
+from moe_diffusion.figures.curves import threshold_picture
+from moe_diffusion.figures.images import save_png
+from moe_diffusion.sampling.conditions import conditions_of_run
+from moe_diffusion.sampling.load import load_workdir
 
 _COLUMNS = {
     "threshold": "{}",
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--num and --batch must be at least 1")
     if args.out:
         check_writable(Path(args.out).parent)
-    config, _, variables, note = load_workdir(
+    config, model, variables, note = load_workdir(
         args.workdir, tuple(overrides), step=args.step, ema=args.ema
     )
     shown = [name for name in _COLUMNS if name != "class_accuracy"]
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config,
         variables,
         ["dynamic", *gammas],
-        spread_labels(args.num, config.model.num_classes),
+        conditions_of_run(config, model, args.num),
         seed=args.seed,
         batch_size=min(args.batch, args.num),
         metric=metric,

@@ -4,10 +4,10 @@
   python -m moe_diffusion.train --config configs/digits.py:router=diffmoe --workdir runs/diffmoe \\
       --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
 
-The workdir then holds config.json, metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and
-samples/. Any key of the config can be set as --config.<key>=<value>. The shared keys are listed in
-moe_diffusion/config/defaults.py, those of model.<architecture> in models/<architecture>.py, and
-those of model.router in moe/routers/<router>.py.
+The workdir then holds config.json, parameters.txt, metrics.jsonl, loss.png, TensorBoard events,
+checkpoints/ and samples/. Any key of the config can be set as --config.<key>=<value>. The shared
+keys are listed in moe_diffusion/config/defaults.py, those of model.<architecture> in
+models/<architecture>.py, and those of model.router in moe/routers/<router>.py.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_loss
-from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.figures import loss_curve
-from moe_diffusion.evaluation.generate import SampleHook
 from moe_diffusion.evaluation.periodic import EvaluationHook
+from moe_diffusion.figures.curves import loss_curve
 from moe_diffusion.interop import autoencoder as autoencoders
+from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
 from moe_diffusion.parallel import distributed
 from moe_diffusion.planning.kernels import dispatch_line
-from moe_diffusion.training.allocator import keep_freed_memory
+from moe_diffusion.sampling.hooks import SampleHook
 from moe_diffusion.training.loop import train
 
 
@@ -53,23 +52,14 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     with contextlib.ExitStack() as stack:
 
         def open_iterator():
-            if config.data.batch_size % jax.process_count():
-                raise UserError(
-                    f"data.batch_size = {config.data.batch_size} cannot be split over "
-                    f"{jax.process_count()} processes: make it a multiple"
-                )
+            index, count = jax.process_index(), jax.process_count()
             iterator = make_iterator(
-                source,
-                config.data,
-                seed=config.seed,
-                batch_size_per_process=config.data.batch_size // jax.process_count(),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                source, config.data, seed=config.seed, process_index=index, process_count=count
             )
             return stack.enter_context(contextlib.closing(iterator))
 
         decode = autoencoder.decode if autoencoder else None
-        hooks = [SampleHook(config, model, workdir, decode)]
+        hooks = [SampleHook(config, model, workdir, source, decode)]
         if config.train.eval_samples and config.train.sample_every:
             hooks.append(EvaluationHook(config, model, source))
         loss_fn = make_loss(model, config)
@@ -84,9 +74,13 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
 def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     parser = Parser("train", __doc__)
-    add = partial(parser.add_argument, required=True, metavar="")
-    add("--config", help="config file, with arguments: configs/digits.py:router=dense")
-    add("--workdir", help="folder of the run; made if missing, resumed if not")
+    add = partial(parser.add_argument, required=True)
+    add(
+        "--config",
+        metavar="FILE",
+        help="config file, with arguments: configs/digits.py:router=dense",
+    )
+    add("--workdir", metavar="DIR", help="folder of the run; made if missing, resumed if not")
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
     distributed.initialize()

@@ -13,9 +13,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from moe_diffusion.sampling.load import load_workdir
 
 from moe_diffusion import config as configs
+from moe_diffusion.sampling.load import load_workdir
 from tests import cli
 
 FIXTURES = cli.ROOT / "tests" / "fixtures"

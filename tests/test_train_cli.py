@@ -65,7 +65,7 @@ def test_what_a_run_prints_and_leaves(trained):
         and "step 3/3: loss" in output
     )
     kinds = {path.name.split(".")[0] for path in workdir.iterdir()}
-    assert kinds == {"checkpoints", "config", "events", "loss", "metrics"}
+    assert kinds == {"checkpoints", "config", "events", "loss", "metrics", "parameters"}
     assert cli.saved_steps(workdir) == [1, 2, 3]
     assert json.loads((workdir / "config.json").read_text())["model"]["hidden_size"] == 16
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -124,7 +124,10 @@ IMPOSSIBLE = [
     (["--config.model.num_heads=3"], "model.num_heads = 3 does not divide model.hidden_size = 16"),
     (["--config.model.router.top_k=5"], "top_k = 5 exceeds model.moe.num_experts = 4: lower it"),
     (["--config.model.router.n_group=3"], "n_group = 3 does not divide model.moe.num_experts = 4"),
-    (["--config.loss_weights.capacity=1"], "loss_weights.capacity is no loss of model.router.name"),
+    (
+        ["--config.loss_weights.capacity=1"],
+        "loss_weights.capacity_predictor is no loss of model.router",
+    ),
     (["--config.data.batch_size=12"], "cannot be split evenly over 8 devices: make it a multiple"),
     (["--config.model.num_classes=5"], "has 10 classes, the model only 5: set model.num_classes"),
     (["--config.model.image_size=16"], "data.source=digits has images of shape (8, 8, 1), the mod"),
@@ -157,7 +160,7 @@ def test_without_data_it_says_what_to_prepare_and_how(tmp_path, capfd):
     args = ["--config", "configs/dsmoe_l.py", "--workdir", tmp_path / "run"]
     error = cli.refused(capfd, train.main, args)
     assert "data.source=latents:data/imagenet256_latents is not there" in error
-    assert "32x32x4 latents of 256x256 images" in error
+    assert "32x32x4 latents with the condition label" in error
     assert "python -m moe_diffusion.prepare --source folder:/data --size 256" in error
     assert "--config.data.source=synthetic" in error
     assert not list(tmp_path.iterdir())

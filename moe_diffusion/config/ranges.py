@@ -5,12 +5,10 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values
-from moe_diffusion.models import ARCHITECTURES
 
 _MLPS = ("gelu", "silu", "swiglu")
 
 CHOICES = {
-    "model.architecture": tuple(ARCHITECTURES),
     "model.mlp": _MLPS,
     "model.norm": ("layernorm", "rmsnorm"),
     "model.qk_norm_kind": ("rmsnorm", "layernorm_affine"),

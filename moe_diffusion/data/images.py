@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -54,12 +53,19 @@ class ImageFolder:
                 f"images of folder:{folder} are grey or in colour: they cannot be {image_shape}. "
                 "For latents: data.source=latents:<folder>"
             )
-        self.image_shape = image_shape
-        self.skip_broken = skip_broken
-        self.class_names, self._files, labels = _list(Path(folder))
-        self.cond_spec = {"label": Field((), "int32", len(self.class_names))}
-        self.labels = np.array(labels, np.int32)
-        self._folder = folder
+        if not os.path.isdir(folder):
+            raise UserError(f"there is no folder {folder}: data.source=folder:<path> names one")
+        self.class_names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        if not self.class_names:
+            raise UserError(
+                f"{folder} holds no sub-folder: images must lie in one sub-folder per class, like "
+                f"{folder}/n01440764/1.jpg"
+            )
+        files = [_files(os.path.join(folder, name)) for name in self.class_names]
+        self._files = [name for names in files for name in names]
+        self.labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(f) for f in files])
+        self.cond_spec = {"label": Field((), "int32", len(files))}
+        self.image_shape, self.skip_broken = image_shape, skip_broken
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -71,8 +77,7 @@ class ImageFolder:
             if record is not None:
                 return record
         raise UserError(
-            f"{_NEIGHBOURS} images in a row from {self.name(index)} on are broken: is "
-            f"{self._folder} whole?"
+            f"{_NEIGHBOURS} images in a row from {self.name(index)} on are broken: restore them"
         )
 
     def read(self, index: int) -> dict[str, np.ndarray] | None:
@@ -95,40 +100,17 @@ class ImageFolder:
 
     def name(self, index: int) -> str:
         """The file of record `index`."""
-        return os.path.join(self._folder, self.class_names[self.labels[index]], self._files[index])
+        return self._files[index]
 
 
-def _list(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """Lists a folder of one sub-folder per class.
-
-    Returns:
-      The sorted names of the classes; the files, each relative to the folder of its class; the
-      label of each file.
-    """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: data.source=folder:<path> names one")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = _files(folder / name)
-        if not found:
-            raise UserError(
-                f"{folder / name} holds no image ({', '.join(SUFFIXES)}): fill or delete it"
-            )
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        raise UserError(
-            f"{folder} holds no sub-folder: images must lie in one sub-folder per class, like "
-            f"{folder / 'n01440764'}/1.jpg"
-        )
-    return classes, files, labels
-
-
-def _files(folder: Path) -> list[str]:
-    """Sorted paths, relative to `folder`, of the images in it and in its sub-folders."""
-    found = []
-    for place, _, names in os.walk(folder, followlinks=True):
-        images = (name for name in names if name.lower().endswith(SUFFIXES))
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in images]
-    return sorted(found)
+def _files(folder: str) -> list[str]:
+    """Sorted paths of the images in a folder and in its sub-folders; at least one."""
+    found = sorted(
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(SUFFIXES)
+    )
+    if not found:
+        raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)}): fill or delete it")
+    return found

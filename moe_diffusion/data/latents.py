@@ -10,76 +10,51 @@ Format 1 of the manifest had no "fields": its records hold one int32 label, as `
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python.array_record_module import ArrayRecordReader
 
-from moe_diffusion.conditions import Field
-from moe_diffusion.errors import UserError, first_line
+from moe_diffusion.conditions import IMAGE, Field
+from moe_diffusion.errors import UserError, explained
 
 MANIFEST = "manifest.json"
 UNFINISHED = "prepare.json"  # settings of a run that has not ended; the manifest repeats them
 FORMAT = 2
+_NO_JSON = ValueError, AttributeError  # AttributeError: it is JSON, but no object
+_DAMAGED = RuntimeError, IndexError, ValueError
 _READER_OPTIONS = "readahead_buffer_size:0"
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """How one record is laid out.
-
-    Attributes:
-      shape: (h, w, c) of a latent.
-      moments: whether mean and log variance are stored, or else one sample.
-      flip: whether the latent of the mirrored image is stored, too.
-      fields: of the condition, in the order in which they are stored.
-    """
-
-    shape: tuple[int, int, int]
-    moments: bool
-    flip: bool
-    fields: dict[str, Field]
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> Record:
-        """The layout that a manifest, or the settings of a run of `prepare`, describes."""
-        fields = {
-            f["name"]: Field(tuple(f["shape"]), f["dtype"], f["num_values"])
-            for f in settings["fields"]
-        }
-        return cls(tuple(settings["shape"]), settings["moments"], settings["flip"], fields)
-
-    @property
-    def array_shape(self) -> tuple[int, int, int, int]:
-        """(F, h, w, k) of the stored numbers."""
-        height, width, channels = self.shape
-        return 1 + self.flip, height, width, channels * (1 + self.moments)
-
-    @property
-    def layout(self) -> np.dtype:
-        """One record as a structured dtype of numpy; the latent is called "image"."""
-        fields = [(name, field.dtype, field.shape) for name, field in self.fields.items()]
-        return np.dtype([*fields, ("image", "<f2", self.array_shape)])
-
-    def pack(self, latent: np.ndarray, cond: dict[str, Any]) -> bytes:
-        """A latent [F, h, w, k] and its condition as the bytes of one record."""
-        row = (*(cond[name] for name in self.fields), latent)
-        return np.array(row, self.layout).tobytes()
-
-    def unpack(self, records: list[bytes]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """B records as latents f16[B, F, h, w, k] and the condition {field: [B, ...]}."""
-        table = np.frombuffer(b"".join(records), self.layout).reshape(len(records))
-        cond = {name: np.ascontiguousarray(table[name]) for name in self.fields}
-        return np.ascontiguousarray(table["image"]), cond
-
-
 def describe_fields(spec: dict[str, Field]) -> list[dict[str, Any]]:
-    """The entry "fields" of a manifest, see `Record.of`."""
+    """The entry "fields" of a manifest; `spec_of` reads it."""
     return [{"name": n, **field._asdict(), "shape": list(field.shape)} for n, field in spec.items()]
+
+
+def spec_of(settings: dict[str, Any]) -> dict[str, Field]:
+    """The fields of the condition, in the order in which a record holds them."""
+    fields = settings["fields"]
+    return {f["name"]: Field(tuple(f["shape"]), f["dtype"], f["num_values"]) for f in fields}
+
+
+def record_of(settings: dict[str, Any]) -> np.dtype:
+    """One record as a structured dtype of numpy.
+
+    Args:
+      settings: a manifest, or the settings of a run of `prepare`; reads "fields", "shape" (h, w, c
+        of a latent), "moments" (whether mean and log variance are stored, or else one sample) and
+        "flip" (whether the latent of the mirrored image is stored, too).
+
+    Returns:
+      A dtype of the fields of the condition and then "image", the latent [F, h, w, k].
+    """
+    height, width, channels = settings["shape"]
+    latent = 1 + settings["flip"], height, width, channels * (1 + settings["moments"])
+    fields = [(name, field.dtype, field.shape) for name, field in spec_of(settings).items()]
+    return np.dtype([*fields, (IMAGE, "<f2", latent)])
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -88,11 +63,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the file is no JSON object.
     """
-    try:
+    with explained(f"{path} is not valid JSON", "prepare the folder again", _NO_JSON):
         settings = json.loads(path.read_text())
         label = Field((), "int32", settings.get("num_classes"))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): prepare the folder again") from None
     return {"fields": describe_fields({"label": label}), **settings}
 
 
@@ -105,15 +78,20 @@ class Latents:
 
     def __init__(self, folder: str):
         self.manifest = read_manifest(folder)
-        self.record = Record.of(self.manifest)
-        self.image_shape, self.cond_spec = self.record.shape, self.record.fields
+        self.image_shape, self.cond_spec = tuple(self.manifest["shape"]), spec_of(self.manifest)
+        self._record = record_of(self.manifest)
         self._scale, self._shift = self.manifest["scale"], self.manifest["shift"]
-        self._folder = Path(folder)
-        self._files = [shard["file"] for shard in self.manifest["shards"]]
-        self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]])
+        shards = self.manifest["shards"]
+        self._files = [Path(folder) / shard["file"] for shard in shards]
+        self._ends = np.cumsum([shard["count"] for shard in shards])
         self._readers: dict[int, Any] = {}
-        for shard in self.manifest["shards"]:
-            self._check_shard(shard)
+        for path, shard in zip(self._files, shards, strict=True):
+            size = path.stat().st_size if path.is_file() else "no"
+            if size != shard["bytes"]:
+                raise UserError(
+                    f"{path} has {size} bytes where {MANIFEST} says {shard['bytes']}: copy the "
+                    "folder again, or delete it and prepare it again"
+                )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -132,17 +110,14 @@ class Latents:
 
     def take_stored(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"image": f16[B, F, h, w, k] as stored, **cond} of the records `indices`."""
-        indices = np.asarray(indices)
         shards = np.searchsorted(self._ends, indices, side="right")
-        records: list[bytes] = [b""] * len(indices)
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
+        table = np.empty(len(indices), self._record)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
             first = self._ends[shard - 1] if shard else 0
-            found = self._read(int(shard), (indices[places] - first).tolist())
-            for place, record in zip(places.tolist(), found, strict=True):
-                records[place] = record
-        stored, cond = self.record.unpack(records)
-        return {"image": stored, **cond}
+            records = self._read(shard, (indices[mine] - first).tolist())
+            table[mine] = np.frombuffer(b"".join(records), self._record)
+        return {name: np.ascontiguousarray(table[name]) for name in self._record.names}
 
     def draw(self, stored: np.ndarray, positions: range, seed: int, flip: bool) -> np.ndarray:
         """Draws the latents of a training batch.
@@ -165,33 +140,18 @@ class Latents:
         for i, position in enumerate(positions):
             rng = np.random.Generator(np.random.Philox(key=[seed, position]))
             latent = stored[i, int(rng.random() < 0.5) if flip else 0].astype(np.float32)
-            if self.record.moments:
+            if self.manifest["moments"]:
                 noise = rng.standard_normal(self.image_shape, np.float32)
                 latent = latent[..., :channels] + np.exp(0.5 * latent[..., channels:]) * noise
             image[i] = latent
         return (image - np.float32(self._shift)) * np.float32(self._scale)
 
     def _read(self, shard: int, indices: list[int]) -> list[bytes]:
-        path = self._folder / self._files[shard]
-        try:
+        path = str(self._files[shard])
+        with explained(f"{path} is damaged", "delete the folder and prepare it again", _DAMAGED):
             if shard not in self._readers:
-                reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
-                self._readers[shard] = reader
+                self._readers[shard] = ArrayRecordReader(path, _READER_OPTIONS)
             return self._readers[shard].read(indices)
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise UserError(
-                f"{path} is damaged ({first_line(error)}): delete the folder and prepare it again"
-            ) from None
-
-    def _check_shard(self, shard: dict[str, Any]) -> None:
-        """Raises a UserError unless the file is as long as when it was written."""
-        path = self._folder / shard["file"]
-        size = path.stat().st_size if path.is_file() else "no"
-        if size != shard["bytes"]:
-            raise UserError(
-                f"{path} has {size} bytes where {MANIFEST} says {shard['bytes']}: copy the folder "
-                "again, or delete it and prepare it again"
-            )
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -215,7 +175,6 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     counted = sum(shard["count"] for shard in manifest["shards"])
     if counted != manifest["count"]:
         raise UserError(
-            f"{path} says {manifest['count']} records, its shards hold {counted}: prepare the "
-            "folder again"
+            f"{path} says {manifest['count']} records, its shards hold {counted}: prepare it again"
         )
     return manifest

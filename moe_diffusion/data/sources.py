@@ -25,13 +25,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moe_diffusion.conditions import Field, check_fields, cond_of
+from moe_diffusion.conditions import Field, check_fields, fields_of
 from moe_diffusion.data.images import ImageFolder
 from moe_diffusion.data.latents import Latents
 from moe_diffusion.data.tfds import TfdsImages
 from moe_diffusion.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Shape = tuple[int, int, int]  # (H, W, C)
 Spec = dict[str, Field]
 SPLITS = ("train", "test")
 TEN_CLASSES = {"label": Field((), "int32", 10)}
@@ -40,7 +41,7 @@ TEN_CLASSES = {"label": Field((), "int32", 10)}
 class Source(Protocol):
     """What every source has; the top of this file lists what a source may add."""
 
-    image_shape: tuple[int, int, int]
+    image_shape: Shape
     cond_spec: Spec
 
     def __len__(self) -> int: ...
@@ -65,14 +66,12 @@ class Digits:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        _check_split(split)
         pixels, labels = load_digits(return_X_y=True)  # pixels 0..16
-        indices = train_test_split(
-            np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
-        )[SPLITS.index(split)]
+        everything = np.arange(len(labels))
+        parts = train_test_split(everything, test_size=0.2, stratify=labels, random_state=0)
+        indices = parts[SPLITS.index(split)]
         images = pixels[indices].reshape(-1, *self.image_shape) / 8 - 1
-        self.images = images.astype(np.float32)
-        self.labels = labels[indices].astype(np.int32)
+        self.images, self.labels = images.astype(np.float32), labels[indices].astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,7 +96,7 @@ class Synthetic:
     0 and variance 1. The number of classes is the `num_values` of the first field that has one.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], cond_spec: Spec, size: int = 65_536):
+    def __init__(self, image_shape: Shape, cond_spec: Spec, size: int = 65_536):
         self.image_shape, self.cond_spec, self._size = tuple(image_shape), dict(cond_spec), size
         self._classes = next((f.num_values for f in cond_spec.values() if f.num_values), 10)
 
@@ -108,7 +107,6 @@ class Synthetic:
         return {name: values[0] for name, values in self.take(np.array([index])).items()}
 
     def take(self, indices: np.ndarray) -> Batch:
-        indices = np.asarray(indices)
         fields = enumerate(self.cond_spec.items(), 1)
         cond = {name: _made_up(field, indices, number) for number, (name, field) in fields}
         return {"image": self._images(indices), **cond}
@@ -149,7 +147,7 @@ def _hashed_uniform(numbers: np.ndarray, count: int) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def open_source(data: Any, input_shape: tuple[int, int, int], cond_spec: Spec) -> Source:
+def open_source(data: Any, input_shape: Shape, cond_spec: Spec) -> Source:
     """Opens `data.source` and checks that it fits the model.
 
     Args:
@@ -162,21 +160,17 @@ def open_source(data: Any, input_shape: tuple[int, int, int], cond_spec: Spec) -
       UserError: the name or split is unknown, the data is not there, or it does not fit the model
         (see `check_fits`).
     """
-    name = data.source
-    kind, _, place = name.partition(":")
+    kind, _, place = data.source.partition(":")
     if kind == "latents" and place and not Path(place).exists():
-        raise UserError(_how_to_prepare(place, input_shape))
-    source = open_images(
-        name, input_shape, split=data.split, skip_broken=data.skip_broken, cond_spec=cond_spec
-    )
-    check_fits(source, name, input_shape, cond_spec)
+        raise UserError(_how_to_prepare(place, input_shape, cond_spec))
+    source = open_images(data.source, input_shape, data.split, data.skip_broken, cond_spec)
+    check_fits(source, data.source, input_shape, cond_spec)
     return source
 
 
 def open_images(
     name: str,
-    image_shape: tuple[int, int, int],
-    *,
+    image_shape: Shape,
     split: str = "train",
     skip_broken: bool = False,
     cond_spec: Spec = TEN_CLASSES,
@@ -194,6 +188,10 @@ def open_images(
     Raises:
       UserError: the name or split is unknown, or the data cannot be read.
     """
+    if name in ("digits", "synthetic"):
+        if split not in SPLITS:
+            raise UserError(f"data.split={split!r} is unknown; known are: {', '.join(SPLITS)}")
+        return Digits(split) if name == "digits" else Synthetic(image_shape, cond_spec)
     kind, _, place = name.partition(":")
     if kind in ("folder", "latents") and split != "train":
         raise UserError(
@@ -206,20 +204,13 @@ def open_images(
         return Latents(place)
     if kind == "tfds" and place:
         return TfdsImages(place, split, image_shape)
-    if name == "digits":
-        return Digits(split)
-    if name == "synthetic":
-        _check_split(split)
-        return Synthetic(image_shape, cond_spec)
     raise UserError(
         f"data.source={name!r} is unknown; known are: digits, synthetic, folder:<path>, "
         "tfds:<name>, latents:<path>"
     )
 
 
-def check_fits(
-    source: Source, name: str, input_shape: tuple[int, int, int], cond_spec: Spec
-) -> None:
+def check_fits(source: Source, name: str, input_shape: Shape, cond_spec: Spec) -> None:
     """Checks that a model can train on a source.
 
     Args:
@@ -268,11 +259,9 @@ def check_batch(batch: Batch, indices: Sequence[int], cond_spec: Spec) -> None:
       UserError: a field is lacking, unexpected or of another shape or dtype, or a value of an
         integer field is outside 0..num_values-1; the message names the first such record.
     """
-    cond = cond_of(batch)
-    found = {name: Field(values.shape[1:], str(values.dtype)) for name, values in cond.items()}
-    check_fields(found, cond_spec, f"record {indices[0]} of the data")
-    for name, values in cond.items():
-        _check_values(name, values, indices, cond_spec[name])
+    check_fields(fields_of(batch), cond_spec, f"record {indices[0]} of the data")
+    for name, field in cond_spec.items():
+        _check_values(name, batch[name], indices, field)
 
 
 def _check_values(name: str, values: np.ndarray, indices: Sequence[int], field: Field) -> None:
@@ -285,19 +274,14 @@ def _check_values(name: str, values: np.ndarray, indices: Sequence[int], field: 
         )
 
 
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise UserError(f"data.split={split!r} is unknown; known are: {', '.join(SPLITS)}")
-
-
-def _how_to_prepare(folder: str, shape: tuple[int, int, int]) -> str:
-    """What a latents folder holds and how it is made; every autoencoder used divides by 8."""
+def _how_to_prepare(folder: str, shape: Shape, cond_spec: Spec) -> str:
+    """What a latents folder must hold, and a command that makes one, as an example."""
     height, width, channels = shape
-    pixels = f"{8 * height}x{8 * width}"
-    size = 8 * height if height == width else pixels
+    size = f"{8 * height}x{8 * width}"
     return (
-        f"the folder of data.source=latents:{folder} is not there. It must hold labelled {height}x"
-        f"{width}x{channels} latents of {pixels} images, written by `python -m "
-        f"moe_diffusion.prepare --source folder:/data --size {size} --vae sd-vae-ft-ema/ "
-        f"--out {folder}`. To train right now without data: --config.data.source=synthetic"
+        f"the folder of data.source=latents:{folder} is not there. It must hold {height}x{width}x"
+        f"{channels} latents with the condition {', '.join(cond_spec) or '(none)'}. An example, "
+        "where the autoencoder has 8 pixels per latent: `python -m moe_diffusion.prepare --source "
+        f"folder:/data --size {size} --vae sd-vae-ft-ema/ --out {folder}`. "
+        "To train right now without data: --config.data.source=synthetic"
     )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from moe_diffusion.conditions import Field
 from moe_diffusion.data.images import to_array
-from moe_diffusion.errors import UserError, first_line
+from moe_diffusion.errors import UserError, explained
 
 
 class TfdsImages:
@@ -28,20 +28,15 @@ class TfdsImages:
         self.image_shape = image_shape
         features, splits = builder.info.features, list(builder.info.splits)
         if not {"image", "label"} <= set(features):
-            raise UserError(
-                f"tfds:{place} has the features {', '.join(features)}: it needs image and label"
-            )
+            found = ", ".join(features)
+            raise UserError(f"tfds:{place} has the features {found}: it needs image and label")
         if splits and split not in splits:
-            raise UserError(
-                f"data.split={split!r} is not in tfds:{place}; it has {', '.join(splits)}"
-            )
-        try:
+            known = ", ".join(splits)
+            raise UserError(f"data.split={split!r} is not in tfds:{place}; it has {known}")
+        remedy = "prepare it with file_format=array_record, see docs/data.md"
+        # Here and in `_builder` tfds raises many kinds: AssertionError, OSError, some of its own.
+        with explained(f"tfds:{place} cannot be read", remedy):
             self._records = builder.as_data_source(split=split)
-        except Exception as error:  # AssertionError, NotImplementedError, OSError, ...
-            raise UserError(
-                f"tfds:{place} cannot be read ({first_line(error)}): prepare it with "
-                "file_format=array_record, see docs/data.md"
-            ) from None
         self.cond_spec = {"label": Field((), "int32", features["label"].num_classes)}
         self.class_names = list(features["label"].names)
 
@@ -57,17 +52,9 @@ class TfdsImages:
 
 
 def _builder(place: str) -> Any:
-    try:
+    with explained(f"tfds:{place} needs another package", "pip install 'moe_diffusion[tfds]'"):
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(
-            f"tfds:{place} needs another package ({error}): pip install 'moe_diffusion[tfds]'"
-        ) from None
-    try:
+    with explained(f"tfds:{place} is no prepared dataset", "see docs/data.md"):
         if (Path(place) / "dataset_info.json").is_file():
             return tfds.builder_from_directory(place)
         return tfds.builder(place)
-    except Exception as error:  # tfds raises many kinds, some of them its own
-        raise UserError(
-            f"tfds:{place} is no prepared dataset ({first_line(error)}): see docs/data.md"
-        ) from None

@@ -1,7 +1,7 @@
 """Discrete diffusion as DiT trains and samples it: the process, its loss terms and its steps.
 
-A network sees x_t and the integer step t (as float, 0 = least noise) and returns 2C channels: the
-noise epsilon, and v, which places log sigma^2 between the two bounds of iDDPM.
+A network sees x_t and the integer step t (as float; 0 has the least noise). It returns 2C channels:
+the noise epsilon, and v, which places log sigma^2 between the two bounds of iDDPM.
 
 DDPM (arXiv 2006.11239), learned variance and respacing (iDDPM, arXiv 2102.09672), DDIM
 (arXiv 2010.02502). Time here runs from data (t = 0) to noise, as in those papers.
@@ -9,19 +9,18 @@ DDPM (arXiv 2006.11239), learned variance and respacing (iDDPM, arXiv 2102.09672
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-from flax import linen as nn
+from ml_collections import ConfigDict
 
-from moe_diffusion.conditions import cond_of
-from moe_diffusion.diffusion.loss_parts import Draws, LossAux, LossFn, forward, with_router_losses
+from moe_diffusion.diffusion.paths import expand
+from moe_diffusion.diffusion.solvers import run_steps
 from moe_diffusion.errors import UserError
 
 NUM_TIMESTEPS = 1000
@@ -30,7 +29,7 @@ _LOG2 = float(np.log(2.0))
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """A Gaussian diffusion of N steps; tables are float64[N], indexed by the step.
+    """A Gaussian diffusion of N steps. Its tables are float64[N]; the step is the index.
 
     Attributes:
       betas: variance of the noise that step i adds.
@@ -50,17 +49,17 @@ class Process:
 
     @cached_property
     def posterior_variance(self) -> np.ndarray:
-        """Of q(x_{t-1} | x_t, x_0), DDPM eq. 7."""
+        """The variance of q(x_{t-1} | x_t, x_0), DDPM eq. 7."""
         return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
     @cached_property
     def posterior_log_variance(self) -> np.ndarray:
-        """Its logarithm; step 0, whose variance is 0, borrows that of step 1."""
+        """The logarithm of the posterior variance; step 0, where it is 0, has that of step 1."""
         return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
 
     @cached_property
     def posterior_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
-        """The posterior's mean is the first times x_0 plus the second times x_t, DDPM eq. 7."""
+        """(a, b) of the posterior's mean a x_0 + b x_t, DDPM eq. 7."""
         rest = 1.0 - self.alphas_cumprod
         return (
             self.betas * np.sqrt(self.alphas_cumprod_prev) / rest,
@@ -81,26 +80,25 @@ def respace(process: Process, timesteps: np.ndarray) -> Process:
 
 
 def spaced_timesteps(spacing: str) -> np.ndarray:
-    """Steps to visit, ascending i64[N].
+    """The steps that a sampler visits, ascending i64[N].
 
     Args:
-      spacing: "250": so many, evenly over all; "10,15,25": so many in each of three equal sections;
-        "ddim50": so many, at least 2, with an integer stride from 0, as DDIM has them.
+      spacing: "250" spreads so many evenly over all. "10,15,25" takes so many in each of three
+        equal sections. "ddim50" takes so many, at least 2, with an integer stride from 0, as DDIM
+        does.
 
     Raises:
-      UserError: not of that form, or impossible.
+      UserError: the text has another form, or asks for something impossible.
     """
-    strided = spacing.startswith("ddim")
     try:
         counts = [int(count) for count in spacing.removeprefix("ddim").split(",")]
     except ValueError:
-        raise UserError(
-            f"sampling.respacing = {spacing!r} is none of 250 | 10,15,25 | ddim50"
-        ) from None
+        forms = "250 | 10,15,25 | ddim50"
+        raise UserError(f"sampling.respacing = {spacing!r} is none of {forms}") from None
     if sum(counts) < 2:
         raise UserError("sampling.steps or sampling.respacing: take at least 2 steps")
-    if strided:
-        return _integer_stride(sum(counts))
+    if spacing.startswith("ddim"):
+        return _strided_timesteps(sum(counts))
     steps, start = [], 0
     for index, count in enumerate(counts):
         size = NUM_TIMESTEPS // len(counts) + (index < NUM_TIMESTEPS % len(counts))
@@ -109,7 +107,7 @@ def spaced_timesteps(spacing: str) -> np.ndarray:
                 f"{count} steps do not fit a section of {size} (of {NUM_TIMESTEPS} steps in all): "
                 "change sampling.steps or sampling.respacing"
             )
-        # Added up step by step, so that halves round as in the published samplers.
+        # The published samplers add up step by step too, so that halves round in the same way.
         position, stride = 0.0, (size - 1) / max(count - 1, 1)
         for _ in range(count):
             steps.append(start + round(position))
@@ -118,7 +116,7 @@ def spaced_timesteps(spacing: str) -> np.ndarray:
     return np.array(steps)
 
 
-def _integer_stride(count: int) -> np.ndarray:
+def _strided_timesteps(count: int) -> np.ndarray:
     for stride in range(1, NUM_TIMESTEPS + 1):
         steps = np.arange(0, NUM_TIMESTEPS, stride)
         if len(steps) == count:
@@ -131,18 +129,17 @@ def _integer_stride(count: int) -> np.ndarray:
 
 def lookup(table: np.ndarray, i: jax.Array, x: jax.Array) -> jax.Array:
     """Entries i ([B] or a scalar) of a table as float32, shaped to multiply x [B, ...]."""
-    values = jnp.asarray(table, jnp.float32)[i]
-    return values.reshape(values.shape + (1,) * (x.ndim - 1)) if values.ndim else values
+    return expand(jnp.asarray(table, jnp.float32)[i], x)
 
 
 def diffuse(process: Process, x_start: jax.Array, i: jax.Array, noise: jax.Array) -> jax.Array:
-    """x_t ~ q(x_t | x_0) from the noise given, DDPM eq. 4. x_start, noise [B, ...], i [B]."""
+    """x_t of q(x_t | x_0) that the noise makes, DDPM eq. 4. x_start, noise [B, ...], i [B]."""
     scale = lookup(np.sqrt(process.alphas_cumprod), i, x_start)
     return scale * x_start + lookup(np.sqrt(1.0 - process.alphas_cumprod), i, x_start) * noise
 
 
 def posterior_mean(process: Process, x_start: jax.Array, x_t: jax.Array, i: jax.Array):
-    """Mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7; shapes as `diffuse`."""
+    """The mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7. x_start, x_t [B, ...], i [B]."""
     of_start, of_t = process.posterior_coefficients
     return lookup(of_start, i, x_t) * x_start + lookup(of_t, i, x_t) * x_t
 
@@ -160,7 +157,7 @@ def reverse(
 ) -> Reverse:
     """What a network's output [..., 2C] says about x_t [..., C] at step i ([B] or a scalar).
 
-    clip: hold the estimate of x_0 within [-1, 1]; for pixels, not for latents.
+    clip: hold the estimate of x_0 within [-1, 1]. It serves pixels, not latents.
     """
     epsilon, v = jnp.split(output.astype(jnp.float32), 2, axis=-1)
     x_start = lookup(np.sqrt(1.0 / process.alphas_cumprod), i, x_t) * x_t
@@ -178,9 +175,9 @@ def loss_terms(
 ) -> tuple[jax.Array, jax.Array]:
     """(mse, vb), each f32[B], of a network's output at `diffuse(process, x_start, i, noise)`.
 
-    mse: of epsilon. vb: the term of the variational bound in bits per dimension (iDDPM eq. 4-6), a
-    KL divergence or, at step 0, the likelihood of x_0 in 255 levels. It trains the variance only:
-    the mean counts as constant. DiT adds both with equal weight.
+    mse is the error of epsilon. vb is the term of the variational bound in bits per dimension
+    (iDDPM eq. 4-6): a KL divergence or, at step 0, the likelihood of x_0 in 255 levels. It trains
+    the variance only, since the mean counts as constant. DiT adds both with equal weight.
     """
     x_t = diffuse(process, x_start, i, noise)
     epsilon, v = jnp.split(output.astype(jnp.float32), 2, axis=-1)
@@ -197,14 +194,14 @@ def loss_terms(
 
 
 def _normal_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N1 || N2) of scalars, in nats."""
+    """KL(N1 || N2) of normal distributions, element by element, in nats."""
     difference = log_variance2 - log_variance1
     square = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
     return 0.5 * (difference - 1.0 + jnp.exp(-difference) + square)
 
 
 def _discretized_log_likelihood(x, mean, log_scale):
-    """Log probability, in nats, of x in [-1, 1] that was rounded to 8 bits, DDPM eq. 13."""
+    """Log probability, in nats, of an x in [-1, 1] that has 8 bits, DDPM eq. 13."""
     half_bin, least = 1.0 / 255.0, 1e-12
 
     def log(probability):
@@ -221,11 +218,11 @@ def _discretized_log_likelihood(x, mean, log_scale):
 
 @jax.custom_jvp
 def _tanh(u):
-    """tanh whose float32 values near 1 are rounded as those of PyTorch.
+    """tanh whose float32 values near 1 are rounded as PyTorch rounds them.
 
     Far tails of the likelihood are differences of such values, and XLA's own tanh is off by several
     units in the last place there. The derivative is 1 - tanh^2 of the rounded value for the same
-    reason: both cancel, so that an exact one would not be the gradient of the published loss.
+    reason: an exact derivative would not be the gradient of the published loss.
     """
     e = jnp.exp(-2.0 * jnp.abs(u))
     return jnp.where(u < 0, -1.0, 1.0) * (1.0 - 2.0 * e / (1.0 + e))
@@ -238,18 +235,18 @@ def _tanh_jvp(primals, tangents):
 
 
 def ancestral_step(p: Reverse, i: jax.Array, noise: jax.Array) -> jax.Array:
-    """x_{t-1} ~ p(x_{t-1} | x_t) from standard normal noise, of which step 0 takes none.
+    """x_{t-1} of p(x_{t-1} | x_t) that standard normal noise makes; step 0 takes no noise.
 
     i: [B] or a scalar.
     """
-    i = jnp.reshape(i, jnp.shape(i) + (1,) * (noise.ndim - 1)) if jnp.ndim(i) else i
-    return p.mean + jnp.exp(0.5 * p.log_variance) * jnp.where(i == 0, 0.0, noise)
+    noise = jnp.where(expand(i, noise) == 0, 0.0, noise)
+    return p.mean + jnp.exp(0.5 * p.log_variance) * noise
 
 
 def ddim_step(
     process: Process, p: Reverse, x_t: jax.Array, i: jax.Array, noise: jax.Array, eta: float
 ) -> jax.Array:
-    """x_{t-1} of DDIM, eq. 12 and 16; eta 0 is deterministic, 1 as noisy as DDPM."""
+    """x_{t-1} of DDIM, eq. 12 and 16. It is deterministic with eta 0, as noisy as DDPM with 1."""
     now, before = process.alphas_cumprod, process.alphas_cumprod_prev
     epsilon = lookup(np.sqrt(1.0 / now), i, x_t) * x_t - p.x_start
     epsilon /= lookup(np.sqrt(1.0 / now - 1.0), i, x_t)
@@ -260,54 +257,31 @@ def ddim_step(
     return x + lookup(sigma, i, x_t) * noise
 
 
-def ddpm_loss(
-    model: nn.Module,
-    params: Any,
-    router_state: Any,
-    batch: Mapping[str, jax.Array],
-    draws: Draws,
-    *,
-    cond_dropout: float,
-    loss_weights: Mapping[str, float],
-) -> tuple[jax.Array, LossAux]:
-    """mean(mse + vb) plus the weighted losses of the routers, see `with_router_losses`.
+def sample(
+    process: Process,
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    z: jax.Array,
+    sampling: ConfigDict,
+    step_noise: Callable[[jax.Array], jax.Array],
+    return_trajectory: bool = False,
+) -> jax.Array:
+    """Runs through all steps of a process, from the noisiest to step 0.
 
     Args:
-      batch: "image" [B, H, W, C], and the fields of the condition.
-      draws: with t i32[B], steps of the process in 0..999.
+      predict: (x, what the network is told of the step, a float32 scalar) -> output [B, H, W, 2C].
+      z: [B, H, W, C], standard normal.
+      sampling: the section of a config, of which this function reads sampler ("ddpm" or "ddim"),
+        eta and clip.
+      step_noise: number of steps done, i32 -> standard normal [B, H, W, C].
+      return_trajectory: return the states after every step, [N, B, H, W, C].
     """
-    process, image = linear_process(), batch["image"]
-    x_t = diffuse(process, image, draws.t, draws.noise)
-    t, dropped = draws.t.astype(jnp.float32), draws.drop_uniform < cond_dropout
-    output, sown = forward(
-        model, params, router_state, x_t, t, cond_of(batch), dropped, draws.dropout
-    )
-    mse, vb = (jnp.mean(x) for x in loss_terms(process, output, image, draws.t, draws.noise))
-    return with_router_losses(mse + vb, sown, loss_weights, mse=mse, vb=vb)
+    timesteps = jnp.asarray(process.timesteps, jnp.float32)
 
+    def step(x, done):
+        i = len(timesteps) - 1 - done
+        p = reverse(process, predict(x, timesteps[i]), x, i, sampling.clip)
+        if sampling.sampler == "ddim":
+            return ddim_step(process, p, x, i, step_noise(done), sampling.eta)
+        return ancestral_step(p, i, step_noise(done))
 
-def make_ddpm_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
-    """The loss of `config` as a `LossFn`."""
-    cond_dropout, loss_weights = config.diffusion.cond_dropout, dict(config.loss_weights)
-
-    def loss_fn(params, router_state, batch, rng, frozen=None):
-        del frozen
-        rng_t, rng_noise, rng_drop, rng_dropout = jax.random.split(rng, 4)
-        shape = batch["image"].shape
-        draws = Draws(
-            t=jax.random.randint(rng_t, shape[:1], 0, NUM_TIMESTEPS),
-            noise=jax.random.normal(rng_noise, shape),
-            drop_uniform=jax.random.uniform(rng_drop, shape[:1]),
-            dropout=rng_dropout,
-        )
-        return ddpm_loss(
-            model,
-            params,
-            router_state,
-            batch,
-            draws,
-            cond_dropout=cond_dropout,
-            loss_weights=loss_weights,
-        )
-
-    return loss_fn
+    return run_steps(step, z, jnp.arange(len(timesteps)), return_trajectory)

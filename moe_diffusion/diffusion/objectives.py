@@ -1,71 +1,77 @@
-"""The velocity objective: what a training step minimises.
+"""What a training step minimises: an error of the network's output, plus the routers' losses.
 
-    L = E || v(x_t, t, cond) - (x_1 - x_0) ||^2 + sum_i weight_i * auxiliary_i
+    flow:  L = E || v(x_t, t, cond) - (x_1 - x_0) ||^2 + sum_i weight_i * router_loss_i
+    ddpm:  L = E [mse of epsilon + vb]                 + sum_i weight_i * router_loss_i
 
-The random draws are a value of their own, so that a recorded trajectory can be replayed.
+The random draws are a value of their own, so that a recorded trajectory can be replayed. Everywhere
+`diffusion` is that section of a config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import linen as nn
+from ml_collections import ConfigDict
 
-from moe_diffusion.conditions import cond_of
-from moe_diffusion.diffusion import ddpm, paths
-from moe_diffusion.diffusion.loss_parts import Draws, LossAux, LossFn, forward, with_router_losses
+from moe_diffusion.conditions import cond_of, drop
+from moe_diffusion.diffusion import ddpm, paths, sown
+
+# (params, router_state, batch, key, frozen) -> (loss, aux); frozen: what is not trained, see
+# training/step.py
+LossFn = Callable[..., tuple[jax.Array, "LossAux"]]
 
 
-class Flow(NamedTuple):
-    """What a loss must know of the flow: fields of the section `diffusion` of a config.
+class Draws(NamedTuple):
+    """All randomness of one evaluation of the loss.
 
     Attributes:
-      prediction: what the network returns, "velocity" or "data".
-      t_eps: floor of 1 - t where data become a velocity.
-      noise_scale: standard deviation of the noise.
+      t: [B], float32 in (0, 1) for a flow, integer steps 0..999 for DDPM.
+      noise: [B, H, W, C], standard normal.
+      drop_uniform: [B]; a sample has no condition where this is below `diffusion.cond_dropout`.
+      dropout: key of the network's own dropout; None for a network without.
     """
 
-    prediction: str = "velocity"
-    t_eps: float = 0.05
-    noise_scale: float = 1.0
+    t: jax.Array
+    noise: jax.Array
+    drop_uniform: jax.Array
+    dropout: jax.Array | None = None
 
 
-RECTIFIED = Flow()
+class LossAux(NamedTuple):
+    """What a loss reports beside its value.
+
+    Attributes:
+      metrics: name -> scalar, for logging only.
+      router_stats: statistics for `stack.next_router_state`; {} if no router keeps a state.
+    """
+
+    metrics: dict[str, jax.Array]
+    router_stats: Any
 
 
-def draw(
-    rng: jax.Array,
-    image: jax.Array,
-    *,
-    time_sampling: str = "uniform",
-    time_mean: float = 0.0,
-    time_std: float = 1.0,
-    time_shift: float = 1.0,
-) -> Draws:
-    """Draws times, noise and dropouts for a batch of images [B, H, W, C]."""
+def draw(rng: jax.Array, shape: tuple[int, ...], diffusion: ConfigDict) -> Draws:
+    """Draws times, noise and dropouts for a batch of images of `shape` (B, H, W, C)."""
     rng_t, rng_noise, rng_drop, rng_dropout = jax.random.split(rng, 4)
-    batch = image.shape[:1]
-    return Draws(
-        t=paths.sample_time(rng_t, batch, time_sampling, time_mean, time_std, time_shift),
-        noise=jax.random.normal(rng_noise, image.shape),
-        drop_uniform=jax.random.uniform(rng_drop, batch),
-        dropout=rng_dropout,
-    )
+    if diffusion.path == "ddpm":
+        t = jax.random.randint(rng_t, shape[:1], 0, ddpm.NUM_TIMESTEPS)
+    else:
+        t = paths.sample_time(rng_t, shape[:1], diffusion)
+    noise = jax.random.normal(rng_noise, shape)
+    return Draws(t, noise, jax.random.uniform(rng_drop, shape[:1]), rng_dropout)
 
 
 def velocity_of(
-    output: jax.Array, x_t: jax.Array, t: jax.Array, diffusion: Flow | ml_collections.ConfigDict
+    output: jax.Array, x_t: jax.Array, t: jax.Array, diffusion: ConfigDict
 ) -> jax.Array:
     """The velocity f32[B, H, W, C] that a network's output stands for.
 
     Args:
-      output: [B, H, W, C or 2C] (with learn_sigma; the flow uses the first half).
+      output: [B, H, W, C or 2C]; with model.learn_sigma it is 2C, and a flow uses the first half.
       x_t: [B, H, W, C] at the times t, [B] or a scalar.
-      diffusion: `Flow`, or the section of a config.
     """
     prediction = output[..., : x_t.shape[-1]].astype(jnp.float32)
     if diffusion.prediction == "data":
@@ -73,77 +79,95 @@ def velocity_of(
     return prediction
 
 
-def flow_loss(
+class Objective(NamedTuple):
+    """What the network is asked, and how its answer is judged.
+
+    Attributes:
+      x_t: [B, H, W, C], the corrupted images.
+      t: f32[B], as the network wants it.
+      errors: output [B, H, W, C or 2C] -> {name: scalar}, whose sum is minimised.
+    """
+
+    x_t: jax.Array
+    t: jax.Array
+    errors: Callable[[jax.Array], dict[str, jax.Array]]
+
+
+def _flow(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
+    """Velocity matching.
+
+    A network that predicts the data is compared as a velocity too (the v-loss of 2511.13720, eq.
+    6), with the same floor of 1 - t on both sides.
+    """
+    t, noise = draws.t, diffusion.noise_scale * draws.noise
+    x_t = paths.interpolate(image, noise, t)
+
+    def errors(output):
+        if diffusion.prediction == "data":
+            target = paths.velocity_from_data(image, x_t, t, diffusion.t_eps)
+        else:
+            target = paths.velocity(image, noise)
+        return {"mse": jnp.mean(jnp.square(velocity_of(output, x_t, t, diffusion) - target))}
+
+    return Objective(x_t, t, errors)
+
+
+def _ddpm(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
+    """The noise's error and the variational bound, see `ddpm.loss_terms`."""
+    process = ddpm.linear_process()
+
+    def errors(output):
+        mse, vb = ddpm.loss_terms(process, output, image, draws.t, draws.noise)
+        return {"mse": jnp.mean(mse), "vb": jnp.mean(vb)}
+
+    x_t = ddpm.diffuse(process, image, draws.t, draws.noise)
+    return Objective(x_t, draws.t.astype(jnp.float32), errors)
+
+
+def diffusion_loss(
     model: nn.Module,
     params: Any,
     router_state: Any,
     batch: Mapping[str, jax.Array],
     draws: Draws,
-    *,
-    cond_dropout: float,
+    diffusion: ConfigDict,
     loss_weights: Mapping[str, float],
-    diffusion: Flow | ml_collections.ConfigDict = RECTIFIED,
 ) -> tuple[jax.Array, LossAux]:
-    """Velocity matching plus the weighted losses of the routers, see `with_router_losses`.
-
-    A network that predicts the data is compared as a velocity too (the v-loss of 2511.13720, eq.
-    6), with the same floor of 1 - t on both sides.
+    """The loss of one batch.
 
     Args:
       batch: "image" [B, H, W, C] in [-1, 1], and the fields of the condition.
-      cond_dropout: a sample has no condition where drop_uniform < cond_dropout.
       loss_weights: name -> weight; the names must be those that the routers return.
-      diffusion: `Flow`, or the section of a config.
 
     Returns:
-      The scalar loss, and metrics: "loss" (that scalar), "mse", and what the routers report.
+      The scalar loss, and the report. Its metrics are "loss" (that scalar), the errors ("mse"; DDPM
+      also has "vb"), every router's loss (unweighted, summed over layers) and the routers' metrics
+      (mean over layers).
     """
-    image, t = batch["image"], draws.t
-    noise = diffusion.noise_scale * draws.noise
-    x_t = paths.interpolate(image, noise, t)
-    dropped = draws.drop_uniform < cond_dropout
-    output, sown = forward(
-        model, params, router_state, x_t, t, cond_of(batch), dropped, draws.dropout
+    objective = (_ddpm if diffusion.path == "ddpm" else _flow)(batch["image"], draws, diffusion)
+    output, collections = model.apply(
+        {"params": params, "router_state": router_state},
+        objective.x_t,
+        objective.t,
+        drop(model, cond_of(batch), draws.drop_uniform < diffusion.cond_dropout),
+        True,
+        rngs={} if draws.dropout is None else {"dropout": draws.dropout},
+        mutable=["losses", "metrics", "router_stats"],
     )
-    if diffusion.prediction == "data":
-        target = paths.velocity_from_data(image, x_t, t, diffusion.t_eps)
-    else:
-        target = paths.velocity(image, noise)
-    mse = jnp.mean(jnp.square(velocity_of(output, x_t, t, diffusion) - target))
-    return with_router_losses(mse, sown, loss_weights, mse=mse)
+    errors, losses = objective.errors(output), sown.sum_by_name(collections.get("losses", {}))
+    loss = sum(errors.values()) + sown.weigh(losses, loss_weights)
+    router_metrics = sown.mean_by_name(collections.get("metrics", {}))
+    metrics = {"loss": loss, **errors, **losses, **router_metrics}
+    return loss, LossAux(metrics, collections.get("router_stats", {}))
 
 
-def make_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
-    """The loss that `config.diffusion` asks for, `make_flow_loss` or `ddpm.make_ddpm_loss`."""
-    if config.diffusion.path == "ddpm":
-        return ddpm.make_ddpm_loss(model, config)
-    return make_flow_loss(model, config)
-
-
-def make_flow_loss(model: nn.Module, config: ml_collections.ConfigDict) -> LossFn:
-    """The loss of `config` as a `LossFn`."""
-    diffusion = config.diffusion
-    loss_weights = dict(config.loss_weights)
+def make_loss(model: nn.Module, config: ConfigDict) -> LossFn:
+    """The loss that `config.diffusion` and `config.loss_weights` ask for."""
+    diffusion, loss_weights = config.diffusion, dict(config.loss_weights)
 
     def loss_fn(params, router_state, batch, rng, frozen=None):
         del frozen
-        draws = draw(
-            rng,
-            batch["image"],
-            time_sampling=diffusion.time_sampling,
-            time_mean=diffusion.time_mean,
-            time_std=diffusion.time_std,
-            time_shift=diffusion.time_shift,
-        )
-        return flow_loss(
-            model,
-            params,
-            router_state,
-            batch,
-            draws,
-            cond_dropout=diffusion.cond_dropout,
-            loss_weights=loss_weights,
-            diffusion=diffusion,
-        )
+        draws = draw(rng, batch["image"].shape, diffusion)
+        return diffusion_loss(model, params, router_state, batch, draws, diffusion, loss_weights)
 
     return loss_fn

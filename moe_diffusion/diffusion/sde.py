@@ -2,7 +2,7 @@
 
     dx = [v(x, t) + w(t) s(x, t)] dt + sqrt(2 w(t)) dW,   w any function >= 0   (SiT eq. 5, 8)
 
-The score s follows from the velocity: x - t v is the noise that x_t holds, so that
+The velocity determines the score s: x - t v is the noise that x_t holds, so that
 s = -(x - t v) / (sigma^2 (1 - t)), with sigma the standard deviation of the noise at t = 0.
 """
 
@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, scalar t) -> dx/dt
+from moe_diffusion.diffusion.solvers import Velocity, run_steps
 
-# w(t) / norm, or all of w for those that SiT scales otherwise.
+# w(t) from t and sampling.sde_norm.
 DIFFUSIONS = {
     "sigma": lambda t, norm: norm * (1 - t),
     "constant": lambda t, norm: norm,
@@ -24,17 +25,11 @@ DIFFUSIONS = {
 }
 
 
-def sample(
+def solve(
     velocity: Velocity,
     z: jax.Array,
-    num_steps: int,
+    sampling: ConfigDict,
     step_noise: Callable[[jax.Array], jax.Array],
-    *,
-    heun: bool = False,
-    diffusion: str = "sigma",
-    norm: float = 1.0,
-    last_step: str = "mean",
-    last_step_size: float = 0.04,
     noise_scale: float = 1.0,
     return_trajectory: bool = False,
 ) -> jax.Array:
@@ -43,19 +38,22 @@ def sample(
     Args:
       velocity: called with x and the time of all its samples, a float32 scalar.
       z: [B, ...] noise of standard deviation `noise_scale`.
-      num_steps: in all; num_steps - 1 equal ones up to 1 - last_step_size, then the last.
+      sampling: the section of a config, of which this function reads:
+
+        * steps: in all; steps - 1 equal ones up to 1 - sde_last_step_size, then the last.
+        * sampler: "sde" (Euler-Maruyama) or "sde_heun", the stochastic Heun method, which takes
+          twice the evaluations.
+        * sde_diffusion, sde_norm: w(t), one of DIFFUSIONS.
+        * sde_last_step: along the SDE's drift ("mean") or the velocity alone ("euler", which on
+          this path is the same as Tweedie's estimate of x_1).
       step_noise: step i32 -> standard normal [B, ...].
-      heun: the stochastic Heun method (twice the evaluations) instead of Euler-Maruyama.
-      diffusion, norm: w(t), one of DIFFUSIONS.
-      last_step: along the SDE's drift ("mean") or the velocity alone ("euler", which on this path
-        is the same as Tweedie's estimate of x_1).
-      return_trajectory: the states after every step, [num_steps, B, ...].
+      return_trajectory: return the states after every step, [steps, B, ...].
     """
-    end = 1.0 - last_step_size
-    dt = end / (num_steps - 1)
+    end = 1.0 - sampling.sde_last_step_size
+    dt = end / (sampling.steps - 1)
 
     def weight(t):
-        return DIFFUSIONS[diffusion](t, norm)
+        return DIFFUSIONS[sampling.sde_diffusion](t, sampling.sde_norm)
 
     def drift(x, t):
         v = velocity(x, t)
@@ -64,15 +62,14 @@ def sample(
     def step(x, index):
         t = index * jnp.float32(dt)
         noise = jnp.sqrt(2 * weight(t) * dt) * step_noise(index)
-        if heun:
-            x += noise
-            slope = drift(x, t)
-            x += dt * (slope + drift(x + dt * slope, t + dt)) / 2
-        else:
-            x += dt * drift(x, t) + noise
-        return x, x if return_trajectory else None
+        if sampling.sampler == "sde":
+            return x + (dt * drift(x, t) + noise)
+        x += noise
+        slope = drift(x, t)
+        return x + dt * (slope + drift(x + dt * slope, t + dt)) / 2
 
-    x, states = jax.lax.scan(step, z, jnp.arange(num_steps - 1))
-    slope = (drift if last_step == "mean" else velocity)(x, jnp.float32(end))
-    x += last_step_size * slope
-    return jnp.concatenate([states, x[None]]) if return_trajectory else x
+    def last(x):
+        slope = (drift if sampling.sde_last_step == "mean" else velocity)(x, jnp.float32(end))
+        return x + sampling.sde_last_step_size * slope
+
+    return run_steps(step, z, jnp.arange(sampling.steps - 1), return_trajectory, last)

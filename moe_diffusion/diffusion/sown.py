@@ -1,4 +1,4 @@
-"""What the routers of a model sowed: losses and metrics of all layers, gathered by name."""
+"""Gathers by name what the routers of all layers sowed: their losses and metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def mean_by_name(tree: Any) -> dict[str, jax.Array]:
 
 
 def weigh(losses: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
-    """Sum of weights[name] * losses[name]; the names on both sides must be the same."""
+    """The sum of weights[name] * losses[name].
+
+    Raises:
+      UserError: the two do not have the same names.
+    """
     if set(losses) != set(weights):
         raise UserError(
             f"loss_weights names {sorted(weights)}, but the model's losses are {sorted(losses)}; "

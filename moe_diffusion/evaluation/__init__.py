@@ -1,1 +1,1 @@
-"""Pictures and numbers that say how good the samples are."""
+"""Judges images and routing: features, metrics, protocols, statistics."""

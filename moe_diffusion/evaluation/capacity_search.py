@@ -1,7 +1,7 @@
 """C_infer and image quality of DiffMoE under constant thresholds instead of the learned ones.
 
-The learned thresholds hold the experts' load at that of training; constants trade compute for
-quality (2503.14487, "interval search" beside its "dynamic" thresholds).
+The learned thresholds keep the experts' load at that of training. Constant ones trade compute for
+quality (2503.14487: "interval search", beside its "dynamic" thresholds).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.digits import DigitsJudge
-from moe_diffusion.evaluation.generate import generate
 from moe_diffusion.evaluation.routing_stats import RoutingObserver
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts
+from moe_diffusion.sampling.generate import generate
 
-Metric = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+Cond = Mapping[str, np.ndarray]
+Metric = Callable[[np.ndarray, Cond], dict[str, float]]  # of images and their conditions
 
 
 def with_threshold(variables: Mapping[str, Any], gamma: float | str) -> dict[str, Any]:
@@ -38,18 +38,22 @@ def with_threshold(variables: Mapping[str, Any], gamma: float | str) -> dict[str
 
 
 def metric_for(config: ConfigDict) -> Metric | None:
-    """What judges the samples of a run: digits by their classifier, others by nothing yet."""
+    """What judges the samples of a run: a classifier judges digits, nothing judges others yet."""
     if config.data.source != "digits":
         return None
     judge = DigitsJudge()
-    return lambda images, labels: {"class_accuracy": judge.score(images, labels)["class_accuracy"]}
+
+    def accuracy(images: np.ndarray, cond: Cond) -> dict[str, float]:
+        return {"class_accuracy": judge.score(images, cond["label"])["class_accuracy"]}
+
+    return accuracy
 
 
 def search(
     config: ConfigDict,
     variables: Mapping[str, Any],
     thresholds: Sequence[float | str],
-    labels: np.ndarray,
+    cond: Cond,
     *,
     seed: int = 0,
     batch_size: int = 64,
@@ -60,12 +64,12 @@ def search(
 
     Args:
       variables: of a DiffMoE model; "dynamic" among the thresholds means those in router_state.
-      labels: i32[N], one for each image. DiffMoE pools a batch, so batch_size is part of the
-        result.
+      cond: {field: [N, ...]}, the condition of each image.
+      batch_size: DiffMoE pools a batch, so this is part of the result.
       report: called with each row as soon as it is known.
 
     Returns:
-      For each threshold: threshold, c_infer_avg, dropped (share refused by `max_capacity`),
+      For each threshold: threshold, c_infer_avg, dropped (the share that `max_capacity` refused),
       activated_params (Eq. 40, with the predictor) and gflops (of one evaluation for one image)
       at that C_infer, and what `metric` says.
 
@@ -79,18 +83,17 @@ def search(
         )
     config = ConfigDict(config)
     config.model.router.threshold = "dynamic"  # so that the thresholds in router_state rule
-    model: nn.Module = build(config.model)
+    model = build(config.model)
     observer = RoutingObserver(model)
     sampler = make_sampler(observer, config)
-    size = config.model.image_size
     rows = []
     for threshold in thresholds:
         observer.reset()
         images = generate(
             sampler,
             with_threshold(variables, threshold),
-            labels,
-            (size, size, config.model.channels),
+            cond,
+            model.input_shape,
             seed=seed,
             batch_size=batch_size,
         )
@@ -104,7 +107,7 @@ def search(
             "gflops": forward_flops(model, experts_per_token=capacity)["total"] / 1e9,
         }
         if metric:
-            row |= metric(images, labels)
+            row |= metric(images, cond)
         report(row)
         rows.append(row)
     return rows

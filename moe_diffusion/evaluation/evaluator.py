@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end: what is asked for is opened and checked, then measured."""
+"""An evaluation from beginning to end: opens and checks what is asked for, then measures it."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Request:
 
 
 def evaluate(request: Request) -> Iterator[dict[str, Any]]:
-    """Results, one for every average and guidance scale: "metrics", "warnings", and conditions.
+    """Yields a result for every average and guidance scale: "metrics", "warnings", and settings.
 
     Raises:
-      UserError: before anything long begins, where something is missing or does not fit.
+      UserError: something is missing or does not fit. This is known before anything long begins.
     """
     variants = _variants(request)
     first = next(variants)  # raises what is wrong with the run or the file
@@ -108,16 +108,16 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def _variants(request: Request) -> Iterator[FeatureSet]:
-    """The sets to judge: one of files; of a run, one for every average and guidance scale.
+    """Yields the sets to judge: one of files, or one for every average and guidance scale of a run.
 
-    An average is loaded when its turn comes; that the run keeps it is checked at the first.
+    It loads an average when its turn comes, and checks at the first that the run keeps them all.
     """
     scales, settings = request.settings.cfg, request.settings
     sweep = max(len(scales), 1) * len(request.emas) > 1
     if request.samples:
         if len(request.emas) > 1 or (len(scales) > 1 and request.published is None):
             raise UserError("a sweep over --cfg or --ema needs --workdir: it draws images anew")
-        yield open_features(request.samples, request.size, request.num)
+        yield open_features(request.samples, _square(request.size), request.num)
         return
     if request.save_features and sweep:
         raise UserError("--save-features holds one set: give one --cfg and one --ema")
@@ -152,12 +152,18 @@ def _open_reference(request: Request, digits: bool, samples: FeatureSet) -> Feat
             "nothing to compare with: give --reference, for ImageNet 256x256 ADM's "
             "VIRTUAL_imagenet256_labeled.npz (or --save-features, to make one)"
         )
-    size = request.size or (samples.images.shape[0] if samples.images is not None else 0)
+    size = _square(request.size)
+    if size is None and samples.images is not None:
+        size = samples.images.shape[:2]
     return open_features(request.reference, size)
 
 
+def _square(side: int) -> tuple[int, int] | None:
+    return (side, side) if side else None
+
+
 def _make_extractor(request: Request, digits: bool, sides: list[FeatureSet]) -> Extractor:
-    """What makes features. Inception's weights may stay away where every side has its own."""
+    """What makes features. It needs no Inception weights if every side has features already."""
     if digits:
         return DigitsFeatures()
     settings = request.settings
@@ -185,7 +191,7 @@ class StoredFeatures:
 
 
 def _against(published: ConfigDict | None, used: dict[str, Any]) -> dict[str, Any] | None:
-    """What the result says of the protocol that it followed, and where it did not."""
+    """The protocol that was to be followed, and where the result deviates from it."""
     if published is None:
         return None
     kept = {key: published[key] for key in ("name", "source", "autoencoder", "reference")}

@@ -123,7 +123,7 @@ def collect(
 def with_vectors(
     features: FeatureSet, extractor: Extractor, batch_size: int, num: int = 0
 ) -> FeatureSet:
-    """The set with everything that its images can tell; stored statistics are kept."""
+    """The set, completed by the features of its images; stored statistics stay as they are."""
     if features.vectors is not None or features.images is None:
         return features
     num = num or len(features.images)
@@ -134,15 +134,15 @@ def with_vectors(
     return dataclasses.replace(features, vectors=found.vectors)
 
 
-def open_features(text: str, size: int = 0, num: int = 0) -> FeatureSet:
+def open_features(text: str, size: tuple[int, int] | None = None, num: int = 0) -> FeatureSet:
     """A set of images, or what an `.npz` holds: images, features, statistics, or all of them.
 
-    Understood are ADM's reference batches (arr_0, mu, sigma, mu_s, sigma_s), pytorch-fid's
-    statistics (mu, sigma), features of this library and of DiffMoE and DSMoE, and arrays of images.
+    It reads ADM's reference batches (arr_0, mu, sigma, mu_s, sigma_s), pytorch-fid's statistics
+    (mu, sigma), features of this library and of DiffMoE and DSMoE, and arrays of images.
 
     Args:
       size: see `open_images`.
-      num: take the first `num` images or features only; 0 is all.
+      num: how many images or features to take, from the first on; 0 takes all.
 
     Raises:
       UserError: not there, unreadable, of no such kind, not finite, or fewer images than asked.

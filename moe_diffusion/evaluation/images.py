@@ -138,11 +138,11 @@ class SourceImages:
             yield np.stack([self._source[i]["image"] for i in indices])
 
 
-def open_images(text: str, size: int = 0) -> Images:
+def open_images(text: str, size: tuple[int, int] | None = None) -> Images:
     """The images that `text` names: `x.npz`, a folder of pictures, or a data source.
 
     Args:
-      size: to which a source such as "folder:/data" crops its images, in pixels.
+      size: (height, width) in pixels, to which a source such as "folder:/data" crops its images.
 
     Raises:
       UserError: there is nothing, it cannot be read, or it is of an unknown kind.
@@ -160,7 +160,7 @@ def open_images(text: str, size: int = 0) -> Images:
         )
     if not size and name != "digits":
         raise UserError(f"{text} needs --size: the side in pixels to which its images are cropped")
-    source = sources.open_images(name, (size, size, 3), split=split or "train")
+    source = sources.open_images(name, (*(size or (0, 0)), 3), split=split or "train")
     return SourceImages(source, text)
 
 

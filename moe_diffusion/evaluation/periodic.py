@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.evaluation.compare import compare
 from moe_diffusion.evaluation.digits import DigitsFeatures
 from moe_diffusion.evaluation.features import Extractor, FeatureSet
-from moe_diffusion.evaluation.generate import averaged_variables, generate, spread_labels
 from moe_diffusion.evaluation.metrics import gaussian_of
+from moe_diffusion.models.stack import Model
+from moe_diffusion.sampling.conditions import default_conditions
+from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.load import averaged_variables
 from moe_diffusion.training.state import TrainState
 
 _REFERENCE = 2048  # records of the training source to compare with
@@ -22,9 +24,9 @@ _GRID = 4
 
 
 class PooledFeatures:
-    """Means of an image's or latent's 4x4 grid of squares: layout and colour, no detail.
+    """The mean colour in each cell of a 4x4 grid over the image: layout and colour, no detail.
 
-    Needs no weights and works in the space in which the model works. Not an FID.
+    It needs no weights, and takes latents as well as images. The distance made of it is no FID.
     """
 
     names = {
@@ -36,23 +38,27 @@ class PooledFeatures:
     note = {"network": "none: 4x4 means"}
 
     def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """f32[B, H, W, C] -> {"pool": f32[B, 16 C]}."""
-        rows = [part.mean(1) for part in np.array_split(batch, _GRID, axis=1)]
-        cells = [part.mean(1) for row in rows for part in np.array_split(row, _GRID, axis=1)]
+        """f32[B, H, W, C] -> {"pool": f32[B, 16 C]}; less where a side has under four pixels."""
+        height, width = (min(_GRID, side) for side in batch.shape[1:3])
+        rows = [part.mean(1) for part in np.array_split(batch, height, axis=1)]
+        cells = [part.mean(1) for row in rows for part in np.array_split(row, width, axis=1)]
         return {"pool": np.concatenate(cells, axis=-1)}
 
 
 class EvaluationHook:
-    """A hook of the training loop: the same `train.eval_samples` draws against the training data.
+    """A hook of the training loop that compares a few samples with the training data.
 
-    Returns eval/fd_digits, eval/precision_digits and so on for digits, else eval/fd_pooled ...
+    Every call draws the same `train.eval_samples` images. It returns eval/fd_digits,
+    eval/precision_digits and so on for digits, and eval/fd_pooled and so on for other data.
+
+    Args:
+      source: the training data, for the comparison and for conditions (`default_conditions`).
     """
 
-    def __init__(self, config: ConfigDict, model: nn.Module, source: Any):
-        self._config = config
+    def __init__(self, config: ConfigDict, model: Model, source: Any):
+        self._config, self._shape = config, model.input_shape
         self._sampler = make_sampler(model, config)
-        self._labels = spread_labels(config.train.eval_samples, config.model.num_classes)
-        self._shape = (config.model.image_size, config.model.image_size, config.model.channels)
+        self._cond = default_conditions(model, config.train.eval_samples, source)
         digits = config.data.source == "digits"
         self._extractor: Extractor = DigitsFeatures() if digits else PooledFeatures()
         # Evenly over the source, which may be sorted by class.
@@ -65,10 +71,10 @@ class EvaluationHook:
         images = generate(
             self._sampler,
             averaged_variables(self._config, state),
-            self._labels,
+            self._cond,
             self._shape,
             seed=self._config.seed,
-            batch_size=min(_BATCH, len(self._labels)),
+            batch_size=min(_BATCH, self._config.train.eval_samples),
         )
         found, _ = compare(self._features("samples", images), self._reference, self._extractor)
         return {f"eval/{name}": value for name, value in found.items()}

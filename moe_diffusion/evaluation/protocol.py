@@ -20,6 +20,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.images import QUANTIZATIONS
 from moe_diffusion.evaluation.inception import RESIZES
+from moe_diffusion.sampling.conditions import spread
 
 DEFAULTS: dict[str, Any] = {
     "name": "",
@@ -110,7 +111,7 @@ def make_labels(kind: str, num: int, num_classes: int, seed: int) -> np.ndarray:
     """i32[num]: every class equally often and in order, or drawn uniformly."""
     if kind == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num, dtype=np.int32)
-    return (np.arange(num) * min(num, num_classes) // num).astype(np.int32)
+    return spread(num, num_classes).astype(np.int32)
 
 
 def code_version() -> str:

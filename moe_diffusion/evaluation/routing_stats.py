@@ -1,7 +1,7 @@
 """What the experts do while images are drawn: C_infer per layer, per time and per class.
 
-C_infer is how many experts a token meets, on average. It is top_k or `capacity` for routers with a
-fixed budget; DiffMoE's predictor spends it where it is needed (2503.14487, section 3 and Fig. 1).
+C_infer is how many experts a token meets, on average. For routers with a fixed budget it is top_k
+or `capacity`. DiffMoE's predictor decides it token by token (2503.14487, section 3 and Fig. 1).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.figures import save_png
-from moe_diffusion.evaluation.routing_figures import routing_picture
+from moe_diffusion.figures.images import save_png
+from moe_diffusion.figures.routing import routing_picture
+from moe_diffusion.models.stack import Block, Model
 from moe_diffusion.moe.router import Router
+from moe_diffusion.sampling.labels import LABEL
 
 _COUNTS, _DROPPED = "experts_per_token", "dropped"
 
@@ -30,13 +32,15 @@ _COUNTS, _DROPPED = "experts_per_token", "dropped"
 class RoutingObserver:
     """A model that remembers how its routers decided; give it to `make_sampler` in its place.
 
-    Every evaluation of the network is seen, whatever the sampler: conditional and unconditional
-    ones, and the repetitions that fill up a last batch. `stats` says what came of it, `reset`
-    forgets. Raises UserError for a model without experts.
+    It sees every evaluation of the network: conditional and unconditional ones, and the repetitions
+    that fill up a last batch. `stats` returns the averages, `reset` forgets.
+
+    Raises:
+      UserError: the model has no experts.
     """
 
-    def __init__(self, model: nn.Module):
-        if model.make_moe is None:
+    def __init__(self, model: Model):
+        if not moe_blocks(model):
             raise UserError("a dense model has no routing statistics: use a model with experts")
         self._model = model
         self.reset()
@@ -51,28 +55,41 @@ class RoutingObserver:
         self._by_class: dict[int, list] = defaultdict(list)
         self._dropped: list[float] = []
 
-    def apply(self, variables: Any, x: jax.Array, t: jax.Array, y: jax.Array, train: bool) -> Any:
-        """As the model's, for one time per call; leaves a note on the host."""
-        output, counts, dropped = observe(self._model, variables, x, t, y, train)
-        jax.debug.callback(self._note, t, y, counts, dropped)
+    def apply(
+        self,
+        variables: Any,
+        x: jax.Array,
+        t: jax.Array,
+        cond: Mapping[str, jax.Array],
+        train: bool,
+    ) -> jax.Array:
+        """As the model's `apply`, for one time per call; tells the host what the routers did."""
+        output, counts, dropped = observe(self._model, variables, x, t, cond, train)
+        jax.debug.callback(self._note, t, cond.get(LABEL, ()), counts, dropped)
         return output
 
-    def _note(self, t: Any, y: Any, counts: Any, dropped: Any) -> None:
+    def _note(self, t: Any, labels: Any, counts: Any, dropped: Any) -> None:
         counts = np.asarray(counts, np.float64)  # [layers, B]
         self._by_time[float(t[0])].append(counts.mean(1))
         self._dropped.append(float(dropped))
-        for label, value in zip(np.asarray(y), counts.mean(0), strict=True):
-            self._by_class[int(label)].append(value)
+        if len(labels):
+            for label, value in zip(np.asarray(labels), counts.mean(0), strict=True):
+                self._by_class[int(label)].append(value)
 
     def stats(self) -> dict[str, Any]:
         """Averages over everything seen since the start or the last `reset`.
 
         Returns:
-          c_infer_avg: experts per token over all evaluations; dropped: share of what DiffMoE's
-            thresholds let pass that `max_capacity` refused (0 for other routers).
-          blocks: numbers of the MoE blocks; times: of the evaluations, ascending.
+          c_infer_avg: experts per token over all evaluations.
+          dropped: the share of what DiffMoE's thresholds let pass that `max_capacity` refused; 0
+            for other routers.
+          blocks: numbers of the MoE blocks.
+          times: of the evaluations, ascending.
           per_layer [blocks], per_time [times], per_layer_and_time [blocks][times]: C_infer.
-          per_class: label -> C_infer; the null label is "null".
+          per_class: label -> C_infer, with "null" for "no label"; only of a model with labels.
+
+        Raises:
+          UserError: nothing has been sampled.
         """
         jax.effects_barrier()
         times = sorted(self._by_time)
@@ -81,8 +98,7 @@ class RoutingObserver:
         seen = [np.stack(self._by_time[t]) for t in times]  # [evaluations, layers] for each time
         grid = np.stack([values.mean(0) for values in seen], axis=1)
         layers = np.concatenate(seen).mean(0)
-        null = self._model.num_classes
-        return {
+        found = {
             "c_infer_avg": float(layers.mean()),
             "dropped": float(np.mean(self._dropped)),
             "blocks": moe_blocks(self._model),
@@ -90,25 +106,32 @@ class RoutingObserver:
             "per_layer": layers.tolist(),
             "per_time": grid.mean(0).tolist(),
             "per_layer_and_time": grid.tolist(),
-            "per_class": {
+        }
+        if self._by_class:
+            null = self._model.cond_spec()[LABEL].num_values
+            found["per_class"] = {
                 "null" if label == null else str(label): float(np.mean(self._by_class[label]))
                 for label in sorted(self._by_class)
-            },
-        }
+            }
+        return found
 
 
 def observe(
-    model: nn.Module, variables: Any, x: jax.Array, t: jax.Array, y: jax.Array, train: bool
+    model: Model,
+    variables: Any,
+    x: jax.Array,
+    t: jax.Array,
+    cond: Mapping[str, jax.Array],
+    train: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The model's output, its experts per token f32[layers, B], and the share that was dropped."""
     batch = x.shape[0]
-    num_experts = model.make_moe().make_experts().num_experts
 
     def count(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         result = call(*args, **kwargs)
         if isinstance(context.module, Router) and context.method_name == "__call__":
             routing, aux = result
-            used = routing.expert < num_experts
+            used = routing.expert < context.module.num_experts
             counts = per_sample(used, routing.token, args[0], batch)
             context.module.sow("intermediates", _COUNTS, counts)
             dropped = aux.metrics.get(_DROPPED, jnp.zeros(()))
@@ -116,24 +139,35 @@ def observe(
         return result
 
     with nn.intercept_methods(count):
-        output, sown = model.apply(variables, x, t, y, train, mutable=["intermediates"])
+        output, sown = model.apply(variables, x, t, cond, train, mutable=["intermediates"])
     flat = flatten_dict(sown["intermediates"], sep="/")
-    rows = [
-        (flat[f"{place}/moe/router/{_COUNTS}"][0][repeat],
-         flat[f"{place}/moe/router/{_DROPPED}"][0][repeat])
-        for place, repeat, kind in model.blocks()
-        if kind.startswith("moe")
-    ]  # fmt: skip
-    return output, jnp.stack([row[0] for row in rows]), jnp.stack([row[1] for row in rows]).mean()
+    blocks = [model.blocks()[number] for number in moe_blocks(model)]
+
+    def by_layer(name: str) -> jax.Array:
+        return jnp.stack([flat[f"{_router(b)}/{name}"][0][b.index] for b in blocks])
+
+    return output, by_layer(_COUNTS), by_layer(_DROPPED).mean()
 
 
-def moe_blocks(model: nn.Module) -> list[int]:
+def moe_blocks(model: Model) -> list[int]:
     """Numbers of the blocks with experts, from 0."""
-    return [i for i, block in enumerate(model.blocks()) if block.kind.startswith("moe")]
+    routers = model.routers()
+    return [number for number, block in enumerate(model.blocks()) if _router(block) in routers]
+
+
+def _router(block: Block) -> str:
+    """Path of the router of a block with experts."""
+    return f"{block.path}/moe/router"
 
 
 def per_sample(used: jax.Array, token: jax.Array, x: jax.Array, batch: int) -> jax.Array:
-    """Used slots of each sample / its tokens, f32[B]; used, token [G, N], x [G, T, D]."""
+    """Experts per token of each sample, f32[B].
+
+    Args:
+      used: bool[G, N], the assignments that count.
+      token: i32[G, N], their tokens inside the group.
+      x: [G, T, D], the tokens, of `batch` samples one after the other.
+    """
     groups, tokens, _ = x.shape
     length = groups * tokens // batch
     sample = jnp.arange(groups)[:, None] * (tokens // length) + token // length
@@ -141,7 +175,7 @@ def per_sample(used: jax.Array, token: jax.Array, x: jax.Array, batch: int) -> j
 
 
 def save_stats(stats: dict[str, Any], path: str | os.PathLike) -> tuple[Path, Path]:
-    """Writes `stats` as JSON, whole or not at all, and the same name .png beside it: a picture."""
+    """Writes `stats` as JSON, whole or not at all, and a picture of the same name (.png)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from moe_diffusion.config import validate
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.generate import generate_batches, load_workdir
 from moe_diffusion.evaluation.images import check_shape
 from moe_diffusion.evaluation.protocol import make_labels
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.sampling.conditions import conditions_of_run
+from moe_diffusion.sampling.generate import generate_batches
+from moe_diffusion.sampling.labels import LABEL, num_labels
+from moe_diffusion.sampling.load import load_workdir
 
 
 class RunImages:
     """The images that a run's checkpoint draws under a protocol; a set as in `images`.
+
+    With several devices, each holds all weights and draws its part of every batch.
 
     Args:
       ema: decay as text, "none" or None for the run's first.
@@ -31,8 +35,8 @@ class RunImages:
       vae: weights of the autoencoder; None takes the config's `data.autoencoder`.
 
     Raises:
-      UserError: no such run or average, a batch that cannot be split over the devices, or an
-        autoencoder that is missing or another than the run's.
+      UserError: there is no such run or average, the batch cannot be split over the devices, the
+        autoencoder is missing or another than the run's, or the model takes no labels.
     """
 
     def __init__(
@@ -53,15 +57,17 @@ class RunImages:
                 f"--batch {protocol.batch_size} cannot be split evenly over {devices} devices: "
                 f"make it a multiple of {devices}"
             )
+        self._mesh = make_mesh(ConfigDict({"preset": "dp"})) if devices > 1 else None
         self.config, self._model, self._variables, self.note = load_workdir(
-            workdir, overrides, step=step, ema=ema
+            workdir, overrides, step=step, ema=ema, mesh=self._mesh, preset="dp"
         )
+        self._num_labels = num_labels(self._model, "evaluate --workdir")
         self._autoencoder = autoencoders.for_config(self.config, vae)
-        model = self.config.model
-        self._latent_shape = self.shape = (model.image_size, model.image_size, model.channels)
+        self.shape = self._model.input_shape
         if self._autoencoder is not None:
-            side = model.image_size * self._autoencoder.network.factor
-            self.shape = (side, side, self._autoencoder.network.channels)
+            network = self._autoencoder.network
+            height, width, _ = self.shape
+            self.shape = (height * network.factor, width * network.factor, network.channels)
         elif self.config.data.source.startswith("latents:"):
             raise UserError(
                 f"{workdir} makes latents: give the autoencoder that made its data as --vae"
@@ -72,25 +78,20 @@ class RunImages:
         return self._protocol.num_samples
 
     def batches(self, size: int, num: int) -> Iterator[np.ndarray]:
-        """f32[b, H, W, C] in [-1, 1] but for overshoot. Batches are the protocol's, not `size`."""
-        labels = make_labels(
-            self._protocol.labels, num, self.config.model.num_classes, self._protocol.seed
-        )
-        sampler, variables = make_sampler(self._model, self.config), self._variables
-        mesh = None
-        if jax.device_count() > 1:
-            mesh = make_mesh(ConfigDict({"preset": "dp"}))
-            sampler = _under(mesh, sampler)
-            variables = jax.tree.map(np.asarray, variables)  # from where all processes have them
-            variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+        """f32[b, H, W, C], in [-1, 1] but for overshoot.
+
+        size: ignored; batches are as large as the protocol says.
+        """
+        protocol = self._protocol
+        labels = make_labels(protocol.labels, num, self._num_labels, protocol.seed)
         drawn = generate_batches(
-            sampler,
-            variables,
-            labels,
-            self._latent_shape,
-            seed=self._protocol.seed,
-            batch_size=self._protocol.batch_size,
-            mesh=mesh,
+            make_sampler(self._model, self.config),
+            self._variables,
+            conditions_of_run(self.config, self._model, num) | {LABEL: labels},
+            self._model.input_shape,
+            seed=protocol.seed,
+            batch_size=protocol.batch_size,
+            mesh=self._mesh,
         )
         for batch in drawn:
             yield batch if self._autoencoder is None else self._autoencoder.decode(batch)
@@ -123,13 +124,3 @@ class RunImages:
             "sampling": sampling,
             "autoencoder": vae and {"name": vae.name, "fingerprint": vae.fingerprint},
         }
-
-
-def _under(mesh: Mesh, sampler: Callable) -> Callable:
-    """Sets the mesh while the sampler runs, and not while its batch is judged."""
-
-    def run(*args: Any) -> jax.Array:
-        with jax.set_mesh(mesh):
-            return sampler(*args)
-
-    return run

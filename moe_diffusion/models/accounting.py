@@ -92,7 +92,7 @@ def table(counts: dict[str, Count], flops: dict[str, float]) -> str:
             lines.append("-" * len(lines[0]))
         numbers = f"{_millions(count.total):>12}{_millions(count.activated):>12}"
         lines.append(f"{kind:<20}{numbers}{flops.get(kind, 0) / 1e9:>12,.3f}")
-        if kind == "attention":
+        if kind == "attention" and "attention maps" in flops:
             lines.append(f"{'attention maps':<44}{flops['attention maps'] / 1e9:>12,.3f}")
     return "\n".join(lines)
 

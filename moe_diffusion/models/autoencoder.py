@@ -1,9 +1,9 @@
 """KL autoencoders of latent diffusion: images [B, H, W, C] <-> latents [B, h, w, c].
 
-One network serves Stable Diffusion's (4 channels, "sd-vae-ft-mse" and "-ema") and FLUX.1's (16
-channels); `interop.autoencoder.load` reads their weights. Source: Rombach et al., 2112.10752,
-section 3.1 and appendix G; the details are those of the published code: GroupNorm with eps 1e-6,
-SiLU, one attention head over all positions at the lowest resolution.
+One network serves the autoencoders of Stable Diffusion (4 channels, "sd-vae-ft-mse" and "-ema") and
+of FLUX.1 (16 channels). `interop.autoencoder.load` reads their weights. Source: Rombach et al.,
+2112.10752, section 3.1 and appendix G. The details follow the published code: GroupNorm with eps
+1e-6, SiLU, one attention head over all positions at the lowest resolution.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# What a device encodes or decodes at once: 8 images of 256x256 take a few GB.
+# A device encodes or decodes so much at once: 8 images of 256x256 take a few GB.
 IMAGES_AT_ONCE = 8
 PIXELS_AT_ONCE = IMAGES_AT_ONCE * 256 * 256
 
@@ -29,10 +29,11 @@ class AutoencoderKL(nn.Module):
     """Encoder to the moments of a Gaussian, and decoder.
 
     Attributes:
-      block_channels: width of every level, the highest resolution first; each level but the last
+      block_channels: width of every level, the highest resolution first. Each level but the last
         halves the resolution.
-      layers_per_block: residual blocks of an encoder's level; the decoder's have one more.
-      quant_conv: a 1x1 convolution behind the encoder and one before the decoder (not FLUX).
+      layers_per_block: residual blocks in a level of the encoder; the decoder has one more.
+      quant_conv: whether a 1x1 convolution follows the encoder and another precedes the decoder;
+        FLUX has none.
       scale, shift: the diffusion model sees (z - shift) * scale; see `Autoencoder`.
     """
 
@@ -64,7 +65,7 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant(z) if self.quant_conv else z)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """The reconstruction from the mean; touches every parameter, as `init` needs."""
+        """The reconstruction from the mean. It uses every parameter, as `init` needs."""
         return self.decode(self.moments(image)[0])
 
     @property
@@ -74,6 +75,8 @@ class AutoencoderKL(nn.Module):
 
 
 class Encoder(nn.Module):
+    """[B, H, W, C] -> [B, h, w, out_channels]; for the attributes see `AutoencoderKL`."""
+
     out_channels: int
     block_channels: Sequence[int]
     layers_per_block: int
@@ -92,6 +95,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """[B, h, w, c] -> [B, H, W, out_channels]; for the attributes see `AutoencoderKL`."""
+
     out_channels: int
     block_channels: Sequence[int]
     layers_per_block: int
@@ -110,7 +115,11 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a step to the next: "down", "up" or ""."""
+    """Residual blocks at one resolution, then a step to the next.
+
+    Attributes:
+      resize: "down" halves the resolution, "up" doubles it, "" keeps it.
+    """
 
     width: int
     blocks: int
@@ -130,6 +139,8 @@ class Level(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Twice norm, SiLU and convolution, added to the input; [B, h, w, C] -> [B, h, w, width]."""
+
     width: int
     norm_groups: int
 
@@ -145,7 +156,7 @@ class ResBlock(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the lowest resolution."""
+    """A residual block, attention and another block, at the lowest resolution."""
 
     norm_groups: int
 
@@ -158,7 +169,7 @@ class Middle(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, scale 1 / sqrt(C), added to its input."""
+    """Attention with one head over all positions, scale 1 / sqrt(C), added to its input."""
 
     norm_groups: int
 
@@ -187,8 +198,8 @@ def images_at_once(pixels: int) -> int:
 class Autoencoder:
     """A network with its weights, as the rest of the library uses it.
 
-    Latents are what the diffusion model sees, (z - shift) * scale. The work is split over this
-    process's devices in chunks, so that any number of images fits the memory.
+    Latents are what the diffusion model sees, (z - shift) * scale. This process's devices
+    share the work, chunk by chunk, so that any number of images fits the memory.
     """
 
     def __init__(self, network: AutoencoderKL, params: Mapping[str, Any], name: str = ""):
@@ -204,7 +215,7 @@ class Autoencoder:
     def encode(self, images: np.ndarray, seed: int | None = None) -> np.ndarray:
         """Images f32[B, H, W, C] in [-1, 1] -> latents f32[B, h, w, c].
 
-        seed: draws from the Gaussian of every image; None takes its mean.
+        Latents are drawn from the Gaussian of every image; without a seed they are its mean.
         """
         z, logvar = np.split(self.moments(images), 2, axis=-1)
         if seed is not None:
@@ -224,7 +235,7 @@ class Autoencoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name weights, scale and shift, whatever file they came from."""
+        """16 hex digits of a hash of weights, scale and shift, whatever file they came from."""
         digest = hashlib.sha256(repr((self.network.scale, self.network.shift)).encode())
         for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
             digest.update(path.encode())
@@ -232,14 +243,22 @@ class Autoencoder:
         return digest.hexdigest()[:16]
 
     def _chunked(self, function: Any, array: np.ndarray, pixels: int) -> np.ndarray:
-        """Maps [B, ...] in chunks of one size, the last filled up, split over the devices."""
+        """Applies `function` to chunks of [B, ...], split over the devices.
+
+        All chunks have one size, so that it compiles once; the last one is filled up with zeros.
+
+        Args:
+          function: (params, chunk) -> results, one per entry.
+          pixels: of one image, which bounds the chunk.
+        """
         devices = self._mesh.size
         chunk = devices * min(images_at_once(pixels), -(-len(array) // devices))
         parts = []
         for start in range(0, len(array), chunk):
             part = np.asarray(array[start : start + chunk], np.float32)
             padding = [(0, chunk - len(part))] + [(0, 0)] * (array.ndim - 1)
-            with jax.set_mesh(self._mesh):  # of these devices; training has one of all hosts'
+            # Of this process's devices alone: the mesh of a training run has those of all hosts.
+            with jax.set_mesh(self._mesh):
                 placed = jax.device_put(np.pad(part, padding), self._split)
                 done = function(self._placed_params, placed)
             parts.append(np.asarray(done)[: len(part)])

@@ -1,8 +1,8 @@
 """What transformers for diffusion are made of: embedders, norms, attention, rope, adaLN, MLPs.
 
-Every module computes in `dtype`, whatever the dtype of its weights. Logical axis names of weights:
-embed, mlp, heads, expert, layers (see parallel/rules.py for where they go on a mesh). A grid is
-(rows, columns) of patches.
+Every module computes in `dtype`, whatever the dtype of its weights. Every axis of a weight has a
+logical name: embed, mlp, heads, expert, layers or None; parallel/rules.py says where it goes on a
+mesh. A grid is (rows, columns) of patches.
 """
 
 from __future__ import annotations
@@ -27,12 +27,21 @@ XAVIER = nn.initializers.xavier_uniform()
 ZEROS = nn.initializers.zeros
 
 
-class Linear(nn.Module):
-    """A linear layer from the last `contract` axes to new ones, `features`.
+def _weight(module: nn.Module, name: str, init: Callable, axes: Sequence, shape: Sequence):
+    """A parameter f32[shape] of a module, its axes named for the mesh."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
-    kernel [*inputs, *features], initialised as a matrix; `axes` names its logical axes. Tokens are
-    flattened to one axis: as [B, S, D], XLA:CPU takes three times as long for the gradient of the
-    kernel. The kernel keeps its axes: flattened, a scan over layers would save a copy of it.
+
+class Linear(nn.Module):
+    """A linear layer from the last `contract` axes of x to new ones, `features`.
+
+    The kernel is [*inputs, *features] and starts as a matrix of that size would. It keeps its axes:
+    a scan over layers would save a copy of a flattened one. Tokens are flattened to one axis,
+    because XLA:CPU takes three times as long for the gradient of the kernel of x [B, S, D].
+
+    Attributes:
+      features: sizes of the new axes.
+      axes: the logical axis of every axis of the kernel.
     """
 
     features: tuple[int, ...]
@@ -44,33 +53,29 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        lead, inputs = x.shape[: -self.contract], x.shape[-self.contract :]
+        inputs = x.shape[-self.contract :]
         matrix = (math.prod(inputs), math.prod(self.features))
 
         def init(key, shape, dtype):
             return self.kernel_init(key, matrix, dtype).reshape(shape)
 
-        init = nn.with_logical_partitioning(init, self.axes)
-        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        weights = {"kernel": kernel.astype(self.dtype)}
+        axes = {"kernel": self.axes, "bias": self.axes[self.contract :]}
+        weights = {"kernel": _weight(self, "kernel", init, self.axes, (*inputs, *self.features))}
         if self.use_bias:
-            init = nn.with_logical_partitioning(ZEROS, self.axes[self.contract :])
-            bias = self.param("bias", init, self.features, jnp.float32)
-            weights["bias"] = bias.astype(self.dtype)
+            weights["bias"] = _weight(self, "bias", ZEROS, axes["bias"], self.features)
+        weights = {name: weight.astype(self.dtype) for name, weight in weights.items()}
 
         def apply(x, weights):
-            rows = x.reshape(-1, *inputs)
-            y = jnp.tensordot(rows, weights["kernel"], self.contract)
+            y = jnp.tensordot(x.reshape(-1, *inputs), weights["kernel"], self.contract)
             if self.use_bias:
                 y += weights["bias"]
-            return y.reshape(*x.shape[: len(lead)], *self.features)
+            return y.reshape(*x.shape[: -self.contract], *self.features)
 
-        axes = {"kernel": self.axes, "bias": self.axes[self.contract :]}
         return with_whole_weights(apply, x.astype(self.dtype), weights, axes)
 
 
 def linear(features: int | Sequence[int], axes: Sequence[str | None], **options) -> Linear:
-    """A `Linear` to one axis or several."""
+    """A `Linear` to one new axis or several. options: its other attributes."""
     features = (features,) if isinstance(features, int) else tuple(features)
     return Linear(features, tuple(axes), **options)
 
@@ -79,10 +84,10 @@ def linear(features: int | Sequence[int], axes: Sequence[str | None], **options)
 
 
 def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed position embedding f32[rows * columns, width] of DiT.
+    """The fixed position embedding f32[rows * columns, width] of DiT.
 
-    The first half of the channels encodes the column, the second the row; each half is [sin, cos]
-    of position / 10000^(2i / half). Computed in f64, like the tables inside published files.
+    The first half of the channels encodes the column, the second the row. Each half is [sin, cos]
+    of position / 10000^(2i / half). The table is computed in f64, like those in published files.
     """
     quarter = width // 4
     frequency = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
@@ -93,11 +98,11 @@ def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def rope_angles(kind: str, grid: tuple[int, int], head_dim: int) -> np.ndarray:
-    """Rotation angles f32[rows * columns, n, head_dim / n / 2] of the n axes of a rope.
+    """Rotation angles f32[rows * columns, n, head_dim / n / 2] of a rope with n axes.
 
-    rope1d: one axis, the token's number in row-major order. rope2d and rope2d_pairs: the first half
-    of a head turns with the row, the second with the column. Frequencies
-    10000^(-i / number of pairs).
+    rope1d has one axis, the token's number in row-major order. rope2d and rope2d_pairs have two:
+    the first half of a head turns with the row, the second with the column. The frequency of pair i
+    is 10000^(-i / number of pairs).
     """
     row, column = np.indices(grid)
     positions = [np.arange(row.size)] if kind == "rope1d" else [row, column]
@@ -110,12 +115,12 @@ def rope_angles(kind: str, grid: tuple[int, int], head_dim: int) -> np.ndarray:
 def rotate(x: jax.Array, angles: np.ndarray, interleaved: bool = False) -> jax.Array:
     """Applies rope to x [..., S, head_dim] with angles [S, n, pairs].
 
-    Pair i of each of the n parts of a head is (x[i], x[pairs + i]) or, interleaved,
-    (x[2 i], x[2 i + 1]).
+    A head has n parts. Pair i of a part is (x[i], x[pairs + i]), or (x[2 i], x[2 i + 1]) if they
+    are interleaved.
     """
     tokens, axes, pairs = angles.shape
     halves = (pairs, 2) if interleaved else (2, pairs)
-    axis = -1 if interleaved else -2  # that of the two halves of a pair
+    axis = -1 if interleaved else -2  # on which the two halves of a pair lie
     cos = np.stack([np.cos(angles)] * 2, axis=axis).reshape(tokens, -1)
     sin = np.stack([-np.sin(angles), np.sin(angles)], axis=axis).reshape(tokens, -1)
     swapped = jnp.flip(x.reshape(*x.shape[:-1], axes, *halves), axis=axis).reshape(x.shape)
@@ -126,7 +131,7 @@ def rotate(x: jax.Array, angles: np.ndarray, interleaved: bool = False) -> jax.A
 
 
 def time_features(t: jax.Array, width: int = 256, max_period: float = 10000.0) -> jax.Array:
-    """Sinusoidal features f32[B, width] of f32[B]: [cos, sin] of t * max_period^(-i / half)."""
+    """f32[B] -> sinusoidal features f32[B, width]: [cos, sin] of t * max_period^(-i / half)."""
     half = width // 2
     frequency = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * frequency
@@ -148,7 +153,7 @@ class TimeEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """Labels i32[B] -> [B, D]; one row more than classes: the last is the null label's."""
+    """Labels i32[B] -> [B, D]. The table has a row per class, and a last one for the null label."""
 
     num_classes: int
     width: int
@@ -156,33 +161,34 @@ class LabelEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, y):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-        table = self.param("embedding", init, (self.num_classes + 1, self.width), jnp.float32)
+        init, shape = nn.initializers.normal(0.02), (self.num_classes + 1, self.width)
+        table = _weight(self, "embedding", init, (None, "embed"), shape)
         return jnp.take(table, y, axis=0, mode="clip").astype(self.dtype)
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
-    """Images [B, H, W, C] -> tokens [B, H/p * W/p, p*p*C], values in the order (row, column, C)."""
+    """Images [B, H, W, C] -> tokens [B, H/p * W/p, p*p*C]; a token is (row, column, C)."""
     b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    x = x.reshape(b, h // patch, patch, w // patch, patch * c)
     return x.swapaxes(2, 3).reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
 def unpatchify(x: jax.Array, patch: int, grid: tuple[int, int]) -> jax.Array:
-    """The inverse of `patchify` for images of `grid` patches."""
+    """The inverse of `patchify`, for images of `grid` patches."""
     rows, columns = grid
-    x = x.reshape(x.shape[0], rows, columns, patch, patch, -1)
-    return x.swapaxes(2, 3).reshape(x.shape[0], rows * patch, columns * patch, -1)
+    x = x.reshape(x.shape[0], rows, columns, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(x.shape[0], rows * patch, columns * patch, -1)
 
 
 # --- inside a block ------------------------------------------------------------------------------
 
 
 class Norm(nn.Module):
-    """`layernorm` without parameters, `layernorm_affine` with scale and bias, or `rmsnorm` with a
-    scale; computed in f32. Then adaLN: scaled by 1 + scale and shifted by shift.
+    """A norm over the last axis, then adaLN's y * (1 + scale) + shift if it is modulated.
 
-    Only x is kept for the backward pass: in f32 the rest is three times as much.
+    `layernorm` has no parameters, `layernorm_affine` has scale and bias, `rmsnorm` has a scale. The
+    norm is computed in f32. The backward pass keeps x alone: the rest, in f32, is three times as
+    much.
     """
 
     kind: str = "layernorm"
@@ -192,14 +198,13 @@ class Norm(nn.Module):
     def __call__(self, x, modulation: Sequence[jax.Array] | None = None):
         """x [.., D]; with modulation = (shift, scale), [B, D] each, x is [B, S, D]."""
         weights = {}
-        for name, init in (("scale", nn.initializers.ones), ("bias", ZEROS)):
-            if name in _NORM_WEIGHTS[self.kind]:
-                init = nn.with_logical_partitioning(init, (None,))
-                weights[name] = self.param(name, init, x.shape[-1:], jnp.float32)
+        for name in _NORM_WEIGHTS[self.kind]:
+            weights[name] = _weight(self, name, _NORM_INITS[name], (None,), x.shape[-1:])
         return jax.checkpoint(partial(_normalize, self.kind, self.eps))(x, weights, modulation)
 
 
 _NORM_WEIGHTS = {"layernorm": (), "layernorm_affine": ("scale", "bias"), "rmsnorm": ("scale",)}
+_NORM_INITS = {"scale": nn.initializers.ones, "bias": ZEROS}
 
 
 def _normalize(kind, eps, x, weights, modulation):
@@ -219,12 +224,17 @@ def _normalize(kind, eps, x, weights, modulation):
 
 
 def drop(x: jax.Array, rate: float) -> jax.Array:
-    """Dropout (1207.0580) with the random stream "dropout"; rate 0 does nothing and needs none."""
+    """Dropout (1207.0580) from the random stream "dropout". Rate 0 needs no stream."""
     return nn.Dropout(rate, deterministic=False)(x) if rate else x
 
 
 class MLP(nn.Module):
-    """A dense MLP of a kind of kernels/mlp.py: [.., D] -> [.., D]. dropout: of its hidden units."""
+    """A dense MLP, [.., D] -> [.., D].
+
+    Attributes:
+      kind: one of kernels/mlp.py.
+      dropout: rate at which hidden units are dropped.
+    """
 
     hidden_size: int
     kind: str = "gelu"
@@ -234,7 +244,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, is_null=None, train=False):
-        """x [.., D]; the other arguments are those of a layer of experts, whose place it takes."""
+        """x [.., D]. The other arguments serve a layer of experts, whose place this takes."""
         del is_null, train
         make = partial(linear, dtype=self.dtype, use_bias=self.use_bias)
         names = mlp.inputs(self.kind)
@@ -246,10 +256,15 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, [B, S, D] -> [B, S, D].
 
-    num_kv_heads < num_heads groups the queries: key head j serves query heads j * r .. j * r + r-1.
-    With qk_norm, queries and keys pass a `Norm` before rope. positions: one of ROPES turns them
-    by their place in `grid`, anything else does not. The first `context` tokens stand before the
-    grid and are not turned. dropout: of the result. implementation: see kernels/attention.py.
+    Attributes:
+      num_kv_heads: if smaller than num_heads by a factor r, queries are grouped: key head j serves
+        the query heads j * r .. j * r + r - 1.
+      qk_norm: queries and keys pass a `Norm` before rope.
+      positions: one of ROPES turns queries and keys by their place in `grid`; anything else does
+        not.
+      context: so many tokens stand before the grid; they are not turned.
+      dropout: rate at which values of the result are dropped.
+      implementation: see kernels/attention.py.
     """
 
     num_heads: int
@@ -275,12 +290,11 @@ class Attention(nn.Module):
 
         if self.num_kv_heads == self.num_heads:
             qkv = heads("qkv", 3, self.num_heads).transpose(2, 0, 3, 1, 4)
-            # The gradient of a split is one concatenation, that of indexing three padded sums.
+            # A split's gradient is one concatenation; that of indexing is three padded sums.
             q, k, v = (part[0] for part in jax.lax.split(qkv, (1, 1, 1)))
         else:
             q = heads("q", self.num_heads).swapaxes(1, 2)
-            k = heads("k", self.num_kv_heads).swapaxes(1, 2)
-            v = heads("v", self.num_kv_heads).swapaxes(1, 2)
+            k, v = (heads(name, self.num_kv_heads).swapaxes(1, 2) for name in "kv")
         if self.qk_norm:
             norm = partial(Norm, self.qk_norm_kind, self.qk_norm_eps)
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
@@ -297,7 +311,9 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x)).
 
-    make_ffn: makes an `MLP`, or a layer of experts (moe/layer.py). train: tells the experts.
+    Attributes:
+      make_ffn: makes an `MLP`, or a layer of experts (moe/layer.py).
+      train: passed on to the layer of experts.
     """
 
     norm: str

@@ -13,7 +13,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.conditions import Field
-from moe_diffusion.models.blocks import Attention, Dtype, FinalLayer, TransformerBlock, unpatchify
+from moe_diffusion.models.blocks import Attention, FinalLayer, TransformerBlock, unpatchify
 from moe_diffusion.models.parts import compute_dtype, make_mlp, make_moe
 from moe_diffusion.models.stack import Model, Stack
 from moe_diffusion.moe.router import Router
@@ -29,7 +29,6 @@ class PatchTransformer(Model):
     time_scale: multiplies t before its embedding.
     moe_pattern: True where a block has experts.
     remat, unroll: see `Stack`. attention: None or one of kernels/attention.py.
-    dtype: to compute in.
     """
 
     input_shape: tuple[int, int, int]
@@ -51,15 +50,9 @@ class PatchTransformer(Model):
     remat: str
     unroll: int
     attention: str | None
-    dtype: Dtype
 
-    parts = {
-        "patch_embed": "embedders",
-        "time_embed": "embedders",
-        "label_embed": "embedders",
-        "in_context_embed": "embedders",
-        "final": "final layer",
-    }
+    embedders = ("patch_embed", "time_embed", "label_embed", "in_context_embed")
+    parts = {"final": "final layer"} | dict.fromkeys(embedders, "embedders")
     layer_parts = {
         "attn": "attention",
         "mlp": "dense ffn",

@@ -213,7 +213,8 @@ class Model(nn.Module, kw_only=True):
       cond_spec() -> {field: Field}, the fields of one sample's condition.
       null(cond) -> the cond that stands for "no condition".
 
-    param_dtype: of the parameters, whatever the dtype that the model computes in.
+    dtype: to compute in; the kernels are chosen for it.
+    param_dtype: of the parameters, whatever `dtype` is.
     preset: how its weights lie on the mesh (parallel/rules.py); None takes that of the run.
     """
 
@@ -223,6 +224,7 @@ class Model(nn.Module, kw_only=True):
     layer_parts = {}
     stack = None  # a `Stack`, of a model that has one
 
+    dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     preset: str | None = None
 

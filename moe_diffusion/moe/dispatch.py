@@ -189,7 +189,7 @@ def dispatch(
       backend: a name of `BACKENDS`; None: see `choose_backend`.
       capacity_factor: where the router fixes no slots, the backend `slots` and the transport
         `a2a_slots` give every expert C = capacity_factor * N / E of them.
-      transport: a name of `transport.TRANSPORTS`; None: see `transport.choose`.
+      transport: a name of `transport.TRANSPORTS`; None: see `default_transport`.
       dropout: of the experts' hidden units; its masks depend on the number of devices.
 
     Returns:
@@ -200,6 +200,8 @@ def dispatch(
       UserError: `backend` is unknown or cannot compute this.
     """
     name, _ = choose_backend(platform(), routing, x.dtype.name, dropout is not None, backend)
+    if transports.experts_are_whole(params):
+        transport = "none"
     params = {name: value.astype(x.dtype) for name, value in params.items()}
     work, chosen = Work(x, routing, params, kind, capacity_factor, dropout), BACKENDS[name]
     dropped = transports.dropped_share(work, transport, chosen.drops)
@@ -235,7 +237,7 @@ def _on_devices(
 def _one_group_over_devices(run: Run, work: Work) -> jax.Array:
     """One group over all devices, with fixed slots: x [1, T, D] -> [1, T, D].
 
-    A device serves its own experts, and of each expert its share of the slots, for all tokens.
+    A device serves its own experts, and of each expert a share of the slots, for all tokens.
     Anything else is left to XLA's partitioner, which is correct but slow: several groups that the
     devices do not divide, a router without fixed slots, tokens or experts that do not divide.
     """
@@ -244,14 +246,17 @@ def _one_group_over_devices(run: Run, work: Work) -> jax.Array:
     uneven = tokens % shards or work.num_experts % num_expert_shards()
     if slots is None or groups > 1 or uneven:
         return run(work)
-    axes, sharing = batch_axes(), shards // num_expert_shards()  # devices that share an expert
-    others = tuple(axis for axis in axes if axis != AXIS)
-    share = -(-slots // sharing)
-    spare = ((0, 0), (0, share * sharing - slots))
+    axes = batch_axes()
+    by_expert = "" if transports.experts_are_whole(work.params) else AXIS  # what splits experts
+    others = tuple(axis for axis in axes if axis != by_expert)
+    parts = shards // num_expert_shards() if by_expert else shards
+    share = -(-slots // parts)
+    spare = ((0, 0), (0, share * parts - slots))
 
     def serve(work):
         count, first = work.num_experts, lax.axis_index(others) * share
-        mine = transports.restrict(work.routing, lax.axis_index(AXIS) * count, count)
+        first_expert = lax.axis_index(AXIS) * count if by_expert else 0
+        mine = transports.restrict(work.routing, first_expert, count)
 
         def part(array, unused):
             array = jnp.pad(array.reshape(count, slots), spare, constant_values=unused)
@@ -263,4 +268,4 @@ def _one_group_over_devices(run: Run, work: Work) -> jax.Array:
         sums = run(work.replace(x=all_tokens, routing=mine))
         return lax.psum_scatter(sums, axes, scatter_dimension=1, tiled=True)
 
-    return _on_devices(serve, work, PartitionSpec(None, axes), PartitionSpec(), AXIS)
+    return _on_devices(serve, work, PartitionSpec(None, axes), PartitionSpec(), by_expert)

@@ -48,9 +48,8 @@ class Routing:
 
 def by_token(expert: jax.Array, weight: jax.Array) -> Routing:
     """Routing of tokens that chose: expert i32[G, T, K], weight f32[G, T, K]."""
-    _, tokens, top_k = expert.shape
-    token = jnp.broadcast_to(jnp.arange(tokens)[:, None], expert.shape)
-    return _listed(token, expert, weight, slots_per_token=top_k)
+    token = jnp.broadcast_to(jnp.arange(expert.shape[1])[:, None], expert.shape)
+    return _listed(token, expert, weight, slots_per_token=expert.shape[2])
 
 
 def by_expert(
@@ -120,8 +119,7 @@ def slots_per_expert(tokens: int, num_experts: int, capacity: float) -> int:
 
 def expert_load(routing: Routing, num_experts: int) -> jax.Array:
     """Assignments of each expert over all groups, f32[E]; unused slots do not count."""
-    one_hot = jax.nn.one_hot(routing.expert.reshape(-1), num_experts, dtype=jnp.float32)
-    return one_hot.sum(0)
+    return jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.float32).sum((0, 1))
 
 
 def flatten(routing: Routing, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:

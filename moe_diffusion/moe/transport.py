@@ -30,9 +30,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_diffusion.kernels import mlp
+from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
 from moe_diffusion.moe.routing import Routing, Work, flatten, slots_of
 from moe_diffusion.parallel.mesh import num_batch_shards, num_expert_shards
+from moe_diffusion.parallel.weights import weight_specs
 
 AXIS = "expert"
 RAGGED_BOUND = 2.0  # `ragged_a2a` has room for so many times a device's average load
@@ -47,6 +49,15 @@ EXPERT_AXES = {  # logical axes of the experts' weights
 }
 
 Run = Callable[[Work], jax.Array]  # a backend: the work of one device -> [G, T, D]
+
+
+def experts_are_whole(params: Params) -> bool:
+    """Whether every device has all experts, although the mesh has an axis to split them over.
+
+    Two models on one mesh may follow different presets, and only `fsdp_ep` splits experts.
+    """
+    over_experts = weight_specs(params, EXPERT_AXES)["up"][0]
+    return num_expert_shards() > 1 and AXIS not in (over_experts or ())
 
 
 def default_transport(work: Work) -> str:
@@ -106,10 +117,9 @@ def _all_to_all(run: Run, work: Work) -> jax.Array:
     rows = gather(flat, plan).reshape(devices, count, slots, width)
     rows = lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0)  # source device first
     rows = rows.swapaxes(0, 1).reshape(count, devices * slots, width)
-    drop = None
-    if work.dropout is not None:  # a row's number stands for its token's, which stayed at home
-        row, expert = jnp.arange(devices * slots), jnp.arange(count)[:, None]
-        drop = partial(work.dropout, token=row, expert=expert)
+    # For dropout a row's number stands for its token's, which stayed at home.
+    row, expert = jnp.arange(devices * slots), jnp.arange(count)[:, None]
+    drop = work.dropout and partial(work.dropout, token=row, expert=expert)
     out = mlp.apply(rows, work.params, work.kind, drop)
     out = out.reshape(count, devices, slots, width).swapaxes(0, 1)
     out = lax.all_to_all(out, AXIS, split_axis=0, concat_axis=0)
@@ -129,8 +139,7 @@ def _ragged(run: Run, work: Work) -> jax.Array:
     within = jnp.cumsum(ours, axis=0) - ours  # where i's rows start in j's buffer
     starts = bounds[:-1].reshape(devices, count)[:, 0]
     travel = partial(lax.ragged_all_to_all, axis_name=AXIS)
-    used = expert < devices * count
-    plan = plan_rows(jnp.where(used, token, flat.shape[0]), flat.shape[0])
+    plan = plan_rows(jnp.where(expert < devices * count, token, flat.shape[0]), flat.shape[0])
     rows = gather(flat, plan)
     empty = jnp.zeros((room, flat.shape[1]), flat.dtype)
     received = travel(rows, empty, starts, ours[me], within[me], ours[:, me])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -12,7 +13,7 @@ import jax
 def initialize() -> None:
     """Connects the processes of a cluster; does nothing on a single host. Call before any jax use.
 
-    A cluster is recognised by what its launcher sets:
+    It recognises a cluster by what the launcher sets:
     - `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (by hand, any cluster);
     - Slurm (`srun` with several tasks), Open MPI (`mpirun` with several ranks);
     - TPU: several worker host names, several slices, or the chips of a TPU VM.
@@ -21,18 +22,13 @@ def initialize() -> None:
         return
     env = os.environ
     if "JAX_NUM_PROCESSES" in env:
-        jax.distributed.initialize(
-            env["JAX_COORDINATOR_ADDRESS"],
-            int(env["JAX_NUM_PROCESSES"]),
-            int(env["JAX_PROCESS_ID"]),
-        )
+        number, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], number, index)
     elif _has_several_tasks():
         jax.distributed.initialize()
     elif _is_tpu_vm():
-        try:
+        with contextlib.suppress(ValueError):  # a lone TPU host, as in a notebook: no coordinator
             jax.distributed.initialize()
-        except ValueError:  # a lone TPU host, as in a notebook: jax finds no coordinator
-            pass
 
 
 def is_main_process() -> bool:

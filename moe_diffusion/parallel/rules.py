@@ -14,8 +14,8 @@ is only touched by the update (optimizer state and EMAs):
 |           | `expert`, `embed`     |                       | and a device's own experts           |
 |           | over what is left     |                       |                                      |
 
-The batch is split over all devices in each of them. Where nothing is recomputed (model.remat =
-none), `fsdp` and `fsdp_ep` also keep the weights that they gathered, in the compute dtype.
+Every preset splits the batch over all devices. Where nothing is recomputed (model.remat = none),
+`fsdp` and `fsdp_ep` also keep the weights that they gathered, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -31,33 +31,30 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_diffusion.parallel.mesh import batch_axes
 
-LogicalAxes = tuple[str | None, ...]
+LogicalAxes = tuple[str | None, ...] | PartitionSpec
+Table = dict[str, tuple[str, ...]]  # logical axis -> mesh axes; others are not split
 
 
 class Rules(NamedTuple):
-    """Logical axis -> mesh axes; an axis that is not named is not split."""
+    """How a preset splits the parameters, and gradients, optimizer state and EMAs (`update`)."""
 
-    params: dict[str, tuple[str, ...]]
-    update: dict[str, tuple[str, ...]]  # gradients, optimizer state and EMAs
+    params: Table
+    update: Table
 
 
 _EP = {"expert": ("expert",), "embed": ("fsdp", "expert")}
-
-
 PRESETS = {
     "dp": Rules(params={}, update={}),
     "zero1": Rules(params={}, update={"embed": ("data",)}),
     "fsdp": Rules(params={"embed": ("fsdp", "data")}, update={"embed": ("fsdp", "data")}),
     "fsdp_ep": Rules(params=_EP, update=_EP),
 }
-
-
 _PRESET = contextvars.ContextVar("preset", default="dp")
 
 
 @contextlib.contextmanager
 def use_preset(preset: str | None) -> Iterator[None]:
-    """What is traced inside takes its weights to lie as `preset` says; None changes nothing."""
+    """Makes what is traced inside expect its weights as `preset` says; None changes nothing."""
     token = _PRESET.set(preset or _PRESET.get())
     try:
         yield
@@ -66,7 +63,7 @@ def use_preset(preset: str | None) -> Iterator[None]:
 
 
 def current_rules() -> Rules:
-    """Of the innermost `use_preset`; outside of any, of `dp`."""
+    """The rules of the innermost `use_preset`; those of `dp` outside of any."""
     return PRESETS[_PRESET.get()]
 
 
@@ -76,33 +73,21 @@ def batch_sharding(mesh: Mesh, micro_batches: bool = False) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*leading, batch_axes(mesh)))
 
 
-def state_shardings(mesh: Mesh, preset: str, abstract_state: Any, logical_axes: Any) -> Any:
-    """A NamedSharding for every leaf of a `TrainState`.
-
-    Args:
-      abstract_state: TrainState of arrays or ShapeDtypeStructs.
-      logical_axes: tree with a tuple of names for each of the model's parameters.
-    """
-    rules = PRESETS[preset]
-    update = shardings_of(mesh, rules.update, abstract_state, logical_axes)
-    params = shardings_of(mesh, rules.params, abstract_state.params, logical_axes)
-    return update.replace(params=params)
-
-
-def shardings_of(
-    mesh: Mesh, table: dict[str, tuple[str, ...]], tree: Any, logical_axes: Any
-) -> Any:
+def shardings_of(mesh: Mesh, table: Table, tree: Any, logical_axes: Any) -> Any:
     """A NamedSharding for every leaf of a tree that holds parameters, or something of their shape.
 
-    A leaf takes the logical axes of the parameter whose whole path is the tail of the leaf's path
-    (so do moments and averages); leaves without one (counts, router state) are replicated.
+    A leaf has the logical axes of the parameter whose whole path is the tail of the leaf's path.
+    So do moments and averages. Other leaves (counts, router state) are whole on every device.
 
-    table: logical axis -> mesh axes, of `Rules`.
+    Args:
+      table: one of the two of `Rules`.
+      logical_axes: tree with a tuple or PartitionSpec of names for each of the model's parameters.
     """
-    axes_of = _by_path(logical_axes)
+    leaves = jax.tree_util.tree_leaves_with_path(logical_axes, lambda x: isinstance(x, tuple))
+    axes_of = {_names(path): axes for path, axes in leaves}
 
     def shard(path: tuple, leaf: Any) -> NamedSharding:
-        names = tuple(_name(key) for key in path)
+        names = _names(path)
         tails = (names[start:] for start in range(len(names)))
         axes = next((axes_of[tail] for tail in tails if tail in axes_of), ())
         return NamedSharding(mesh, spec_of(leaf.shape, axes, table, mesh))
@@ -111,10 +96,7 @@ def shardings_of(
 
 
 def spec_of(
-    shape: tuple[int, ...],
-    axes: LogicalAxes,
-    table: dict[str, tuple[str, ...]],
-    mesh: Mesh | AbstractMesh,
+    shape: tuple[int, ...], axes: LogicalAxes, table: Table, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """Splits each dimension as the table says, unless it does not divide or the axis is taken."""
     spec: list[str | tuple[str, ...] | None] = []
@@ -128,13 +110,6 @@ def spec_of(
     return PartitionSpec(*spec)
 
 
-def _by_path(logical_axes: Any) -> dict[tuple[str, ...], LogicalAxes]:
-    leaves = jax.tree_util.tree_leaves_with_path(
-        logical_axes, is_leaf=lambda node: isinstance(node, tuple)
-    )
-    return {tuple(_name(key) for key in path): axes for path, axes in leaves}
-
-
-def _name(key: Any) -> str:
-    """The text of one step of a key path: a dict key, an attribute or an index."""
-    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+def _names(path: tuple) -> tuple[str, ...]:
+    """The text of every step of a key path: a dict key, an attribute or an index."""
+    return tuple(jax.tree_util.keystr((step,), simple=True) for step in path)

@@ -1,10 +1,10 @@
 """Weights that are split over devices, gathered where they are used.
 
 Left to itself, XLA may sum the gradients of whole weights on every device, or move activations
-instead of weights. Here a device gathers the weights that it needs, one mesh axis after the other;
-the gradient of that is a reduce-scatter along each axis, which sends half of what a sum does. They
-are gathered in the type in which they are used, and not kept for the backward pass where
-`model.remat` is anything but `none`.
+instead of weights. Here a device gathers the weights that it needs, one mesh axis after the other.
+The gradient of that is a reduce-scatter along each axis, which sends half of what a sum sends. The
+weights are gathered in the dtype in which they are used, and they are kept for the backward pass
+only where `model.remat` is `none`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def weight_specs(
 
 
 def gather(weights: Mapping[str, jax.Array], specs: Specs, *, keep: str = "") -> dict:
-    """Whole weights, in a shard_map that they enter by `specs`; over axis `keep` still split."""
+    """Gathers whole weights inside a shard_map that they enter by `specs`.
+
+    keep: a mesh axis over which they stay split.
+    """
 
     def gather_one(value, spec):
         for dimension, axes in enumerate(spec):
@@ -44,22 +47,21 @@ def gather(weights: Mapping[str, jax.Array], specs: Specs, *, keep: str = "") ->
 
 
 def with_whole_weights(
-    function: Callable[[jax.Array, dict], jax.Array],
-    x: jax.Array,
-    weights: dict[str, jax.Array],
-    logical_axes: Mapping[str, LogicalAxes],
+    function: Callable, x: jax.Array, weights: dict, logical_axes: Mapping[str, LogicalAxes]
 ) -> jax.Array:
-    """function(x, weights), each device for its part of x's dimension 0.
+    """function(x, weights), which each device computes for its part of x's dimension 0.
 
-    function works on every row of dimension 0 by itself.
+    Args:
+      function: (x, weights) -> array; it works on every row of dimension 0 by itself.
+      weights: name -> array.
     """
     specs = weight_specs(weights, logical_axes)
     if x.shape[0] % num_batch_shards() or not any(any(spec) for spec in specs.values()):
         return function(x, weights)
-    by_row = PartitionSpec(batch_axes())
-    return jax.shard_map(
-        lambda x, weights: function(x, gather(weights, specs)),
-        in_specs=(by_row, specs),
-        out_specs=by_row,
-        check_vma=False,
-    )(x, weights)
+
+    def on_device(x: jax.Array, weights: dict) -> jax.Array:
+        return function(x, gather(weights, specs))
+
+    row = PartitionSpec(batch_axes())
+    split = jax.shard_map(on_device, in_specs=(row, specs), out_specs=row, check_vma=False)
+    return split(x, weights)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from ml_collections import ConfigDict
 
+from moe_diffusion.models.stack import Model
 from moe_diffusion.moe.dispatch import BACKENDS, choose_backend
 from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routing import Routing
@@ -44,7 +44,7 @@ class Dispatch:
 
 
 def backends_of(
-    model: nn.Module, config: ConfigDict, platform: str, train: bool = True
+    model: Model, config: ConfigDict, platform: str, train: bool = True
 ) -> dict[str, str]:
     """The backends that the layers of a model (`config.model`) take on a platform, and why.
 
@@ -57,14 +57,14 @@ def backends_of(
     return dict(choose_backend(platform, r, dtype, dropout, name) for r in routings)
 
 
-def dispatch_line(model: nn.Module, config: ConfigDict, platform: str) -> str:
+def dispatch_line(model: Model, config: ConfigDict, platform: str) -> str:
     """One line on how a model that trains on a platform dispatches, and why."""
     found = backends_of(model, config, platform)
     return f"dispatch of experts: {_text(found) or 'none, a dense model'}"
 
 
 def dispatch_of(
-    program: Program, model: nn.Module, config: ConfigDict, what: str, platform: str
+    program: Program, model: Model, config: ConfigDict, what: str, platform: str
 ) -> Dispatch:
     """Compares the backends that a program ("train" or "sample") holds with the chosen ones.
 

@@ -2,17 +2,19 @@
 
 `state` is the TrainState (orbax, every process writes its own shards), `data` the state of the data
 iterator (JSON). `untrained` has the parameters that `optim.trainable` leaves out, once for all
-steps. A checkpoint is written under a temporary name and renamed when it is whole, so
-what a killed process leaves behind is never taken for a checkpoint.
+steps. Each is written under a temporary name and renamed when it is whole, so that nobody takes
+what a killed process leaves behind for a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,30 +30,36 @@ from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.training.state import TrainState
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
+_Place = tuple[str, ...]  # of an array in a stored tree
 
 
 class Checkpointer:
     """Saves and restores the checkpoints of one run.
 
-    keep_last of the newest are kept, and for ever those whose step is a multiple of keep_every
-    (0 = none). With asynchronous, `save` returns once the state is copied to host memory.
+    The newest `keep_last` are kept, and for ever those whose step is a multiple of `keep_every`
+    (0 = none). With `asynchronous`, `save` returns once the state is copied to host memory.
     """
 
     def __init__(self, workdir: str | os.PathLike, checkpoint_config: Any):
-        self.folder = _folder(workdir)
-        self._untrained = _untrained_folder(workdir)
+        self.folder, self._untrained = _folder(workdir), _folder(workdir, "untrained")
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_main_process():
-            for leftover in self.folder.glob(_UNFINISHED):
+            leftovers = [*self.folder.glob(_UNFINISHED), *self.folder.parent.glob(_UNFINISHED)]
+            for leftover in leftovers:
                 leftover.rmtree()
+        # Beside the error that orbax raises, asyncio logs one for every array.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         keep = [checkpoint_managers.LatestN(checkpoint_config.keep_last)]
         if checkpoint_config.keep_every:
             keep.append(checkpoint_managers.EveryNSteps(checkpoint_config.keep_every))
-        self._manager = _open(
-            self.folder,
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            save_root_metadata=False,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
             enable_async_checkpointing=checkpoint_config.asynchronous,
         )
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def newest(self) -> epath.Path | None:
         """Folder of the newest checkpoint, also while it is being written; None without one."""
@@ -62,13 +70,9 @@ class Checkpointer:
         """Saves, unless a checkpoint of this step exists. Raises UserError if writing fails."""
         if step == self._manager.latest_step():
             return
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data_state))
-        )
-        try:
-            self._manager.save(step, args=items)
-        except (OSError, ValueError) as error:
-            raise self._cannot_write(error) from error
+        state, data = ocp.args.PyTreeSave(state), ocp.args.JsonSave(dict(data_state))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(state=state, data=data))
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores the newest checkpoint: the state and the data iterator's state.
@@ -91,68 +95,42 @@ class Checkpointer:
         return _read(read, self.folder / str(step), self._manager.all_steps())
 
     def save_untrained(self, untrained: Any) -> None:
-        """Saves the parameters that are not trained, if there are any and no run did it before."""
-        if not untrained or self._untrained.exists():
+        """Saves the parameters that are not trained, before the first checkpoint of a run.
+
+        It replaces those of an earlier start without a checkpoint, which may have begun elsewhere.
+        """
+        if not untrained or self.newest():
             return
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save(self._untrained, args=ocp.args.PyTreeSave(untrained))
-        except (OSError, ValueError) as error:
-            raise self._cannot_write(error) from error
+        with self._writing(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(self._untrained, args=ocp.args.PyTreeSave(untrained), force=True)
 
     def restore_untrained(self, target: Any) -> Any:
-        """What `save_untrained` saved. Raises UserError if it is damaged or of another model."""
+        """Reads what `save_untrained` saved; raises UserError if it is damaged or does not fit."""
         if not target:
             return {}
-
-        def read() -> Any:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(self._untrained, args=_restore_args(target))
-
-        return _read(read, self._untrained)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            read = partial(checkpointer.restore, self._untrained, args=_restore_args(target))
+            return _read(read, self._untrained)
 
     def wait(self) -> None:
         """Waits until what was saved is whole on disk. Raises UserError if writing failed."""
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._cannot_write(error) from error
 
     def close(self) -> None:
         """Waits as `wait` does and ends the threads."""
-        try:
+        with contextlib.closing(self._manager):
             self.wait()
-        finally:
-            self._manager.close()
 
-    def _cannot_write(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:300]
-        return UserError(
-            f"a checkpoint could not be written to {self.folder} ({reason}): make room or mend the "
-            "access, then run the same command again to resume"
-        )
-
-
-def restore_for_inference(
-    workdir: str | os.PathLike,
-    step: int | None = None,
-    ema: str | None = None,
-    sharding: jax.sharding.Sharding | None = None,
-) -> tuple[Any, Any, int]:
-    """Reads (params, router_state, step) and nothing else of a checkpoint.
-
-    Args:
-      step: None reads the newest.
-      ema: decay of an average as text ("0.9999"); None reads the live weights.
-      sharding: of every array; None puts them on the first device.
-
-    Raises:
-      UserError: no such checkpoint or average, or a damaged checkpoint.
-    """
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with StoredWeights(workdir, step, ema) as stored:
-        tree = stored.read_tree(dict.fromkeys(stored.shapes, sharding))
-        return tree["params"], tree["router_state"], stored.step
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"a checkpoint could not be written to {self.folder} ({_in_short(error)}): make "
+                "room or mend the access, then run the same command again to resume"
+            ) from error
 
 
 def first_average(config: Any) -> str | None:
@@ -165,7 +143,7 @@ def is_started(workdir: str | os.PathLike) -> bool:
     return any(path.name.isdigit() for path in _folder(workdir).glob("*"))
 
 
-class StoredWeights:
+class StoredWeights(contextlib.AbstractContextManager):
     """The weights of one checkpoint of a workdir, none of them read yet.
 
     Attributes:
@@ -174,8 +152,16 @@ class StoredWeights:
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int | None = None, ema: str | None = None):
-        """See `restore_for_inference`."""
-        folder = _folder(workdir)
+        """Opens a checkpoint of a workdir.
+
+        Args:
+          step: None takes the newest.
+          ema: decay of an average as text ("0.9999"); None takes the live weights.
+
+        Raises:
+          UserError: there is no such checkpoint or average, or the checkpoint is damaged.
+        """
+        folder, untrained = _folder(workdir), _folder(workdir, "untrained")
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no checkpoints: train into it first, or name another")
         self._steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
@@ -185,109 +171,79 @@ class StoredWeights:
                 f" it has: {', '.join(map(str, self._steps)) or 'none'}"
             )
         self.step = self._steps[-1] if step is None else step
-        self._folder, self._handler = folder / str(self.step), ocp.PyTreeCheckpointHandler()
-        stored = self._metadata(self._folder / "state")
-        places = {k: (self._folder / "state", place) for k, place in _places(stored, ema).items()}
-        arrays, untrained = {place: flatten_dict(stored)[place] for _, place in places.values()}, {}
-        folder = _untrained_folder(workdir)
-        if folder.exists():
-            untrained = flatten_dict(self._metadata(folder))
-            places |= {"/".join(("params", *place)): (folder, place) for place in untrained}
-        self._places = places
-        self.shapes = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-            for name, (_, place) in places.items()
-            for array in [(arrays | untrained)[place]]
-        }
+        self._handler = ocp.PyTreeCheckpointHandler()
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
+        self._places: dict[str, tuple[epath.Path, _Place]] = {}
+        self._find(folder / str(self.step) / "state", partial(_roots, ema))
+        if untrained.exists():
+            self._find(untrained, lambda _: {"params": ()})
 
-    def __enter__(self) -> StoredWeights:
-        return self
+    def _find(
+        self, folder: epath.Path, roots: Callable[[Mapping[str, Any]], dict[str, _Place]]
+    ) -> None:
+        """Notes every array of a stored tree that lies below one of its roots."""
+        stored = self._read(folder, lambda: dict(self._handler.metadata(folder).tree))
+        for name, root in roots(stored).items():
+            for place, array in flatten_dict(stored).items():
+                if place[: len(root)] == root:
+                    path = "/".join((name, *place[len(root) :]))
+                    self._places[path] = folder, place
+                    self.shapes[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
 
     def __exit__(self, *_: Any) -> None:
         self._handler.close()
 
     def read(self, shardings: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
-        """The arrays that are named, on the devices of their sharding; None gives numpy arrays."""
-        return {
-            name: array
-            for folder in {self._places[name][0] for name in shardings}
-            for name, array in self._read_from(
-                folder, {k: v for k, v in shardings.items() if self._places[k][0] == folder}
-            ).items()
-        }
+        """Reads the arrays that are named onto the devices of their sharding.
 
-    def _read_from(self, folder: epath.Path, shardings: Mapping[str, Any]) -> dict[str, Any]:
-        target, restore_args = {}, {}
-        for name, sharding in shardings.items():
-            shape, place = self.shapes[name], self._places[name][1]
-            target[place] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-            restore_args[place] = (
-                ocp.RestoreArgs(restore_type=np.ndarray)
-                if sharding is None
-                else ocp.checkpoint_utils.construct_restore_args(target[place])
-            )
-        args = ocp.args.PyTreeRestore(
-            item=unflatten_dict(target),
-            restore_args=unflatten_dict(restore_args),
-            partial_restore=True,
-        )
-        arrays = flatten_dict(self._read(lambda: self._handler.restore(folder, args=args)))
-        return {name: arrays[self._places[name][1]] for name in shardings}
+        None as sharding gives a numpy array.
+        """
+        found: dict[str, Any] = {}
+        for folder in {self._places[name][0] for name in shardings}:
+            names = {self._places[n][1]: n for n in shardings if self._places[n][0] == folder}
+            target = {p: self.shapes[n].update(sharding=shardings[n]) for p, n in names.items()}
+            args = _restore_args(unflatten_dict(target), partial_restore=True)
+            arrays = self._read(folder, partial(self._handler.restore, folder, args=args))
+            found |= {names[place]: array for place, array in flatten_dict(arrays).items()}
+        return found
 
     def read_tree(self, shardings: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
-        """As `read`, but as {"params": ..., "router_state": ...}."""
+        """Reads as `read` does; returns {"params": ..., "router_state": ...}."""
         return {"router_state": {}} | unflatten_dict(self.read(shardings), sep="/")
 
     def read_blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(i, array[i : i + n]) along the first axis of an array, which is never whole in memory.
+        """Reads an array that is never whole in memory: yields (i, array[i : i + n]).
 
-        n is what a chunk on disk holds, so that none is read twice.
+        n is what a chunk on disk holds of the first axis, so that no chunk is read twice.
         """
         folder, place = self._places[name]
-        files: Any = {"driver": "file", "path": f"{folder}/"}
-        if "://" in os.fspath(folder):
-            files = f"{folder}/"
-        path = ".".join(place) + "/"
+        files: Any = f"{folder}/"
+        if "://" not in files:
+            files = {"driver": "file", "path": files}
         if (folder / "manifest.ocdbt").exists():
-            files = {"driver": "ocdbt", "base": files, "path": path}
-        elif isinstance(files, str):
-            files += path
-        else:
-            files["path"] += path
-
-        def start() -> tensorstore.TensorStore:
-            return tensorstore.open({"driver": "zarr", "kvstore": files}, open=True).result()
-
-        store = self._read(start)
+            files = {"driver": "ocdbt", "base": files}
+        spec = {"driver": "zarr", "kvstore": files, "path": ".".join(place)}
+        store = self._read(folder, lambda: tensorstore.open(spec, open=True).result())
         size = store.chunk_layout.read_chunk.shape[0]
         for i in range(0, store.shape[0], size):
-            yield i, self._read(store[i : min(i + size, store.shape[0])].read().result)
+            yield i, self._read(folder, store[i : min(i + size, store.shape[0])].read().result)
 
-    def _metadata(self, folder: epath.Path) -> dict[str, Any]:
-        return self._read(lambda: dict(self._handler.metadata(folder).tree))
-
-    def _read(self, read: Callable[[], Any]) -> Any:
-        return _read(read, self._folder, self._steps)
+    def _read(self, folder: epath.Path, read: Callable[[], Any]) -> Any:
+        return _read(read, folder.parent if folder.name == "state" else folder, self._steps)
 
 
-def _places(stored: Mapping[str, Any], ema: str | None) -> dict[str, tuple[str, ...]]:
-    """Name of every weight ("params/...") -> where it lies in a stored TrainState."""
-    root: dict[str, tuple[str, ...]] = {"params": ("params",), "router_state": ("router_state",)}
-    if ema is not None:
-        if ema not in stored["emas"]:
-            raise UserError(
-                f"the run keeps no average of decay {ema}; it keeps: "
-                f"{', '.join(stored['emas']) or 'none'}"
-            )
-        root["params"] = ("emas", ema, "params")
-        if stored["emas"][ema]["router_state"]:  # {}: left to the live one
-            root["router_state"] = ("emas", ema, "router_state")
-    return {
-        "/".join((name, *place[len(prefix) :])): place
-        for name, prefix in root.items()
-        for place in flatten_dict(dict(stored))
-        if place[: len(prefix)] == prefix
-    }
+def _roots(ema: str | None, stored: Mapping[str, Any]) -> dict[str, _Place]:
+    """Where "params" and "router_state" lie in a stored TrainState."""
+    roots = {"params": ("params",), "router_state": ("router_state",)}
+    if ema is None:
+        return roots
+    if ema not in stored["emas"]:
+        raise UserError(
+            f"the run keeps no average of decay {ema}; it keeps: "
+            f"{', '.join(stored['emas']) or 'none'}"
+        )
+    # An average without a router state of its own ({}) takes the live one.
+    return roots | {name: ("emas", ema, name) for name in roots if stored["emas"][ema][name]}
 
 
 def _folder(workdir: str | os.PathLike, name: str = "checkpoints") -> epath.Path:
@@ -295,36 +251,32 @@ def _folder(workdir: str | os.PathLike, name: str = "checkpoints") -> epath.Path
     return epath.Path(workdir if remote else os.path.abspath(workdir)) / name
 
 
-def _untrained_folder(workdir: str | os.PathLike) -> epath.Path:
-    return _folder(workdir, "untrained")
+def _restore_args(target: Any, partial_restore: bool = False) -> ocp.args.PyTreeRestore:
+    """Asks for arrays with the sharding of each leaf, or for numpy arrays where that is None.
 
+    partial_restore: allows that more is stored than `target` names.
+    """
 
-def _open(folder: epath.Path, **options: Any) -> ocp.CheckpointManager:
-    # Beside the error that orbax raises, asyncio logs one for every array.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    return ocp.CheckpointManager(
-        folder,
-        item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-        },
-        options=ocp.CheckpointManagerOptions(create=False, save_root_metadata=False, **options),
+    def how(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+        if leaf.sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.checkpoint_utils.construct_restore_args(leaf)
+
+    return ocp.args.PyTreeRestore(
+        target, jax.tree.map(how, target), partial_restore=partial_restore
     )
-
-
-def _restore_args(target: Any, **options: Any) -> ocp.args.PyTreeRestore:
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    return ocp.args.PyTreeRestore(item=target, restore_args=restore_args, **options)
 
 
 def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()) -> Any:
     """read(), or a UserError about the folder, whatever a damaged file makes orbax raise.
 
-    steps: of all checkpoints, where the folder is that of one.
-
     When one array cannot be read, orbax drops the reads of all others, and each prints a traceback
     when it ends or is collected. That is silenced, also after a failure, which ends the program
-    anyhow; and the error has no cause, which would keep them alive until the program exits.
+    anyhow. The error has no cause, which would keep these reads alive until the program exits.
+
+    Args:
+      folder: of a checkpoint, or `untrained`.
+      steps: of all checkpoints.
     """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
@@ -334,14 +286,21 @@ def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = _in_short(error)
     finally:
         if not reason:
             sys.unraisablehook = hook
     gc.collect()
-    older = [step for step in steps if step < int(folder.name)]
-    fallback = f"step {max(older)}" if older else "a fresh start"
+    remedy = "begin anew in another workdir, since every checkpoint of this one needs that folder"
+    if folder.name.isdigit():
+        older = [step for step in steps if step < int(folder.name)]
+        fallback = f"step {max(older)}" if older else "a fresh start"
+        remedy = f"delete that folder to fall back on {fallback}"
     raise UserError(
         f"checkpoint {folder} is damaged or of another model ({reason}): use the code and config "
-        f"that wrote it, or delete that folder to fall back on {fallback}"
+        f"that wrote it, or {remedy}"
     )
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

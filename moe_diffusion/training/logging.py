@@ -1,6 +1,6 @@
-"""What a run tells: metrics.jsonl, TensorBoard events and a progress bar.
+"""What a run tells: metrics.jsonl, TensorBoard events, parameters.txt and a progress bar.
 
-All of it is silent on every process but the main one.
+Only the main process tells anything.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 import tqdm
+from clu import parameter_overview, platform
 from etils import epath
 
 from moe_diffusion.errors import UserError
@@ -24,10 +26,11 @@ from moe_diffusion.parallel.distributed import is_main_process
 
 
 class MetricWriter:
-    """clu's `MetricWriter` interface over `workdir/metrics.jsonl` and TensorBoard events.
+    """Writes `workdir/metrics.jsonl` and TensorBoard events, and lists the parameters once.
 
+    `clu.metric_writers` would do this, but it cannot be imported without TensorFlow.
     metrics.jsonl has one JSON object a line, {"step": 100, "loss": 0.25, ...}; a number that is
-    not finite is null. Opening drops the lines past `step`, as a resumed run writes them anew.
+    not finite is null. Opening drops the lines past `step`, since a resumed run writes them anew.
 
     Args:
       workdir: where the files lie.
@@ -35,60 +38,59 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int = 0):
-        self._enabled = is_main_process()
-        if not self._enabled:
-            return
-        path = epath.Path(workdir) / "metrics.jsonl"
-        _drop_after(path, step)
+        self._folder, is_main = epath.Path(workdir), is_main_process()
+        path = self._folder / "metrics.jsonl" if is_main else epath.Path(os.devnull)
+        if is_main:
+            _drop_after(path, step)
         self._lines = path.open("a")
-        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir), purge_step=step + 1, write_to_disk=is_main
+        )
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        if not self._enabled:
-            return
         values = {name: float(value) for name, value in scalars.items()}
-        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, **dict.fromkeys(values), **finite}
         try:
-            self._lines.write(json.dumps({"step": step, **line}) + "\n")
+            self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
         except OSError as error:
             raise UserError(
                 f"cannot write {self._lines.name} ({error.strerror}): make room or mend the "
                 "access, then run the same command again to resume"
             ) from error
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._events.add_scalar(name, value, step)
+        for name, value in finite.items():
+            self._events.add_scalar(name, value, step)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """images: name -> [H, W, C] or [N, H, W, C]; uint8, or floats in [0, 1]."""
-        if not self._enabled:
-            return
+        """images: name -> [H, W, C]; uint8, or floats in [0, 1]."""
         for name, image in images.items():
-            image = np.asarray(image)
-            add = self._events.add_images if image.ndim == 4 else self._events.add_image
-            add(name, image, step, dataformats="HWC" if image.ndim == 3 else "NHWC")
+            self._events.add_image(name, image, step, dataformats="HWC")
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        if not self._enabled:
-            return
-        for name, text in texts.items():
-            self._events.add_text(name, text, step)
+    def write_outputs(self, step: int, outputs: Mapping[str, Any]) -> None:
+        """Writes numbers as scalars and everything else as images."""
+        numbers = {name: value for name, value in outputs.items() if np.ndim(value) == 0}
+        if numbers:
+            self.write_scalars(step, numbers)
+        self.write_images(step, {k: v for k, v in outputs.items() if k not in numbers})
 
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Shows the hyperparameters as one indented JSON text."""
-        text = json.dumps(dict(hparams), indent=4, default=str)
-        self.write_texts(0, {"hparams": "".join(f"    {line}\n" for line in text.splitlines())})
+    def write_setup(self, hparams: Mapping[str, Any], params: Any) -> None:
+        """Writes what stays the same in a run.
 
-    def flush(self) -> None:
-        if self._enabled:
-            self._events.flush()
+        Args:
+          hparams: shown as one indented JSON text.
+          params: tree; parameters.txt lists the shape, dtype, size and sharding of every array.
+        """
+        text = textwrap.indent(json.dumps(dict(hparams), indent=4, default=str), "    ")
+        self._events.add_text("hparams", text + "\n", 0)
+        table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
+        if is_main_process():
+            (self._folder / "parameters.txt").write_text(table + "\n")
 
     def close(self) -> None:
-        if self._enabled:
-            with contextlib.suppress(OSError):  # a full disk was complained about where it mattered
-                self._lines.close()
-                self._events.close()
+        with contextlib.suppress(OSError):  # a full disk was complained about where it mattered
+            self._lines.close()
+            self._events.close()
 
 
 def _drop_after(path: epath.Path, step: int) -> None:
@@ -114,6 +116,8 @@ def _step_of(line: str) -> float:
 class Progress:
     """Loss, images per second and remaining time: a bar on a terminal, else a line per report.
 
+    Every report is the status of the work unit, too, for launchers that show it (`clu.platform`).
+
     Args:
       step: the first step is step + 1.
       num_steps: the last.
@@ -121,21 +125,19 @@ class Progress:
     """
 
     def __init__(self, step: int, num_steps: int, batch_size: int):
-        self._num_steps = num_steps
-        self._batch_size = batch_size
-        self._last = (step, None)  # of the last report: step, time
-        self._paused = 0.0
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._last_step, self._last_time, self._paused = step, None, 0.0  # of the last report
         self._enabled = is_main_process()
-        self._bar = None
-        if self._enabled and sys.stderr.isatty():
-            self._bar = tqdm.tqdm(initial=step, total=num_steps, unit="step", dynamic_ncols=True)
+        hidden = not (self._enabled and sys.stderr.isatty())
+        self._bar = tqdm.tqdm(
+            initial=step, total=num_steps, unit="step", dynamic_ncols=True, disable=hidden
+        )
 
     def update(self, step: int) -> None:
         """Call when `step` is done. The first call, after compilation, starts the clock."""
-        if self._last[1] is None:
-            self._last = (step, time.perf_counter())
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        if self._last_time is None:
+            self._last_step, self._last_time = step, time.perf_counter()
+        self._bar.update(step - self._bar.n)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -149,28 +151,26 @@ class Progress:
 
         That is NaN for the very first step, whose time is compilation.
         """
-        last_step, last_time = self._last
-        now = time.perf_counter()
-        seconds = now - last_time - self._paused
-        self._last, self._paused = (step, now), 0.0
-        rate = self._batch_size * (step - last_step) / seconds if step > last_step else math.nan
+        now, steps = time.perf_counter(), step - self._last_step
+        seconds = now - self._last_time - self._paused
+        self._last_step, self._last_time, self._paused = step, now, 0.0
+        rate = self._batch_size * steps / seconds if steps else math.nan
         text = f"loss {loss:.4g}" + (f", {rate:.4g} images/s" if rate > 0 else "")
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-            return rate
+        self._bar.set_postfix_str(text)
         if rate > 0:
             left = (self._num_steps - step) * self._batch_size / rate
             text = f"{text}, {tqdm.tqdm.format_interval(left)} left"
-        self.write(f"step {step}/{self._num_steps}: {text}")
+        text = f"step {step}/{self._num_steps}: {text}"
+        platform.work_unit().set_task_status(text)
+        if self._bar.disable:
+            self.write(text)
         return rate
 
     def write(self, message: str) -> None:
         """Prints a line without tearing the bar."""
-        if self._bar is not None:
-            self._bar.write(message)
-        elif self._enabled:
-            print(message, flush=True)
+        if self._enabled:
+            with self._bar.external_write_mode():
+                print(message, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

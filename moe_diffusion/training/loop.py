@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,21 +20,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
-from moe_diffusion.conditions import Field, check_fields, cond_of
+from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.kernels.cpu.heap import make_room
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.training import warm_start
-from moe_diffusion.training.allocator import host_memory, return_freed_memory
 from moe_diffusion.training.checkpoint import Checkpointer, is_started
 from moe_diffusion.training.logging import MetricWriter, Progress
-from moe_diffusion.training.run import Run, on_every_device, prepare_run
-from moe_diffusion.training.state import TrainState, matches, merge
+from moe_diffusion.training.run import Run, on_every_device, prepare_run, shardings
+from moe_diffusion.training.state import TrainState, matches, whole
 from moe_diffusion.training.step import Frozen, Metrics, large_constants
 
 Tree = Any
 _LARGEST_CONSTANT = 100 << 20  # bytes; tables of positions are smaller
+# (step, state) -> images for TensorBoard, name -> [H, W, C], and numbers for the metrics
 Hook = Callable[[int, TrainState], "dict[str, np.ndarray | float] | None"]
 
 
@@ -55,15 +55,13 @@ def train(
     run ends with the numbers of an undisturbed one. SIGTERM or SIGINT saves and returns early.
 
     Args:
-      model: see `models.stack.Model`.
-      loss_fn: see `step.make_train_step`.
-      iterator_fn: makes this process's iterator over batches of numpy arrays [B, ...], where all
-        processes' batches together are `data.batch_size` images; with `get_state() -> dict` (JSON,
-        the same on every process), `set_state` and `close`; see `data.pipeline`.
-      hooks: called as hook(step, state) every `train.sample_every` steps on every process; may
-        return images for TensorBoard, name -> [H, W, C], and numbers for the metrics.
-      frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights. They are not
-        saved. Those that lie on the run's mesh stay as they are; others go whole to every device.
+      model, loss_fn: see `models.stack.Model` and `step.make_train_step`.
+      iterator_fn: makes this process's iterator over batches of numpy arrays, which all processes'
+        together are `data.batch_size` images, with the methods of `data.pipeline.BatchIterator`.
+      hooks: called as hook(step, state) every `train.sample_every` steps on every process; state
+        has the untrained parameters, too. See `Hook`.
+      frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights; not saved.
+        Those that lie on the run's mesh stay as they are; others go whole to every device.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -72,42 +70,34 @@ def train(
       UserError: before anything is written if config, workdir, devices or checkpoint do not fit;
         later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
     """
-    _check(config, workdir)
-    if config.init_from and not is_started(workdir):
-        warm_start.check(config, model)
+    _check(config, model, workdir)
     _use_compile_cache(config.compile_cache)
     run = prepare_run(config, model, loss_fn)
     with contextlib.ExitStack() as stack:
+
+        def opened(resource: Any) -> Any:
+            return stack.enter_context(contextlib.closing(resource))
+
         stop = stack.enter_context(StopSignal())
         stack.enter_context(run.on_mesh())
-        iterator = iterator_fn()
-        stack.callback(iterator.close)
-        checkpoints = Checkpointer(workdir, config.checkpoint)
-        stack.callback(checkpoints.close)
+        iterator = opened(iterator_fn())
+        checkpoints = opened(Checkpointer(workdir, config.checkpoint))
         state, untrained = _restore_or_create(run, checkpoints, iterator)
         start, num_steps = int(state.step), config.train.num_steps
-        progress = Progress(start, num_steps, config.data.batch_size)
-        stack.callback(progress.close)
+        progress = opened(Progress(start, num_steps, config.data.batch_size))
         if start >= num_steps:
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state
 
-        key, held = (
-            jax.random.key(config.seed),
-            Frozen(untrained, on_every_device(run.mesh, frozen)),
-        )
-        place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
-        first = next(iterator)
+        key, first = jax.random.key(config.seed), next(iterator)
         _check_batch(model, first)
+        place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
+        held = Frozen(untrained, on_every_device(run.mesh, frozen))
         batch, train_step = place(first), run.step()
-        # A wrong loss fails here, before anything is written.
-        _check_constants(train_step.trace(state, batch, key, held))
-        writer = _open_workdir(config, workdir, start)
+        _check_constants(train_step.trace(state, batch, key, held))  # nothing is written yet
+        writer = opened(_open_workdir(run, workdir, start))
         checkpoints.save_untrained(untrained)
-        stack.callback(writer.close)
-        verb = "resuming after" if start else "starting at"
-        progress.write(f"{verb} step {start} of {num_steps}")
-        _tell_trainable(config, run, progress)
+        _tell_start(run, start, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
             state, metrics = train_step(state, batch, key, held)
@@ -124,29 +114,22 @@ def train(
             if config.train.sample_every and step % config.train.sample_every == 0:
                 monitor.finish()
                 with progress.paused():
-                    for hook in hooks:
-                        _write_outputs(writer, step, hook(step, state) or {})
+                    _call_hooks(hooks, step, whole(state, untrained), writer)
             if step < num_steps:
                 # After the checkpoint, which keeps the iterator where batch step + 1 begins.
                 batch = place(next(iterator))
         return state
 
 
+@dataclass
 class Monitor:
     """Reports a step once the next is under way, so that the device never waits for the host."""
 
-    def __init__(
-        self,
-        train_config: ConfigDict,
-        writer: MetricWriter,
-        progress: Progress,
-        checkpoints: Checkpointer,
-    ):
-        self._config = train_config
-        self._writer = writer
-        self._progress = progress
-        self._checkpoints = checkpoints
-        self._pending: tuple[int, Metrics] | None = None
+    config: ConfigDict  # its section `train`
+    writer: MetricWriter
+    progress: Progress
+    checkpoints: Checkpointer
+    _pending: tuple[int, Metrics] | None = None
 
     def follow(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that has just been started and finishes the one before."""
@@ -160,22 +143,22 @@ class Monitor:
         (step, metrics), self._pending = self._pending, None
         if not metrics["finite"]:
             self._complain(step, metrics)
-        self._progress.update(step)
-        if step % self._config.log_every == 0 or step == self._config.num_steps:
+        self.progress.update(step)
+        if step % self.config.log_every == 0 or step == self.config.num_steps:
             values = jax.device_get({k: v for k, v in metrics.items() if k != "finite"})
             loss = float(values.pop("loss"))
-            rate = self._progress.report(step, loss)
-            self._writer.write_scalars(step, {"loss": loss, **values, "images_per_sec": rate})
+            rate = self.progress.report(step, loss)
+            self.writer.write_scalars(step, {"loss": loss, **values, "images_per_sec": rate})
 
     def _complain(self, step: int, metrics: Metrics) -> None:
         values = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
-        if not self._config.stop_on_nan:
-            self._progress.write(f"step {step}: {values}; this step is skipped")
+        if not self.config.stop_on_nan:
+            self.progress.write(f"step {step}: {values}; this step is skipped")
             return
-        self._checkpoints.wait()
+        self.checkpoints.wait()
         raise UserError(
             f"training stopped at step {step}: {values}. Last good checkpoint: "
-            f"{self._checkpoints.newest() or 'none yet'}. Resume with train.stop_on_nan=false to "
+            f"{self.checkpoints.newest() or 'none yet'}. Resume with train.stop_on_nan=false to "
             "skip such steps, or start anew with a lower optim.learning_rate or optim.clip_norm=1"
         )
 
@@ -187,14 +170,11 @@ class StopSignal:
     makes them stop at the same step, whichever of them is told.
     """
 
-    name = "SIGTERM"
-
     def __enter__(self) -> StopSignal:
-        self._received = False
-        self._previous = {}
+        self.name, self._received, self._previous = "SIGTERM", False, {}
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
+            numbers = (signal.SIGTERM, signal.SIGINT)
+            self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -203,8 +183,7 @@ class StopSignal:
         self._previous = {}
 
     def _receive(self, number: int, _: Any) -> None:
-        self._received = True
-        self.name = signal.Signals(number).name
+        self.name, self._received = signal.Signals(number).name, True
         self.__exit__()
 
     def requested(self, step: int) -> bool:
@@ -221,7 +200,7 @@ class StopSignal:
         )
 
 
-def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
+def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None:
     """Raises a UserError for what would fail later; writes nothing."""
     configs.validate_devices(config, jax.device_count())
     folder = epath.Path(workdir)
@@ -234,29 +213,33 @@ def _check(config: ConfigDict, workdir: str | os.PathLike) -> None:
             )
     if "://" not in os.fspath(workdir):
         check_writable(workdir)
+    if config.init_from and not is_started(workdir):
+        warm_start.check(config, model)
 
 
-def _tell_trainable(config: ConfigDict, run: Run, progress: Progress) -> None:
-    """What each pattern of `optim.trainable` matches, where it leaves something out."""
+def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: MetricWriter) -> None:
+    for hook in hooks:
+        writer.write_outputs(step, hook(step, state) or {})
+
+
+def _tell_start(run: Run, start: int, progress: Progress) -> None:
+    """Says where training begins, and what each pattern of `optim.trainable` matches, if any."""
+    verb = "resuming after" if start else "starting at"
+    progress.write(f"{verb} step {start} of {run.config.train.num_steps}")
     if not run.untrained:
         return
     leaves = flatten_dict(run.state.params, sep="/")
-    for pattern, paths in matches(leaves, config.optim.trainable).items():
-        count = sum(math.prod(leaves[path].shape) for path in paths)
+    for pattern, paths in matches(leaves, run.config.optim.trainable).items():
+        count = sum(leaves[path].size for path in paths)
         progress.write(f"trained: {pattern}: {len(paths)} arrays, {count:,} parameters")
 
 
 def _check_memory(run: Run) -> None:
     """On CPU, where the kernel would kill the process without a word: does the state fit?"""
-    memory = host_memory()
-    if memory is None:
-        return
-    size = sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves((run.state, run.grads, run.untrained))
-    )
-    if size > memory / 3:
-        return_freed_memory()
-    if size + 1e9 > memory:
+    arrays = jax.tree.leaves((run.state, run.grads, run.untrained))
+    size = sum(x.size * x.dtype.itemsize for x in arrays)
+    memory = make_room(size)
+    if memory is not None and size + 1e9 > memory:
         raise UserError(
             f"parameters, gradients, moments and averages take {size / 1e9:.1f} GB, and the "
             f"machine has {memory / 1e9:.1f} GB: save with optim.mu_dtype=bfloat16, "
@@ -269,8 +252,8 @@ def _use_compile_cache(folder: str) -> None:
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
     elif folder or jax.config.jax_compilation_cache_dir is None:
-        default = Path.home() / ".cache" / "moe_diffusion" / "jax"
-        jax.config.update("jax_compilation_cache_dir", folder or str(default))
+        folder = folder or os.path.expanduser("~/.cache/moe_diffusion/jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _restore_or_create(
@@ -278,16 +261,13 @@ def _restore_or_create(
 ) -> tuple[TrainState, Tree]:
     """The state of the newest checkpoint, with the iterator set to match, or a new one.
 
-    And the untrained parameters, which are saved once.
+    Returns:
+      The state and the untrained parameters.
     """
     _check_memory(run)
     if checkpoints.newest() is None:
-        variables = None
-        if run.config.init_from:
-            shapes = {"params": merge(run.state.params, run.untrained)}
-            shapes["router_state"] = run.state.router_state
-            shardings = jax.tree.map(lambda x: x.sharding, shapes)
-            variables = warm_start.read(run.config, shardings)
+        warm = bool(run.config.init_from)
+        variables = warm_start.read(run.config, shardings(run.variables)) if warm else None
         return run.create(run.config.seed, variables)
     state, data_state = checkpoints.restore(run.state)
     iterator.set_state(data_state)
@@ -296,8 +276,7 @@ def _restore_or_create(
 
 def _check_batch(model: Model, batch: Mapping[str, Any]) -> None:
     """Raises a UserError unless a batch [B, ...] has the fields that the model takes."""
-    found = {k: Field(v.shape[1:], str(v.dtype)) for k, v in cond_of(batch).items()}
-    check_fields(found, model.cond_spec(), "the data")
+    check_fields(fields_of(batch), model.cond_spec(), "the data")
 
 
 def _check_constants(traced: Any) -> None:
@@ -309,20 +288,12 @@ def _check_constants(traced: Any) -> None:
         )
 
 
-def _open_workdir(config: ConfigDict, workdir: str | os.PathLike, start: int) -> MetricWriter:
+def _open_workdir(run: Run, workdir: str | os.PathLike, start: int) -> MetricWriter:
     if is_main_process():
-        configs.save_json(config, epath.Path(workdir) / "config.json")
+        configs.save_json(run.config, epath.Path(workdir) / "config.json")
     writer = MetricWriter(workdir, start)
-    writer.write_hparams(config.to_dict())
+    writer.write_setup(run.config.to_dict(), run.variables["params"])
     return writer
-
-
-def _write_outputs(writer: MetricWriter, step: int, outputs: dict[str, Any]) -> None:
-    """Of a hook: numbers and images."""
-    numbers = {name: value for name, value in outputs.items() if np.ndim(value) == 0}
-    if numbers:
-        writer.write_scalars(step, numbers)
-    writer.write_images(step, {k: v for k, v in outputs.items() if k not in numbers})
 
 
 def _to_device(batch: Any, mesh: Mesh, accumulate: int) -> Any:

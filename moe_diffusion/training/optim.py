@@ -26,7 +26,7 @@ def make_schedule(optim_config: Any, num_steps: int) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=floor / peak),
         "linear": lambda: optax.linear_schedule(peak, floor, rest),
-        "inverse_sqrt": lambda: lambda n: peak * jnp.sqrt(warmup / (n + warmup)),
+        "inverse_sqrt": lambda: lambda n: peak * jnp.sqrt(warmup / jnp.maximum(n + warmup, 1)),
     }[optim_config.schedule]()
     if warmup == 0:
         return after
@@ -42,22 +42,20 @@ def make_optimizer(
         u = m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay p
 
     The training step subtracts rate * u. `decay_mask` "matrices" spares biases, scales and vectors.
-    is_stacked: tells of the path of a parameter whether it has a layer axis.
+
+    Args:
+      is_stacked: tells from the path of a parameter whether it has a layer axis.
     """
-    return optax.chain(
-        _scale_by_adam(optim_config),
-        optax.add_decayed_weights(
-            optim_config.weight_decay,
-            mask=partial(_matrices, is_stacked) if optim_config.decay_mask == "matrices" else None,
-        ),
-    )
+    mask = partial(_matrices, is_stacked) if optim_config.decay_mask == "matrices" else None
+    decay = optax.add_decayed_weights(optim_config.weight_decay, mask)
+    return optax.chain(_scale_by_adam(optim_config), decay)
 
 
 def _scale_by_adam(optim_config: Any) -> optax.GradientTransformation:
-    """optax.scale_by_adam with its state, but m is rounded to `mu_dtype` before u is made of it.
+    """optax.scale_by_adam with its state, but it rounds m to `mu_dtype` before it makes u from m.
 
-    In optax u comes from an f32 m: one more copy of all parameters if the state keeps bfloat16.
-    v stays f32, since bfloat16 would lose its small steps.
+    optax makes u from an f32 m, which is one more copy of all parameters if the state keeps
+    bfloat16. v stays f32, since bfloat16 would lose its small steps.
     """
     b1, b2, eps = optim_config.b1, optim_config.b2, optim_config.eps
     dtype = jnp.dtype(optim_config.mu_dtype)
@@ -83,7 +81,7 @@ def _scale_by_adam(optim_config: Any) -> optax.GradientTransformation:
 
 
 def _matrices(is_stacked: Callable[[str], bool], params: Tree) -> Tree:
-    """True for what has two axes or more in one layer and is no bias (JiT's parameter groups)."""
+    """True for what has at least two axes in one layer and is no bias (JiT's parameter groups)."""
 
     def is_matrix(path: tuple[str, ...], param: jax.Array) -> bool:
         axes = param.ndim - is_stacked("/".join(path))
@@ -100,50 +98,38 @@ def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
 
 
 def init_emas(params: Tree, router_state: Tree, ema_config: Any) -> dict[str, dict[str, Tree]]:
-    """One f32 average per decay, by its text ("0.9999"), that starts at the given values.
+    """One f32 average per decay, by its text ("0.9999"). It starts at the given values.
 
     With `ema_config.router_state == "live"` an average has no router state of its own.
     """
     own = {} if ema_config.router_state == "live" else router_state
-    return {
-        str(decay): {
-            "params": jax.tree.map(lambda p: jnp.array(p, jnp.float32), params),
-            "router_state": jax.tree.map(jnp.copy, own),
-        }
-        for decay in ema_config.decays
-    }
+
+    def start() -> dict[str, Tree]:
+        average = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+        return {"params": average, "router_state": jax.tree.map(jnp.copy, own)}
+
+    return {str(decay): start() for decay in ema_config.decays}
 
 
 def update_emas(
-    emas: Mapping[str, Mapping[str, Tree]],
-    params: Tree,
-    router_state: Tree,
-    step: jax.Array,
-    ema_config: Any,
+    emas: Tree, params: Tree, router_state: Tree, step: jax.Array, ema_config: Any
 ) -> dict[str, dict[str, Tree]]:
     """average = d average + (1 - d) value, with the values after optimizer step `step` (0, 1, ...).
 
-    d is the decay or, with `warmup`, at most (1 + step) / (10 + step). The router's state is
+    d is the decay or, with `warmup`, at most (1 + step) / (10 + step). The state of the routers is
     averaged likewise ("average"), taken over ("copy") or left to the live one ("live").
     """
 
-    def update(name: str) -> dict[str, Tree]:
-        weight = 1 - float(name)  # in double precision: 1 - f32(0.9999) is 2e-4 off
+    def update(decay: str, ema: Mapping[str, Tree]) -> dict[str, Tree]:
+        weight = 1 - float(decay)  # in double precision: 1 - f32(0.9999) is 2e-4 off
         if ema_config.warmup:
             weight = jnp.maximum(weight, 9 / (10 + step))
+        average = partial(jax.tree.map, lambda a, b: a + weight * (b - a))
+        own = ema["router_state"]
+        if ema_config.router_state == "average":
+            own = average(own, router_state)
+        elif ema_config.router_state == "copy":
+            own = router_state
+        return {"params": average(ema["params"], params), "router_state": own}
 
-        def average(old: Tree, new: Tree) -> Tree:
-            return jax.tree.map(lambda a, b: a + weight * (b - a), old, new)
-
-        own = emas[name]["router_state"]
-        mode = ema_config.router_state
-        return {
-            "params": average(emas[name]["params"], params),
-            "router_state": average(own, router_state)
-            if mode == "average"
-            else router_state
-            if mode == "copy"
-            else own,
-        }
-
-    return {name: update(name) for name in emas}
+    return {decay: update(decay, ema) for decay, ema in emas.items()}

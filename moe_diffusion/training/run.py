@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,9 +24,9 @@ from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.models import build
 from moe_diffusion.models.stack import Model, abstract_inputs, next_router_state
 from moe_diffusion.parallel import rules
-from moe_diffusion.parallel.mesh import make_mesh
-from moe_diffusion.training.optim import make_optimizer, make_schedule
-from moe_diffusion.training.state import TrainState, abstract_state, init_variables, initial_state
+from moe_diffusion.parallel.mesh import make_mesh, num_batch_shards
+from moe_diffusion.training.optim import init_emas, make_optimizer, make_schedule
+from moe_diffusion.training.state import TrainState, merge, split
 from moe_diffusion.training.step import TrainStep, make_train_step
 
 Tree = Any
@@ -32,10 +34,12 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Run:
-    """A config's model, mesh and step; shapes are ShapeDtypeStructs with shardings.
+    """A config's model, mesh and step; trees are of ShapeDtypeStructs with shardings.
 
-    state: shapes of the TrainState. untrained: shapes of the parameters that are not trained.
-    grads: shapes of the gradients, each where its part of the update is computed.
+    Attributes:
+      state: the TrainState.
+      untrained: the parameters that are not trained.
+      grads: the gradients, each where its part of the update is computed.
     """
 
     config: ConfigDict
@@ -47,6 +51,12 @@ class Run:
     grads: Tree
     loss_fn: Callable
 
+    @property
+    def variables(self) -> dict[str, Tree]:
+        """What the model is applied to, trained or not: {"params", "router_state"}."""
+        params = merge(self.state.params, self.untrained)
+        return {"params": params, "router_state": self.state.router_state}
+
     @contextmanager
     def on_mesh(self) -> Iterator[None]:
         """Sets the mesh and the layout of the weights."""
@@ -56,49 +66,30 @@ class Run:
     def create(self, seed: int, variables: Tree | None = None) -> tuple[TrainState, Tree]:
         """The state before step 0 and the untrained parameters, each device making its own part.
 
-        The values depend on the seed alone, not on the mesh.
-
-        variables: {"params", "router_state"} to begin with instead, which are used up.
+        Args:
+          seed: the values depend on it alone, not on the mesh.
+          variables: {"params", "router_state"} to begin with instead; their memory is used up.
         """
-        shardings = jax.tree.map(lambda x: x.sharding, (self.state, self.untrained))
-        jit = partial(jax.jit, out_shardings=shardings)
-
-        def begin(variables: Tree) -> tuple[TrainState, Tree]:
-            dtype = self.model.param_dtype
-            params = jax.tree.map(lambda p: p.astype(dtype), variables["params"])
-            return initial_state(self.optimizer, self.config, {**variables, "params": params})
-
+        begin = partial(initial_state, self.optimizer, self.config)
+        jit = partial(jax.jit, out_shardings=shardings((self.state, self.untrained)))
         if variables is not None:
             return jit(begin, donate_argnums=0)(variables)
-
-        @jit
-        def create(key: jax.Array) -> tuple[TrainState, Tree]:
-            return begin(nn.meta.unbox(init_variables(self.model, key)))
-
         with self.on_mesh():
+            create = jit(lambda key: begin(nn.meta.unbox(init_variables(self.model, key))))
             return create(jax.random.key(seed))
 
     def step(self) -> TrainStep:
         """The compiled training step, see `make_train_step`."""
-        config = self.config
-        return make_train_step(
-            self.loss_fn,
-            self.optimizer,
-            make_schedule(config.optim, config.train.num_steps),
-            config,
-            partial(next_router_state, self.model.routers()),
-            jax.tree.map(lambda x: x.sharding, self.state),
-            jax.tree.map(lambda x: x.sharding, self.grads),
-        )
+        schedule = make_schedule(self.config.optim, self.config.train.num_steps)
+        update = partial(next_router_state, self.model.routers())
+        places = shardings((self.state, self.grads))
+        return make_train_step(self.loss_fn, self.optimizer, schedule, self.config, update, *places)
 
     def batch(self, *lead: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch with the leading axes (B,) or, of micro-batches, (A, B / A)."""
         image, _, cond = abstract_inputs(self.model, *lead)
         sharding = rules.batch_sharding(self.mesh, micro_batches=len(lead) > 1)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            {IMAGE: image, **cond},
-        )
+        return jax.tree.map(lambda x: x.update(sharding=sharding), {IMAGE: image, **cond})
 
 
 def prepare_run(
@@ -119,37 +110,71 @@ def prepare_run(
     """
     mesh, preset = make_mesh(config.parallel, devices), config.parallel.preset
     model = model or build(config.model, losses=sorted(config.loss_weights))
+    loss_fn = loss_fn or make_loss(model, config)
     optimizer = make_optimizer(config.optim, model.is_stacked)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), rules.use_preset(preset):
-        state, untrained, axes = abstract_state(model, optimizer, config)
+        variables, axes = abstract_weights(model)
+        begin = partial(initial_state, optimizer, config)
+        state, untrained = jax.eval_shape(begin, variables)
+
+    def place(shapes: Tree, table: rules.Table) -> Tree:
+        places = rules.shardings_of(mesh, table, shapes, axes)
+        return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, places)
+
     of_params, of_update = rules.PRESETS[preset]
-    return Run(
-        config=config,
-        model=model,
-        mesh=mesh,
-        optimizer=optimizer,
-        state=place(state, rules.state_shardings(mesh, preset, state, axes)),
-        untrained=place(untrained, rules.shardings_of(mesh, of_params, untrained, axes)),
-        grads=place(state.params, rules.shardings_of(mesh, of_update, state.params, axes)),
-        loss_fn=loss_fn or make_loss(model, config),
-    )
+    grads, untrained = place(state.params, of_update), place(untrained, of_params)
+    state = place(state, of_update).replace(params=place(state.params, of_params))
+    return Run(config, model, mesh, optimizer, state, untrained, grads, loss_fn)
 
 
-def place(shapes: Tree, shardings: Tree) -> Tree:
-    """Shapes with shardings."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+def abstract_weights(model: Model) -> tuple[dict[str, Any], Tree]:
+    """Shapes of params and router_state, and the logical axes of params; nothing is allocated.
+
+    The axes are a tree like params with a PartitionSpec of names (or None) for every parameter.
+    """
+    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    return nn.meta.unbox(variables), nn.get_partition_spec(variables["params"])
+
+
+def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
+    """New params and router_state (if there is one) with their metadata.
+
+    The inputs of the model only give shapes: they have one sample for every device.
+    """
+    inputs = abstract_inputs(model, num_batch_shards())
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    variables = model.init(key, *zeros, False)
+    return {name: variables[name] for name in ("params", "router_state") if name in variables}
+
+
+def initial_state(
+    optimizer: optax.GradientTransformation, config: Any, variables: dict[str, Any]
+) -> tuple[TrainState, Tree]:
+    """The state before step 0 of {"params", "router_state"}, and the untrained parameters."""
+    router_state = variables.get("router_state", {})
+    params, untrained = split(variables["params"], config.optim.trainable)
+    emas = init_emas(params, router_state, config.ema)
+    step = jnp.zeros([], jnp.int32)
+    return TrainState(step, params, router_state, emas, optimizer.init(params)), untrained
+
+
+def shardings(tree: Tree) -> Tree:
+    """The sharding of every leaf."""
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def on_every_device(mesh: Mesh, tree: Tree) -> Tree:
-    """Arrays whole on every device of the mesh; those that lie on this mesh stay as they are."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    """Puts arrays whole on every device of the mesh; those that lie on this mesh stay as they are.
+
+    Every process brings all values, from the host or its own devices. They are not compared over
+    the processes, as `jax.device_put` would do: a teacher may have gigabytes.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: Any) -> jax.Array:
-        placed = isinstance(getattr(leaf, "sharding", None), NamedSharding)
-        return leaf if placed and leaf.sharding.mesh == mesh else jax.device_put(leaf, whole)
+        if getattr(getattr(leaf, "sharding", None), "mesh", None) == mesh:
+            return leaf
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, everywhere, lambda part: leaf[part])
 
     return jax.tree.map(put, tree)

@@ -45,36 +45,36 @@ def make_train_step(
 ) -> TrainStep:
     """Compiles step(state, batch, key, frozen=Frozen()) -> (state, metrics).
 
-    The given state is consumed; what is frozen has no gradient, moments or average.
+    The step consumes the state. What is frozen has no gradient, moments or average.
 
     batch: leaves [B, ...] or, with optim.accumulate = A > 1, [A, B / A, ...], micro-batches first.
     key: of the run. Micro-batch i of step n draws from fold_in(fold_in(key, n), i).
     metrics: what the loss returns (mean over micro-batches), "loss", "grad_norm" (before
-      clipping), "learning_rate" and "finite": whether loss and gradient are. If they are not, the
-      new state is the old one but for `step`, so that one bad batch cannot ruin a run.
+      clipping), "learning_rate", and "finite", which tells whether loss and gradient are finite.
+      If not, only `step` changes in the state, so that one bad batch cannot ruin a run.
 
     Args:
-      loss_fn: (params, router_state, batch, key, frozen.given) -> (loss, aux with `metrics`,
-        `router_stats`). params are all of the model's; the gradient is that of the trained ones.
-      optimizer: makes updates that are multiplied by -schedule(step) and added to the params.
-      config: reads `optim.accumulate`, `optim.accumulate_reduce`, `optim.clip_norm` and `ema`.
+      loss_fn: (params, router_state, batch, key, frozen.given) -> (loss, aux), where aux has
+        `metrics` and `router_stats`. params are all of the model's, trained or not.
+      optimizer: makes updates, which the step multiplies by -schedule(step) and adds to params.
+      config: the step reads `optim.accumulate`, `optim.accumulate_reduce`, `optim.clip_norm` and
+        `ema`.
       update_router_state: (router_state, mean router_stats of the micro-batches) -> router_state.
-      shardings: of the state, kept from step to step.
-      update_shardings: of the gradients, which says where each part of the update is computed
-        (`zero1`: on the device that keeps the moments, after which the params are gathered).
+      shardings: of the state before and after the step.
+      update_shardings: of the gradients. They say where each part of the update is computed: with
+        `zero1` on the device that keeps the moments, after which the params are gathered.
     """
     optim = config.optim
 
-    def gradients(state: TrainState, batch: Tree, key: jax.Array, frozen: Frozen):
+    def gradients(state: TrainState, frozen: Frozen, batch: Tree, key: jax.Array):
         def loss_of(trained: Tree):
             params = merge(trained, frozen.untrained)
             return loss_fn(params, state.router_state, batch, key, frozen.given)
 
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        metrics = {"loss": loss, **aux.metrics}
-        return _constrain(grads, update_shardings), metrics, aux.router_stats
+        return _constrain(grads, update_shardings), {"loss": loss, **aux.metrics}, aux.router_stats
 
-    def apply(state: TrainState, grads: Tree, router_stats: Tree, factor: jax.Array) -> TrainState:
+    def update(state: TrainState, grads: Tree, router_stats: Tree, factor: jax.Array) -> TrainState:
         rate = schedule(state.step)
         grads = jax.tree.map(lambda g: factor * g, grads)
         params = _constrain(state.params, update_shardings)
@@ -82,63 +82,61 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, updates)
         router_state = update_router_state(state.router_state, router_stats)
         emas = update_emas(state.emas, params, router_state, state.step, config.ema)
-        return state.replace(
-            params=params, router_state=router_state, emas=emas, opt_state=opt_state
-        )
+        return TrainState(state.step, params, router_state, emas, opt_state)
 
     def train_step(
         state: TrainState, batch: Tree, key: jax.Array, frozen: Frozen = NOTHING
     ) -> tuple[TrainState, Metrics]:
-        key, of_micro_batch = jax.random.fold_in(key, state.step), partial(gradients, frozen=frozen)
+        key, of_micro_batch = jax.random.fold_in(key, state.step), partial(gradients, state, frozen)
         if optim.accumulate == 1:
-            grads, metrics, stats = of_micro_batch(state, batch, jax.random.fold_in(key, 0))
+            grads, metrics, stats = of_micro_batch(batch, jax.random.fold_in(key, 0))
         else:
-            grads, metrics, stats = _accumulate(of_micro_batch, state, batch, key, optim.accumulate)
+            total = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+            grads, metrics, stats = _accumulate(of_micro_batch, total, batch, key, optim.accumulate)
         mean = 1 / optim.accumulate if optim.accumulate_reduce == "mean" else 1.0
-        grad_norm = mean * optax.tree.norm(grads)
+        grad_norm = mean * optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         factor = mean * clip_factor(grad_norm, optim.clip_norm)
         learning_rate = jnp.float32(schedule(state.step))
-        # Not a select: its two readers of every old array would each cost XLA:CPU a copy.
-        state = jax.lax.cond(finite, apply, lambda state, *_: state, state, grads, stats, factor)
-        state = state.replace(step=state.step + 1)
-        extra = {"grad_norm": grad_norm, "learning_rate": learning_rate, "finite": finite}
-        return state, metrics | extra
+        # Not a select, which would read every old array twice and cost XLA:CPU a copy of each.
+        state = jax.lax.cond(finite, update, lambda state, *_: state, state, grads, stats, factor)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "finite": finite}
+        return state.replace(step=state.step + 1), metrics
 
     out_shardings = None if shardings is None else (shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def _accumulate(
-    gradients: Callable, state: TrainState, batch: Tree, key: jax.Array, expected: int
+    gradients: Callable, total: Tree, batch: Tree, key: jax.Array, expected: int
 ) -> tuple[Tree, Metrics, Tree]:
-    """Sum of the micro-batches' gradients; mean of their metrics and router statistics."""
+    """Sum of the micro-batches' gradients and `total`; mean of their metrics and statistics."""
     num = jax.tree.leaves(batch)[0].shape[0]
     if num != expected:
         raise ValueError(f"the batch holds {num} micro-batches, optim.accumulate is {expected}")
 
     def body(total: Tree, inputs: tuple[jax.Array, Tree]):
         index, micro_batch = inputs
-        grads, metrics, stats = gradients(state, micro_batch, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, grads), (metrics, stats)
+        grads, *report = gradients(micro_batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, grads), report
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, reports = jax.lax.scan(body, zeros, (jnp.arange(num), batch))
-    metrics, stats = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
-    return grads, metrics, stats
+    grads, reports = jax.lax.scan(body, total, (jnp.arange(num), batch))
+    return grads, *jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
 
 
 def large_constants(traced: Any, least: int) -> list[tuple[int, tuple[int, ...]]]:
-    """(bytes, shape) of the constants of at least so many bytes in a traced program.
+    """(bytes, shape) of every constant that has at least `least` bytes in a traced program.
 
     traced: `jax.jit(function).trace(...)`.
     """
-    found, closed = {}, [traced.jaxpr]
-    while closed:
-        program = closed.pop()
-        found |= {id(c): (c.nbytes, c.shape) for c in program.consts if c.nbytes >= least}
-        values = [value for eqn in program.jaxpr.eqns for value in eqn.params.values()]
-        closed += [value for value in values if hasattr(value, "consts")]
+    found, programs = {}, [traced.jaxpr]
+    while programs:
+        program = programs.pop()
+        constants = getattr(program, "consts", ())
+        found |= {id(c): (c.nbytes, c.shape) for c in constants if c.nbytes >= least}
+        # Programs inside, like the branches of a cond or what is computed again.
+        values = jax.tree.leaves([eqn.params for eqn in program.eqns])
+        programs += [value for value in values if hasattr(value, "eqns")]
     return list(found.values())
 
 

@@ -25,25 +25,29 @@ _FREE = ("dtype", "param_dtype", "remat", "unroll", "attention", "jit.dropout", 
 
 
 def check(config: ConfigDict, model: Model) -> None:
-    """Raises a UserError listing what makes config.init_from another model; reads no weights."""
+    """Checks that config.init_from is of the same model; reads no weights.
+
+    Raises:
+      UserError: it is of another model; the message lists the differences.
+    """
     there = _config(config)
-    with _open(config, there) as stored:
-        wanted = flatten_dict(abstract_variables(model), sep="/")
-        found = stored.shapes
-    # What a router keeps beside the weights is not needed by one that keeps nothing.
+    variables = flatten_dict(abstract_variables(model), sep="/")
+    wanted = {name: array.shape for name, array in variables.items()}
+    with StoredWeights(config.init_from, ema=first_average(there)) as stored:
+        found = {name: array.shape for name, array in stored.shapes.items()}
+    # A checkpoint may hold the state of a router which this model's router does not keep.
     names = wanted.keys() | {name for name in found if name.startswith("params/")}
-    differences = [
-        f"{name}: {_shape(found, name)} there, {_shape(wanted, name)} here"
+    arrays = [
+        f"{name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
         for name in sorted(names)
-        if _shape(found, name) != _shape(wanted, name)
+        if found.get(name) != wanted.get(name)
     ]
-    ours, theirs = _leaves(config.model), _leaves(there.model)
-    keys = sorted(key for key in ours if ours[key] != theirs.get(key))
-    if not differences:
-        keys = [key for key in keys if not key.startswith(_FREE)]
+    ours, theirs = (flatten_dict(c.model.to_dict(), sep=".") for c in (config, there))
     differences = [
-        f"model.{key}: {theirs.get(key)} there, {ours[key]} here" for key in keys
-    ] + differences
+        f"model.{key}: {theirs.get(key)} there, {ours[key]} here"
+        for key in sorted(ours)
+        if ours[key] != theirs.get(key) and (arrays or not key.startswith(_FREE))
+    ] + arrays
     if differences:
         more = len(differences) - _LISTED
         raise UserError(
@@ -53,17 +57,18 @@ def check(config: ConfigDict, model: Model) -> None:
 
 
 def read(config: ConfigDict, shardings: Any) -> dict[str, Any]:
-    """{"params": ..., "router_state": ...} of config.init_from, after `check`.
+    """Reads {"params": ..., "router_state": ...} of config.init_from, after `check`.
 
-    shardings: of these trees.
+    shardings: trees of the same structure.
     """
-    with _open(config, _config(config)) as stored:
+    with StoredWeights(config.init_from, ema=first_average(_config(config))) as stored:
         tree = stored.read_tree(flatten_dict(shardings, sep="/"))
     dtype = config.model.param_dtype
     return tree | {"params": jax.tree.map(lambda x: x.astype(dtype), tree["params"])}
 
 
 def _config(config: ConfigDict) -> ConfigDict:
+    """Of the run, or of the conversion, that config.init_from names."""
     path = epath.Path(config.init_from) / "config.json"
     if not path.exists():
         raise UserError(
@@ -71,15 +76,3 @@ def _config(config: ConfigDict) -> ConfigDict:
             "workdir, or a folder that convert wrote"
         )
     return configs.load_json(path)
-
-
-def _open(config: ConfigDict, there: ConfigDict) -> StoredWeights:
-    return StoredWeights(config.init_from, ema=first_average(there))
-
-
-def _leaves(section: ConfigDict) -> dict[str, Any]:
-    return flatten_dict(section.to_dict(), sep=".")
-
-
-def _shape(arrays: Any, name: str) -> Any:
-    return arrays[name].shape if name in arrays else "absent"

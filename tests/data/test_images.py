@@ -111,15 +111,8 @@ def test_a_folder_cropped_to_what_is_not_square(folder):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_batches_name_a_broken_image(folder, workers):
     (folder / "dog" / "a.jpg").write_bytes(b"")
-    data = SimpleNamespace(augment="none", num_workers=workers, prefetch=1)
-    iterator = pipeline.make_iterator(
-        open_folder(folder),
-        data,
-        seed=0,
-        batch_size_per_process=5,
-        process_index=0,
-        process_count=1,
-    )
+    data = SimpleNamespace(batch_size=5, augment="none", num_workers=workers, prefetch=1)
+    iterator = pipeline.make_iterator(open_folder(folder), data, seed=0)
     try:
         with pytest.raises(UserError, match="dog/a.jpg cannot be read"):
             next(iterator)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from array_record.python import array_record_module
 
 from moe_diffusion.conditions import Field, cond_of
-from moe_diffusion.data import encode, pipeline, sources
-from moe_diffusion.data.latents import Latents, Record
+from moe_diffusion.data import pipeline, sources
+from moe_diffusion.data.latents import Latents, describe_fields, record_of
 from moe_diffusion.errors import UserError
-from tests import cli
-
-from . import latents_folder as lib
-
-COUNT = 21  # shards of 8, 8 and 5; batches of 4, 4 and 4, 1
+from tests.preparing import latents_folder as lib
+from tests.preparing.latents_folder import COUNT
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +28,17 @@ def batches():
     made = []
 
     def make(source, batch=6, *, augment="none", workers=0, index=0, count=1):
-        data = SimpleNamespace(augment=augment, num_workers=workers, prefetch=1)
-        options = {"seed": 3, "batch_size_per_process": batch}
+        data = SimpleNamespace(
+            batch_size=batch * count, augment=augment, num_workers=workers, prefetch=1
+        )
         made.append(
-            pipeline.make_iterator(
-                source, data, **options, process_index=index, process_count=count
-            )
+            pipeline.make_iterator(source, data, seed=3, process_index=index, process_count=count)
         )
         return made[-1]
 
     yield make
     for iterator in made:
         iterator.close()
-
-
-def means(indices):
-    """The scaled latents of some images."""
-    image = np.stack([lib.Images(COUNT).read(i)["image"] for i in indices])
-    return (lib.moments(image)[..., : lib.CHANNELS] - 0.25) * 0.5
 
 
 def test_records_are_the_means_in_order(prepared):
@@ -60,25 +48,9 @@ def test_records_are_the_means_in_order(prepared):
     indices = np.array([20, 0, 8, 7, 20])
     batch = source.take(indices)
     np.testing.assert_array_equal(batch["label"], indices % 3)
-    np.testing.assert_allclose(batch["image"], means(indices), atol=1e-3)
+    np.testing.assert_allclose(batch["image"], lib.means(indices), atol=1e-3)
     np.testing.assert_array_equal(source[8]["image"], batch["image"][2])
     assert batch["image"].dtype == np.float32 and batch["label"].dtype == np.int32
-
-
-def test_the_manifest_says_what_is_there(prepared):
-    folder, source = prepared
-    shards = [shard["count"] for shard in source.manifest["shards"]]
-    assert shards == [8, 8, 5] and source.manifest["count"] == COUNT
-    assert sorted(p.name for p in folder.iterdir()) == [
-        *(f"latents-{i:05}-of-00003.array_record" for i in range(3)),
-        "manifest.json",
-    ]
-    # Mirroring changes nothing here; the variance is that of the means plus the Gaussian's.
-    everything = means(range(COUNT)).astype(np.float64)
-    statistics = source.manifest["statistics"]
-    np.testing.assert_allclose(statistics["mean"], everything.mean((0, 1, 2)), atol=1e-4)
-    variance = everything.var((0, 1, 2)) + 0.01 * 0.5**2
-    np.testing.assert_allclose(statistics["std"], np.sqrt(variance), rtol=1e-3)
 
 
 def test_draws_are_of_the_moments(prepared):
@@ -87,7 +59,7 @@ def test_draws_are_of_the_moments(prepared):
     indices = np.tile(np.arange(COUNT), 5)
     stored = source.take_stored(indices)["image"]
     drawn = source.draw(stored, range(len(indices)), seed=1, flip=False)
-    noise = (drawn - means(indices)) / (0.1 * 0.5)
+    noise = (drawn - lib.means(indices)) / (0.1 * 0.5)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     one, two = noise[:COUNT].ravel(), noise[COUNT : 2 * COUNT].ravel()
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.15
@@ -103,7 +75,7 @@ def test_batches_are_drawn_anew_and_scaled(prepared, batches):
     assert labels == [[7, 7, 7]] * 30 and epochs[0]["image"].dtype == np.float32
     pixels = np.stack([epoch["image"] for epoch in epochs])
     assert len(np.unique(pixels)) > 0.99 * pixels.size
-    np.testing.assert_allclose(pixels.mean((0, 1)), means(range(COUNT)).mean(0), atol=0.02)
+    np.testing.assert_allclose(pixels.mean((0, 1)), lib.means(range(COUNT)).mean(0), atol=0.02)
 
 
 def test_flip_takes_the_mirrored_image_half_of_the_time(tmp_path, batches):
@@ -120,7 +92,7 @@ def test_flip_takes_the_mirrored_image_half_of_the_time(tmp_path, batches):
 def test_stored_samples_are_of_the_gaussian_and_stay(tmp_path, batches):
     source = lib.write(tmp_path / "out", lib.Images(COUNT), moments=False)
     batch = source.take(np.arange(COUNT))
-    noise = (batch["image"] - means(range(COUNT))) / (0.1 * 0.5)
+    noise = (batch["image"] - lib.means(range(COUNT))) / (0.1 * 0.5)
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.15
     one, two = (next(batches(source, COUNT)) for _ in range(2))
     np.testing.assert_array_equal(one["image"], two["image"])
@@ -152,57 +124,6 @@ def test_flip_needs_mirrored_latents(tmp_path, batches):
     source = lib.write(tmp_path / "out", lib.Images(COUNT))
     with pytest.raises(UserError, match="needs latents of mirrored images: prepare with --flip"):
         batches(source, augment="flip")
-
-
-def test_broken_images_are_left_out_and_listed(tmp_path):
-    source = lib.write(tmp_path / "out", lib.Images(COUNT, broken=(*range(8, 16), 3)))
-    assert len(source) == COUNT - 9
-    assert source.manifest["skipped"] == ["image 3", *(f"image {i}" for i in range(8, 16))]
-    assert [shard["count"] for shard in source.manifest["shards"]] == [7, 0, 5]
-    rest = [i for i in range(COUNT) if i != 3 and not 8 <= i < 16]
-    np.testing.assert_allclose(source.take(np.arange(12))["image"], means(rest), atol=1e-3)
-    everything = tmp_path / "broken"
-    with pytest.raises(UserError, match="every image is broken"):
-        lib.write(everything, lib.Images(COUNT, broken=tuple(range(COUNT))))
-
-
-def test_any_number_of_processes_and_interruptions_make_the_same_folder(prepared, tmp_path):
-    folder, _ = prepared
-    images = lib.Images(COUNT)
-    job = lib.job(tmp_path / "out", images, flip=True)
-    assert encode.begin(job)
-    encode.write_shards(job, 1, 2)  # the second of two processes: one shard
-    with pytest.raises(UserError, match="half prepared: run the same `prepare` command again"):
-        Latents(str(tmp_path / "out"))
-    (tmp_path / "out" / ".latents-00002-of-00003.array_record.part").write_bytes(b"half")
-    images.reads = 0
-    assert encode.begin(job)
-    encode.write_shards(job, 0, 1)
-    assert images.reads == COUNT - 8  # what was finished is not read again
-    encode.finish(job)
-    assert cli.contents(tmp_path / "out") == cli.contents(folder)
-    assert not encode.begin(job)  # finished
-
-
-def test_other_settings_or_files_are_refused(prepared, tmp_path):
-    folder, _ = prepared
-    with pytest.raises(UserError, match="written with seed = 0, now it is 1: choose another fold"):
-        encode.begin(lib.job(folder, lib.Images(COUNT), flip=True, seed=1))
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="holds other files: choose an empty folder"):
-        encode.begin(lib.job(tmp_path, lib.Images(COUNT)))
-
-
-def test_not_finite_latents_stop_the_run(tmp_path):
-    job = lib.job(tmp_path, lib.Images(COUNT))
-    broken = encode.Job(**{**vars(job), "moments": lambda x: np.log(lib.moments(x) - 1)})
-    assert encode.begin(broken)
-    with (
-        np.errstate(all="ignore"),
-        pytest.raises(UserError, match="latents of records 0 to 3 are not finite"),
-    ):
-        encode.write_shards(broken, 0, 1)
-    assert not list(tmp_path.glob("latents-*"))
 
 
 @pytest.fixture
@@ -268,17 +189,16 @@ def test_a_model_of_another_size_is_refused(prepared):
 
 def test_records_pack_by_hand():
     """Fields in order, then the latent; no gaps."""
-    fields = {"mask": Field((3,), "bool"), "text": Field((2,), "bfloat16")}
-    record = Record((1, 2, 1), moments=False, flip=False, fields=fields)
-    latent = np.array([1, -2], np.float16).reshape(record.array_shape)
-    cond = {"text": np.array([1, 2]).astype("bfloat16"), "mask": np.array([1, 0, 1], bool)}
-    data = record.pack(latent, cond)
+    fields = describe_fields({"mask": Field((3,), "bool"), "text": Field((2,), "bfloat16")})
+    record = record_of({"shape": [1, 2, 1], "moments": False, "flip": False, "fields": fields})
+    latent = np.array([1, -2], np.float16).reshape(1, 1, 2, 1)
+    mask, text = np.array([1, 0, 1], bool), np.array([1, 2]).astype("bfloat16")
+    data = np.array((mask, text, latent), record).tobytes()
     assert data.hex(" ") == "01 00 01 80 3f 00 40 00 3c 00 c0"  # bf16 1 = 3f80, fp16 -2 = c000
-    latents, found = record.unpack([data, data])
-    np.testing.assert_array_equal(latents, np.stack([latent, latent]))
-    assert list(found) == ["mask", "text"] and found["text"].dtype == "bfloat16"
-    np.testing.assert_array_equal(found["text"][1], cond["text"])
-    np.testing.assert_array_equal(found["mask"][1], cond["mask"])
+    found = np.frombuffer(data + data, record)
+    assert record.names == ("mask", "text", "image") and found["text"].dtype == "bfloat16"
+    for name, value in (("mask", mask), ("text", text), ("image", latent)):
+        np.testing.assert_array_equal(found[name], np.stack([value, value]))
 
 
 @pytest.mark.parametrize("settings", [{"flip": True}, {"moments": False}])
@@ -311,50 +231,9 @@ def test_a_text_like_condition_goes_through_latents_that_are_not_square(
     np.testing.assert_array_equal(batch["text"][1], images.cond(3)["text"])
 
 
-def test_fields_that_do_not_fit_are_not_encoded(tmp_path):
-    for name, wrong, message in (
-        ("mask", np.float32(0), "record 0 of the data has the field 'mask', which the model do"),
-        ("text", np.zeros((5, 3)), r"'text' as float64\[5, 3\], the model takes bfloat16\[5, 3\]"),
-        ("tokens", np.array([9, 9], np.int16), "record 0 of the data has tokens 9, outside 0..6"),
-    ):
-        images = lib.Prompts(COUNT)
-        good = images.cond
-        images.cond = lambda i, n=name, w=wrong, good=good: good(i) | {n: w}
-        with pytest.raises(UserError, match=message):
-            lib.write(tmp_path / name, images)
-
-
-@pytest.fixture
-def format_1(tmp_path):
-    """A folder as it was written before records had fields, byte by byte; 5 samples of 2x3x1."""
-    folder = tmp_path / "old"
-    folder.mkdir()
-    shard = folder / "latents-00000-of-00001.array_record"
-    writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
-    for i in range(5):
-        writer.write(struct.pack("<i6e", i % 3, *(i + j / 8 for j in range(6))))
-    writer.close()
-    manifest = {
-        "format": 1,
-        "count": 5,
-        "source": "folder:/pictures",
-        "num_classes": 3,
-        "image_size": 16,
-        "shape": [2, 3, 1],
-        "moments": False,
-        "flip": False,
-        "seed": 0,
-        "scale": 0.5,
-        "shift": 1.0,
-        "shard_size": 8,
-        "shards": [{"file": shard.name, "count": 5, "bytes": shard.stat().st_size}],
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def test_format_1_is_read(format_1, batches):
-    source = Latents(str(format_1))
+def test_format_1_is_read(tmp_path, batches):
+    lib.write_format_1(tmp_path / "old")
+    source = Latents(str(tmp_path / "old"))
     assert source.cond_spec == {"label": Field((), "int32", 3)}
     batch = source.take(np.array([4, 0]))
     assert batch["label"].tolist() == [1, 0] and batch["label"].dtype == np.int32
@@ -362,18 +241,3 @@ def test_format_1_is_read(format_1, batches):
     np.testing.assert_array_equal(batch["image"].reshape(2, 6), expected.astype(np.float32))
     batch = next(batches(source, 5))
     np.testing.assert_array_equal(batch["label"], (batch["image"][:, 0, 0, 0] * 2 + 1) % 3)
-
-
-def test_a_run_of_format_1_is_continued(format_1):
-    """An unfinished one, too: the bytes of a record with one label are the same."""
-    manifest = json.loads((format_1 / "manifest.json").read_text())
-    settings = {k: manifest[k] for k in ("shape", "moments", "flip", "seed", "scale", "shift")}
-    job = lib.job(format_1, lib.Images(5), **settings, shard_size=8)
-    assert "autoencoder" in job.settings
-    del job.settings["autoencoder"]
-    assert not encode.begin(job)
-    (format_1 / "manifest.json").rename(format_1 / "prepare.json")
-    assert encode.begin(job)
-    job.settings["fields"][0]["num_values"] = 4
-    with pytest.raises(UserError, match="was written with fields = .* choose another folder"):
-        encode.begin(job)

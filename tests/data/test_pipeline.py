@@ -36,17 +36,11 @@ def make():
     made = []
 
     def make(source, batch=4, *, seed=0, index=0, count=1, augment="none", workers=0, prefetch=2):
-        data = SimpleNamespace(augment=augment, num_workers=workers, prefetch=prefetch)
-        made.append(
-            pipeline.make_iterator(
-                source,
-                data,
-                seed=seed,
-                batch_size_per_process=batch,
-                process_index=index,
-                process_count=count,
-            )
+        data = SimpleNamespace(
+            batch_size=batch * count, augment=augment, num_workers=workers, prefetch=prefetch
         )
+        part = {"process_index": index, "process_count": count}
+        made.append(pipeline.make_iterator(source, data, seed=seed, **part))
         return made[-1]
 
     yield make
@@ -175,6 +169,12 @@ def test_augmentations_that_do_not_fit_are_refused(make):
         make(Numbered(4), augment="mirror")
     with pytest.raises(UserError, match="quantised"):
         make(Numbered(4), augment="dequantize")
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused():
+    data = SimpleNamespace(batch_size=10, augment="none", num_workers=0, prefetch=0)
+    with pytest.raises(UserError, match="data.batch_size = 10 cannot be split over 4 processes"):
+        pipeline.make_iterator(Numbered(20), data, seed=0, process_index=1, process_count=4)
 
 
 class Prompted(Numbered):

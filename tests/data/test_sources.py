@@ -167,14 +167,16 @@ def test_missing_latents_say_what_to_prepare_and_how(tmp_path):
     message = str(caught.value)
     for part in (
         f"{folder} is not there",
-        "32x32x4 latents of 256x256 images",
-        "python -m moe_diffusion.prepare --source folder:/data --size 256 --vae sd-vae-ft-ema/",
+        "32x32x4 latents with the condition label. An example, where the autoencoder has 8 pixels",
+        "python -m moe_diffusion.prepare --source folder:/data --size 256x256 --vae sd-vae-ft-ema/",
         f"--out {folder}",
         "--config.data.source=synthetic",
     ):
         assert part in message
-    with pytest.raises(UserError, match="32x48x4 latents of 256x384 images.* --size 256x384 --vae"):
-        sources.open_source(_data(f"latents:{folder}"), (32, 48, 4), _labels(1000))
+    spec = {"text": Field((4, 8), "bfloat16"), "guidance": Field((), "float32")}
+    message = "32x48x4 latents with the condition text, guidance.* --size 256x384 --vae"
+    with pytest.raises(UserError, match=message):
+        sources.open_source(_data(f"latents:{folder}"), (32, 48, 4), spec)
     folder.mkdir()
     with pytest.raises(UserError, match="holds no prepared latents"):
         sources.open_source(_data(f"latents:{folder}"), *_model(32, 4, 1000))

@@ -10,7 +10,6 @@ from flax import linen as nn
 
 from moe_diffusion import config as config_lib
 from moe_diffusion.diffusion import ddpm, objectives, samplers
-from moe_diffusion.diffusion.loss_parts import Draws
 from moe_diffusion.errors import UserError
 from tests.labelled import Labelled
 
@@ -261,17 +260,12 @@ class Echo(Labelled):
 
 
 def test_loss_by_its_parts():
-    draws = Draws(jnp.asarray(STEPS), jnp.asarray(NOISE), jnp.array([0.05, 0.3, 0.09, 0.5]))
-    batch = {"image": X_START, "label": jnp.array([0, 1, 2, 3])}
-    loss, aux = ddpm.ddpm_loss(
-        Echo(),
-        {"bias": jnp.float32(0)},
-        {},
-        batch,
-        draws,
-        cond_dropout=0.1,
-        loss_weights={"balance": 0.5},
+    draws = objectives.Draws(
+        jnp.asarray(STEPS), jnp.asarray(NOISE), jnp.array([0.05, 0.3, 0.09, 0.5])
     )
+    batch = {"image": X_START, "label": jnp.array([0, 1, 2, 3])}
+    arguments = ({}, batch, draws, settings().diffusion, {"balance": 0.5})
+    loss, aux = objectives.diffusion_loss(Echo(), {"bias": jnp.float32(0)}, *arguments)
     label = np.array([4, 1, 4, 3])[:, None, None, None]
     v = np.broadcast_to(STEPS[:, None, None, None] / 500, X_START.shape)
     output = np.concatenate([np.broadcast_to(label, X_START.shape), v], -1).astype(np.float32)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_diffusion import config
 from moe_diffusion.diffusion import guidance
 
 NULL = 10
@@ -20,8 +21,14 @@ def by_label(x, t, cond):
     return x + cond["label"][:, None, None, None]
 
 
-def run(t=0.5, **options):
-    guided = guidance.guide(by_label, null, options.pop("scale", 3.0), **options)
+def guide(predict, **changes):
+    sampling = config.default().sampling
+    sampling.update({"cfg": 3.0} | changes)
+    return guidance.guide(predict, null, sampling)
+
+
+def run(t=0.5, **changes):
+    guided = guide(by_label, **changes)
     return np.asarray(guided(X, jnp.float32(t), COND))[:, 0, 0]
 
 
@@ -32,11 +39,19 @@ def test_formula(joint):
 
 
 def test_some_channels():
-    np.testing.assert_allclose(run(channels=3), [[-17] * 3 + [1], [-14] * 3 + [2]])
+    np.testing.assert_allclose(run(cfg_channels=3), [[-17] * 3 + [1], [-14] * 3 + [2]])
+
+
+def test_more_channels_than_the_input_has_are_not_guided():
+    def with_variance(x, t, cond):
+        return jnp.concatenate([by_label(x, t, cond)] * 2, axis=-1)
+
+    guided = guide(with_variance)(X, jnp.float32(0.5), COND)
+    np.testing.assert_allclose(guided[0, 0, 0], [-17] * 4 + [1] * 4)
 
 
 def test_scale_1_costs_nothing():
-    assert guidance.guide(by_label, null, 1.0, interval=(0.2, 0.3), joint=True) is by_label
+    assert guide(by_label, cfg=1.0, cfg_interval=(0.2, 0.3), joint=True) is by_label
 
 
 @pytest.mark.parametrize(
@@ -54,7 +69,7 @@ def test_scale_1_costs_nothing():
     ],
 )
 def test_interval(interval, t, guided):
-    np.testing.assert_allclose(run(t, interval=interval)[0, 0], -17 if guided else 1)
+    np.testing.assert_allclose(run(t, cfg_interval=interval)[0, 0], -17 if guided else 1)
 
 
 def test_no_unconditional_pass_outside_the_interval():
@@ -64,7 +79,7 @@ def test_no_unconditional_pass_outside_the_interval():
         jax.debug.callback(lambda value: seen.append(int(value[0])), cond["label"])
         return by_label(x, t, cond)
 
-    guided = jax.jit(guidance.guide(velocity, null, 3.0, interval=(0.2, 0.8)))
+    guided = jax.jit(guide(velocity, cfg_interval=(0.2, 0.8)))
     guided(X, jnp.float32(0.1), COND).block_until_ready()
     jax.effects_barrier()
     assert seen == [1]

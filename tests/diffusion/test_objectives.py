@@ -41,10 +41,16 @@ class Echo(Labelled):
         return jnp.concatenate([v, jnp.full_like(v, jnp.nan)], axis=-1)
 
 
-def evaluate(**changes):
-    options = {"cond_dropout": 0.1, "loss_weights": {"balance": 0.5}} | changes
-    params = {"bias": jnp.float32(0)}
-    return objectives.flow_loss(Echo(), params, {}, BATCH, DRAWS, **options)
+def section(**changes):
+    diffusion = config_lib.default().diffusion
+    diffusion.update(changes)
+    return diffusion
+
+
+def evaluate(loss_weights=None):
+    params, weights = {"bias": jnp.float32(0)}, {"balance": 0.5}
+    weights = weights if loss_weights is None else loss_weights
+    return objectives.diffusion_loss(Echo(), params, {}, BATCH, DRAWS, section(), weights)
 
 
 def test_by_hand():
@@ -68,25 +74,27 @@ def test_loss_names_must_match():
 
 
 def test_draws():
-    draws = objectives.draw(jax.random.key(0), IMAGE)
+    draws = objectives.draw(jax.random.key(0), IMAGE.shape, section())
     assert (draws.t.shape, draws.noise.shape) == ((B,), IMAGE.shape)
-    again, other = (objectives.draw(jax.random.key(seed), IMAGE) for seed in (0, 1))
+    keys = [jax.random.key(seed) for seed in (0, 1)]
+    again, other = (objectives.draw(key, IMAGE.shape, section()) for key in keys)
     jax.tree.map(np.testing.assert_array_equal, draws[:3], again[:3])
     assert draws.dropout == again.dropout and draws.dropout != other.dropout
     assert (draws.t != other.t).all() and (draws.t != draws.drop_uniform).all()
+    steps = objectives.draw(keys[0], (4096, 1), section(path="ddpm")).t
+    assert (steps.min(), steps.max(), steps.dtype) == (0, 999, jnp.int32)
 
 
 def test_loss_of_a_config():
     config = config_lib.default()
     config.loss_weights = {"balance": 0.5}
     config.diffusion.update(time_sampling="logit_normal", cond_dropout=1.0)
-    loss_fn = jax.jit(objectives.make_flow_loss(Echo(), config))
+    loss_fn = jax.jit(objectives.make_loss(Echo(), config))
     params, key = {"bias": jnp.float32(0)}, jax.random.key(3)
     loss, aux = loss_fn(params, {}, BATCH, key)
-    draws = objectives.draw(key, IMAGE, time_sampling="logit_normal")
-    expected, _ = objectives.flow_loss(
-        Echo(), params, {}, BATCH, draws, cond_dropout=1.0, loss_weights={"balance": 0.5}
-    )
+    draws = objectives.draw(key, IMAGE.shape, config.diffusion)
+    arguments = ({}, BATCH, draws, config.diffusion, {"balance": 0.5})
+    expected, _ = objectives.diffusion_loss(Echo(), params, *arguments)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert set(aux.metrics) == {"loss", "mse", "balance", "load_max"}
 
@@ -103,13 +111,11 @@ class Oracle(Labelled):
 
 def test_a_network_that_predicts_the_data():
     """The same floor of 1 - t on both sides: the error is divided by max(1 - t, t_eps)."""
-    flow = objectives.Flow("data", t_eps=0.3, noise_scale=2.0)
+    flow = section(prediction="data", t_eps=0.3, noise_scale=2.0)
 
     def loss(offset):
-        params, options = {"offset": jnp.float32(offset)}, {"cond_dropout": 0, "loss_weights": {}}
-        return objectives.flow_loss(Oracle(), params, {}, BATCH, DRAWS, diffusion=flow, **options)[
-            0
-        ]
+        params = {"offset": jnp.float32(offset)}
+        return objectives.diffusion_loss(Oracle(), params, {}, BATCH, DRAWS, flow, {})[0]
 
     assert loss(0.0) == 0
     by_hand = np.mean([(0.5 / max(1 - t, 0.3)) ** 2 for t in DRAWS.t])

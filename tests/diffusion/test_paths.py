@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_diffusion import config
 from moe_diffusion.diffusion import paths
 from moe_diffusion.errors import UserError
 
@@ -23,14 +24,20 @@ def test_velocity_is_the_derivative_of_the_path():
     np.testing.assert_allclose(derivative, paths.velocity(data, noise), rtol=1e-5)
 
 
+def times(num, **changes):
+    diffusion = config.default().diffusion
+    diffusion.update(changes)
+    return np.asarray(paths.sample_time(jax.random.key(0), (num,), diffusion))
+
+
 def test_uniform_times():
-    t = np.asarray(paths.sample_time(jax.random.key(0), (4096,), "uniform"))
+    t = times(4096)
     assert 0 <= t.min() and t.max() < 1
     np.testing.assert_allclose(np.quantile(t, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
 
 
 def test_logit_normal_times():
-    t = np.asarray(paths.sample_time(jax.random.key(0), (4096,), "logit_normal", -0.8, 0.8))
+    t = times(4096, time_sampling="logit_normal", time_mean=-0.8, time_std=0.8)
     logit = np.log(t / (1 - t))
     np.testing.assert_allclose([logit.mean(), logit.std()], [-0.8, 0.8], atol=0.05)
 
@@ -42,7 +49,7 @@ def test_a_shift_moves_times_towards_noise():
     np.testing.assert_allclose(paths.shift_time(t, 3.0), [0, 0.25, 4 / 7, 1], rtol=1e-6)
     np.testing.assert_allclose(1 - paths.shift_time(t, 3.0), 3 * sigma / (1 + 2 * sigma))
     draws = [
-        paths.sample_time(jax.random.key(0), (8,), sampling, shift=shift)
+        times(8, time_sampling=sampling, time_shift=shift)
         for sampling in ("uniform", "logit_normal")
         for shift in (1.0, 3.0)
     ]
@@ -53,4 +60,4 @@ def test_a_shift_moves_times_towards_noise():
 
 def test_unknown_time_sampling():
     with pytest.raises(UserError, match="time_sampling is 'cosine'"):
-        paths.sample_time(jax.random.key(0), (1,), "cosine")
+        times(1, time_sampling="cosine")

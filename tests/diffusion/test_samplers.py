@@ -9,29 +9,40 @@ import pytest
 from flax import linen as nn
 
 from moe_diffusion import config
-from moe_diffusion.diffusion import samplers, sde
+from moe_diffusion.diffusion import samplers, sde, solvers
 from moe_diffusion.errors import UserError
 from tests.labelled import Labelled
+
+
+def section(**changes):
+    sampling = config.default().sampling
+    sampling.update(changes)
+    return sampling
+
+
+def solve(velocity, z, steps, sampler="heun", return_trajectory=False, **changes):
+    sampling = section(steps=steps, sampler=sampler, **changes)
+    return solvers.solve(velocity, z, sampling, return_trajectory)
 
 
 def test_both_are_exact_for_a_constant_velocity():
     z = jnp.arange(4.0).reshape(1, 2, 2, 1)
     for method in ("euler", "heun"):
-        np.testing.assert_allclose(samplers.sample(lambda x, t: 3.0 + 0 * x, z, 5, method), z + 3)
+        np.testing.assert_allclose(solve(lambda x, t: 3.0 + 0 * x, z, 5, method), z + 3)
 
 
 def test_by_hand():
     z = jnp.ones((1,))
     # dx/dt = x in two steps: Euler 1.5^2, Heun (1 + 1/2 + 1/8)^2.
-    np.testing.assert_allclose(samplers.sample(lambda x, t: x, z, 2, "euler"), 2.25)
-    np.testing.assert_allclose(samplers.sample(lambda x, t: x, z, 2, "heun"), 1.625**2)
+    np.testing.assert_allclose(solve(lambda x, t: x, z, 2, "euler"), 2.25)
+    np.testing.assert_allclose(solve(lambda x, t: x, z, 2, "heun"), 1.625**2)
 
 
 @pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
 def test_order_of_convergence(method, order):
     # dx/dt = t x, x(1) = exp(1/2)
     errors = [
-        abs(float(samplers.sample(lambda x, t: t * x, jnp.ones(()), n, method)) - np.exp(0.5))
+        abs(float(solve(lambda x, t: t * x, jnp.ones(()), n, method)) - np.exp(0.5))
         for n in (8, 16)
     ]
     assert errors[0] / errors[1] > 0.8 * 2**order
@@ -48,21 +59,21 @@ def test_evaluation_times(method, times):
         jax.debug.callback(lambda value: seen.append(float(value)), t, ordered=True)
         return x
 
-    samplers.sample(velocity, jnp.ones((1,)), 4, method).block_until_ready()
+    solve(velocity, jnp.ones((1,)), 4, method).block_until_ready()
     jax.effects_barrier()
     assert seen == times
 
 
 def test_trajectory():
-    states = samplers.sample(lambda x, t: 1 + 0 * x, jnp.zeros((2,)), 4, return_trajectory=True)
+    states = solve(lambda x, t: 1 + 0 * x, jnp.zeros((2,)), 4, return_trajectory=True)
     np.testing.assert_allclose(states, np.repeat([[0.25], [0.5], [0.75], [1.0]], 2, axis=1))
 
 
 def test_errors():
     with pytest.raises(UserError, match="'rk45'; choose 'euler' or 'heun'"):
-        samplers.sample(lambda x, t: x, jnp.zeros((1,)), 4, "rk45")
+        solve(lambda x, t: x, jnp.zeros((1,)), 4, "rk45")
     with pytest.raises(UserError, match="at least 1"):
-        samplers.sample(lambda x, t: x, jnp.zeros((1,)), 0)
+        solve(lambda x, t: x, jnp.zeros((1,)), 0)
 
 
 class TwoHeaded(Labelled):
@@ -90,16 +101,17 @@ def test_model_sampler():
 def test_final_euler():
     z = jnp.ones((1,))
     # dx/dt = x in two steps: Heun 1 + 1/2 + 1/8, then Euler 1.5.
-    x = samplers.sample(lambda x, t: x, z, 2, "heun", final_euler=True)
+    x = solve(lambda x, t: x, z, 2, "heun", final_euler=True)
     np.testing.assert_allclose(x, 1.625 * 1.5)
-    np.testing.assert_allclose(samplers.sample(lambda x, t: x, z, 1, final_euler=True), 2.0)
-    states = samplers.sample(lambda x, t: x, z, 2, final_euler=True, return_trajectory=True)
+    np.testing.assert_allclose(solve(lambda x, t: x, z, 1, final_euler=True), 2.0)
+    states = solve(lambda x, t: x, z, 2, final_euler=True, return_trajectory=True)
     np.testing.assert_allclose(states[:, 0], [1.625, 1.625 * 1.5])
 
 
 @jax.jit
 def adaptive_examples():
     """dx/dt = t x, interpolated; one fast image in a crowd; a solver that gives up."""
+    adaptive = solvers.solve_adaptive
 
     def growth(x, t):
         return t * x
@@ -109,9 +121,9 @@ def adaptive_examples():
 
     z = jnp.array([[1.0, 2.0], [3.0, -1.0]])
     return (
-        samplers.sample_adaptive(growth, z, 1e-5, 1e-8, num_states=4),
-        samplers.sample_adaptive(fast_among_slow, jnp.zeros((4096, 2)), 1e-3, 1e-6)[0, 0],
-        samplers.sample_adaptive(growth, z, 1e-6, 1e-9, max_steps=2),
+        adaptive(growth, z, section(rtol=1e-5, atol=1e-8, steps=4), return_trajectory=True),
+        adaptive(fast_among_slow, jnp.zeros((4096, 2)), section(rtol=1e-3, atol=1e-6))[0, 0],
+        adaptive(growth, z, section(rtol=1e-6, atol=1e-9), max_steps=2),
     )
 
 
@@ -182,7 +194,8 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_the_noise_of_the_sde_is_used():
     z = jnp.ones((1, 1))
     noises = [lambda step: jnp.zeros((1, 1)), lambda step: jnp.ones((1, 1))]
-    xs = [float(sde.sample(lambda x, t: 0 * x, z, 2, n, norm=0.5)[0, 0]) for n in noises]
+    sampling = section(sampler="sde", steps=2, sde_norm=0.5)
+    xs = [float(sde.solve(lambda x, t: 0 * x, z, sampling, n)[0, 0]) for n in noises]
     # One step of 0.96 from t = 0: drift -w x = -0.5, noise sqrt(2 * 0.5 * 0.96); then the last
     # of 0.04 with w = 0.02 and score -x / 0.04.
     first = [1 - 0.5 * 0.96, 1 - 0.5 * 0.96 + np.sqrt(0.96)]

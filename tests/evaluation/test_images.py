@@ -43,7 +43,7 @@ def test_a_data_source_and_its_splits():
     assert found.shape == (8, 8, 1)
     np.testing.assert_array_equal(everything(found), Digits("test").images)
     assert len(images.open_images("digits")) == 1437
-    assert images.open_images("synthetic", size=12).shape == (12, 12, 3)
+    assert images.open_images("synthetic", size=(12, 16)).shape == (12, 16, 3)
 
 
 def test_samples_become_pixels():

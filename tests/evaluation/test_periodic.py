@@ -38,6 +38,14 @@ def test_a_run_judges_itself_at_intervals(tmp_path):
     assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
+def test_hooks_see_the_parameters_that_are_not_trained(tmp_path):
+    keys = {"train__num_steps": 1, "train__sample_every": 1, "train__samples": 4}
+    keys |= {"optim__trainable": "final/*", "train__eval_samples": 8, "sampling__steps": 1}
+    train.main([*cli.digits(**keys), "--workdir", str(tmp_path)])
+    assert (tmp_path / "samples" / "00000001.png").exists()
+    assert "eval/fd_digits" in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_other_data_is_judged_in_the_model_s_space(monkeypatch):
     """Records of the source are near it, noise is far."""
     config = configs.default()

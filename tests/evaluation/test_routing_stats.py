@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from ml_collections import ConfigDict
 from PIL import Image
 
 from moe_diffusion import config as configs
@@ -21,8 +24,10 @@ from moe_diffusion.evaluation.routing_stats import (
     save_stats,
 )
 from moe_diffusion.models import abstract_variables, build
+from moe_diffusion.models.dit import DiT
 
-LABELS, HALF = np.array([0, 1, 1], np.int32), np.full(3, 0.5, np.float32)
+LABELS = {"label": np.array([0, 1, 1], np.int32)}
+HALF = np.full(3, 0.5, np.float32)
 
 
 def make(router: str, *overrides: str):
@@ -135,6 +140,34 @@ def test_diffmoe_averages_agree(diffmoe):
         observer.stats()
 
 
+class Coloured(DiT):
+    """A DiT whose condition has another name than "label"."""
+
+    def __call__(self, x, t, cond, train, capture=()):
+        return super().__call__(x, t, {"label": cond["colour"]}, train)
+
+    @nn.nowrap
+    def cond_spec(self):
+        return {"colour": super().cond_spec()["label"]}
+
+    @nn.nowrap
+    def null(self, cond):
+        return {"colour": super().null({"label": cond["colour"]})["label"]}
+
+
+def test_a_model_without_labels_has_no_classes(tmp_path):
+    config, model, variables = make("token_choice")
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    coloured = Coloured(**fields | {"parent": None})
+    observer = RoutingObserver(coloured)
+    make_sampler(observer, config)(variables, noise(), {"colour": LABELS["label"]})
+    stats = observer.stats()
+    assert "per_class" not in stats and stats["per_layer"] == [2, 2]
+    _, picture = save_stats(stats, tmp_path / "stats.json")
+    with Image.open(picture) as image:
+        assert image.width > 400
+
+
 def test_a_dense_model_has_no_routing():
     with pytest.raises(UserError, match="dense"):
         RoutingObserver(build(configs.load("configs/digits.py:router=dense").model))
@@ -160,7 +193,7 @@ def test_json_and_picture(tmp_path):
 
 def test_a_constant_of_the_config_is_that_of_the_search(diffmoe):
     config, model, variables, observed = diffmoe
-    constant = configs.ConfigDict(config)
+    constant = ConfigDict(config)
     constant.model.router.threshold = "0.45"
     model = build(constant.model)
     by_config = jax.jit(lambda *args: observe(model, *args, False))(
@@ -176,7 +209,7 @@ def test_a_constant_of_the_config_is_that_of_the_search(diffmoe):
 
 def test_search(diffmoe):
     config, _, variables, _ = diffmoe
-    config = configs.ConfigDict(config)
+    config = ConfigDict(config)
     config.sampling.sampler, config.sampling.cfg = "euler", 1.0
     seen = []
     rows = capacity_search.search(

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_diffusion import config
-from moe_diffusion.diffusion import ddpm, samplers
-from moe_diffusion.diffusion.loss_parts import Draws
+from moe_diffusion.diffusion import ddpm, objectives, samplers
 
 from . import cases, network, probe
 
@@ -60,16 +59,12 @@ def _check_loss(case, family, model, variables, process) -> None:
     log_variance = ddpm.lookup(process.posterior_log_variance, t, x_t)
     _compare_image(case, "q_posterior/log_variance", jnp.broadcast_to(log_variance, x_t.shape))
 
+    batch = {"image": image, "label": case["loss/y"]}
+    draws = objectives.Draws(t, noise, case["loss/drop_uniform"])
+    diffusion = network.diffusion_of(case, "ddpm")
+
     def loss_fn(params):
-        loss, _ = ddpm.ddpm_loss(
-            model,
-            params,
-            variables["router_state"],
-            {"image": image, "label": case["loss/y"]},
-            Draws(t, noise, case["loss/drop_uniform"]),
-            cond_dropout=case.hparams["class_dropout_prob"],
-            loss_weights={},
-        )
+        loss, _ = network.loss_of(model, variables, batch, draws, diffusion, {})(params)
         # The same forward pass: the compiler computes it once.
         time = t.astype(np.float32)
         output = model.apply(variables | {"params": params}, x_t, time, {"label": y}, True)

@@ -31,18 +31,9 @@ def _check_training(case, family, model, variables, forward) -> None:
     output, sown = forward(variables, case.image("train/zt"), t, y, True)
     case.compare("out/train", probe.authors_output(model, output))
     weights = probe.loss_weights(case, family)
-
-    def loss_fn(params):
-        return objectives.flow_loss(
-            model,
-            params,
-            variables["router_state"],
-            {"image": image, "label": case["train/y"]},
-            objectives.Draws(t, noise, case["train/drop_uniform"]),
-            cond_dropout=case.hparams["class_dropout_prob"],
-            loss_weights=weights,
-        )
-
+    batch = {"image": image, "label": case["train/y"]}
+    draws = objectives.Draws(t, noise, case["train/drop_uniform"])
+    loss_fn = network.loss_of(model, variables, batch, draws, network.diffusion_of(case), weights)
     (loss, aux), grads = probe.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     case.compare("train/loss", aux.metrics["mse"])
     record = probe.Record(model, sown, len(image))

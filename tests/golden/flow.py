@@ -33,17 +33,9 @@ def _check_loss(case, family, model, variables) -> None:
     residual = output[..., : model.input_shape[-1]] - paths.velocity(image, noise)
     case.compare("loss/mse", jnp.mean(residual**2, axis=(1, 2, 3)))
 
-    def loss_fn(params):
-        return objectives.flow_loss(
-            model,
-            params,
-            variables["router_state"],
-            {"image": image, "label": case["loss/y"]},
-            objectives.Draws(t, noise, case["loss/drop_uniform"]),
-            cond_dropout=case.hparams["class_dropout_prob"],
-            loss_weights={},
-        )
-
+    batch = {"image": image, "label": case["loss/y"]}
+    draws = objectives.Draws(t, noise, case["loss/drop_uniform"])
+    loss_fn = network.loss_of(model, variables, batch, draws, network.diffusion_of(case), {})
     (loss, _), grads = probe.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     case.compare("loss/loss", loss)
     network.compare_grads(case, family, model, grads)

@@ -68,18 +68,9 @@ def _check_loss(case, family, diffusion, model, variables, forward) -> None:
         case.seen(f"loss/{name}")
     case.compare("loss/per_sample", jnp.mean((velocity - target) ** 2, axis=(1, 2, 3)))
 
-    def loss_fn(params):
-        return objectives.flow_loss(
-            model,
-            params,
-            variables["router_state"],
-            {"image": image, "label": case["loss/labels"]},
-            objectives.Draws(t, noise, case["loss/drop_uniform"]),
-            cond_dropout=diffusion.cond_dropout,
-            loss_weights={},
-            diffusion=diffusion,
-        )
-
+    batch = {"image": image, "label": case["loss/labels"]}
+    draws = objectives.Draws(t, noise, case["loss/drop_uniform"])
+    loss_fn = network.loss_of(model, variables, batch, draws, diffusion, {})
     (loss, _), grads = probe.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     case.compare("loss/loss", loss)
     network.compare_grads(case, family, model, grads)
@@ -101,10 +92,7 @@ def _check_sampler(case, config, model, variables) -> None:
             output = model.apply(variables, x, jnp.full(len(x), t), cond, False)
             return objectives.velocity_of(output, x, t, config.diffusion)
 
-        sampling = config.sampling
-        interval = tuple(sampling.cfg_interval)
-        guide = guidance.guide(of_cond, model.null, sampling.cfg, interval=interval)
-        return guide(x, t, cond)
+        return guidance.guide(of_cond, model.null, config.sampling)(x, t, cond)
 
     # At the recorded states, since a guided trajectory spreads rounding errors.
     expected, velocities = cases.nhwc(case["sample/eval_v"]), []

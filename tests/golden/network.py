@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_diffusion import config
 from moe_diffusion.diffusion import guidance, objectives
 from moe_diffusion.diffusion import sown as aux_losses
 from moe_diffusion.interop import keymap
@@ -37,6 +38,22 @@ def check(case, family: str) -> None:
     case.assert_all_compared()
 
 
+def diffusion_of(case, path: str = "flow"):
+    """The section `diffusion` of a config that drops conditions as often as the authors."""
+    diffusion = config.default().diffusion
+    diffusion.update(path=path, cond_dropout=case.hparams["class_dropout_prob"])
+    return diffusion
+
+
+def loss_of(model, variables, *arguments):
+    """`objectives.diffusion_loss` of the parameters alone."""
+
+    def loss_fn(params):
+        return objectives.diffusion_loss(model, params, variables["router_state"], *arguments)
+
+    return loss_fn
+
+
 def check_eval(case, family, model, variables, forward) -> None:
     prefix, key = ("eval/", "out/eval") if "out/eval" in case else ("", "out/forward")
     x, t = case.image("in/x"), probe.our_time(model, case["in/t"])
@@ -61,8 +78,9 @@ def _check_guidance(case, model, variables, forward) -> None:
         outputs.append(forward(variables, both, t, cond["label"], False)[0])
         return outputs[0]
 
-    scale = float(case["cfg/scale"])
-    guide = guidance.guide(velocity, model.null, scale, channels=3, joint=True)
+    sampling = config.default().sampling
+    sampling.update(cfg=float(case["cfg/scale"]), cfg_channels=3, joint=True)
+    guide = guidance.guide(velocity, model.null, sampling)
     conditional = guide(x, t[0], {"label": y[:half]})
     unconditional = jnp.concatenate([conditional[..., :3], outputs[0][half:, ..., 3:]], axis=-1)
     both = jnp.concatenate([conditional, unconditional])
@@ -76,15 +94,11 @@ def _check_flow(case, model, variables, forward) -> None:
     output = output[..., : model.input_shape[-1]]
     case.compare("out/flow_pred", output)
     case.compare("flow/loss", jnp.mean((output - (image - noise)) ** 2, axis=(1, 2, 3)))
-    loss, _ = objectives.flow_loss(
-        model,
-        variables["params"],
-        variables["router_state"],
-        {"image": image, "label": case["flow/y"]},
-        objectives.Draws(t, noise, jnp.ones(len(t))),
-        cond_dropout=0.0,
-        loss_weights={},
-    )
+    batch = {"image": image, "label": case["flow/y"]}
+    draws = objectives.Draws(t, noise, jnp.ones(len(t)))
+    params, router_state = variables["params"], variables["router_state"]
+    diffusion = config.default().diffusion
+    loss, _ = objectives.diffusion_loss(model, params, router_state, batch, draws, diffusion, {})
     np.testing.assert_allclose(loss, case["flow/loss"].mean(), rtol=1e-4)
 
 
@@ -134,16 +148,14 @@ def _check_capacity_training(case, family, model, variables, forward) -> None:
     residual = output[..., : model.input_shape[-1]] - (image - noise)
     case.compare("train/mse", jnp.mean(residual**2, axis=(1, 2, 3)))
 
-    def loss_fn(params):
-        return objectives.flow_loss(
-            model,
-            params,
-            variables["router_state"],
-            {"image": image, "label": case["train/y"]},
-            objectives.Draws(t, noise, case["train/drop_uniform"]),
-            cond_dropout=case.hparams["class_dropout_prob"],
-            loss_weights=probe.loss_weights(case, family),
-        )
+    loss_fn = loss_of(
+        model,
+        variables,
+        {"image": image, "label": case["train/y"]},
+        objectives.Draws(t, noise, case["train/drop_uniform"]),
+        diffusion_of(case),
+        probe.loss_weights(case, family),
+    )
 
     (loss, aux), grads = probe.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     case.compare("train/loss", loss)

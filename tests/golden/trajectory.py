@@ -33,6 +33,7 @@ def check(case, family: str) -> None:
 class Replay(abc.ABC):
     """Runs the recorded steps of a case; a subclass knows the inputs and the loss of its kind."""
 
+    path = "flow"
     inputs: tuple[str, ...]  # arrays "in/<name>" of a step; those with 4 axes or more are images
 
     def __init__(self, case, family: str):
@@ -40,6 +41,7 @@ class Replay(abc.ABC):
         self.model, self.variables = probe.build(case, family)
         self.loss_weights = probe.loss_weights(case, family)
         self.config = self.make_config()
+        self.diffusion = self.make_diffusion()
         self.forward = probe.jit(functools.partial(probe.apply, self.model), static_argnums=4)
         self.log = collections.defaultdict(list)  # name of a stored array -> ours, step by step
 
@@ -62,8 +64,19 @@ class Replay(abc.ABC):
         config.ema.update(decays=decays, router_state="average")
         return config
 
+    def make_diffusion(self):
+        """The section `diffusion` of a config, as recorded."""
+        return network.diffusion_of(self.case, self.path)
+
     def schedule(self):
         return optim.make_schedule(self.config.optim, self.case.config["training"]["steps"])
+
+    def loss_of(self, params, router_state, image, label, draws):
+        """(loss, LossAux) of `diffusion`, of images and their labels."""
+        batch, weights = {"image": image, "label": label}, self.loss_weights
+        return objectives.diffusion_loss(
+            self.model, params, router_state, batch, draws, self.diffusion, weights
+        )
 
     @abc.abstractmethod
     def loss(self, params, router_state, batch):
@@ -140,15 +153,8 @@ class FlowReplay(Replay):
     inputs = ("x1", "z0", "t", "y", "drop_uniform")
 
     def loss(self, params, router_state, batch):
-        return objectives.flow_loss(
-            self.model,
-            params,
-            router_state,
-            {"image": batch["x1"], "label": batch["y"]},
-            objectives.Draws(batch["t"], batch["z0"], batch["drop_uniform"]),
-            cond_dropout=self.case.hparams["class_dropout_prob"],
-            loss_weights=self.loss_weights,
-        )
+        draws = objectives.Draws(batch["t"], batch["z0"], batch["drop_uniform"])
+        return self.loss_of(params, router_state, batch["x1"], batch["y"], draws)
 
     def look(self, variables, batch) -> None:
         values = [batch[name] for name in self.inputs]

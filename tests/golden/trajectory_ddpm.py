@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_diffusion.diffusion import ddpm
-from moe_diffusion.diffusion.loss_parts import Draws
+from moe_diffusion.diffusion import ddpm, objectives
 
 from . import trajectory
 
@@ -18,18 +17,12 @@ def check(case, family: str) -> None:
 class DdpmReplay(trajectory.Replay):
     """Epsilon and variance, mse + vb."""
 
+    path = "ddpm"
     inputs = ("x_start", "noise", "t", "y", "drop_uniform")
 
     def loss(self, params, router_state, batch):
-        return ddpm.ddpm_loss(
-            self.model,
-            params,
-            router_state,
-            {"image": batch["x_start"], "label": batch["y"]},
-            Draws(batch["t"], batch["noise"], batch["drop_uniform"]),
-            cond_dropout=self.case.hparams["class_dropout_prob"],
-            loss_weights=self.loss_weights,
-        )
+        draws = objectives.Draws(batch["t"], batch["noise"], batch["drop_uniform"])
+        return self.loss_of(params, router_state, batch["x_start"], batch["y"], draws)
 
     def look(self, variables, batch) -> None:
         x_start, noise, t, y, drop = (batch[name] for name in self.inputs)

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_diffusion import interop
 from moe_diffusion.diffusion import objectives, paths
+from moe_diffusion.training import optim
 
 from . import probe, trajectory
 
@@ -21,34 +22,33 @@ class JiTReplay(trajectory.Replay):
 
     def make_config(self):
         config, training = super().make_config(), self.case.config["training"]
-        config.diffusion = interop.config_from_torch(self.family, self.case.hparams).diffusion
         config.optim.update(
             decay_mask="matrices",
             schedule=training["lr_schedule"],
+            min_learning_rate=training.get("min_lr", 0.0),
             warmup_steps=training["warmup_epochs"] * training["steps_per_epoch"],
         )
         config.ema.router_state = "live"
         return config
 
+    def schedule(self):
+        training = self.case.config["training"]
+        num_steps = training["epochs"] * training["steps_per_epoch"]
+        return optim.make_schedule(self.config.optim, num_steps)
+
+    def make_diffusion(self):
+        return interop.config_from_torch(self.family, self.case.hparams).diffusion
+
     def _draws(self, batch):
-        diffusion = self.config.diffusion
+        diffusion = self.diffusion
         t = jax.nn.sigmoid(diffusion.time_mean + diffusion.time_std * batch["t_normal"])
         return objectives.Draws(t, batch["e_unit"], batch["drop_uniform"])
 
     def loss(self, params, router_state, batch):
-        return objectives.flow_loss(
-            self.model,
-            params,
-            router_state,
-            {"image": batch["x"], "label": batch["y"]},
-            self._draws(batch),
-            cond_dropout=self.config.diffusion.cond_dropout,
-            loss_weights={},
-            diffusion=self.config.diffusion,
-        )
+        return self.loss_of(params, router_state, batch["x"], batch["y"], self._draws(batch))
 
     def look(self, variables, batch) -> None:
-        diffusion, draws = self.config.diffusion, self._draws(batch)
+        diffusion, draws = self.diffusion, self._draws(batch)
         x_t = paths.interpolate(batch["x"], diffusion.noise_scale * draws.noise, draws.t)
         dropped = draws.drop_uniform < diffusion.cond_dropout
         y = np.where(dropped, self.model.num_classes, batch["y"])

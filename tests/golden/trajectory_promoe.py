@@ -27,15 +27,8 @@ class ProMoEReplay(trajectory.Replay):
         return paths.shift_time(1 / (1 + jnp.exp(logit)), h["shift"])
 
     def loss(self, params, router_state, batch):
-        return objectives.flow_loss(
-            self.model,
-            params,
-            router_state,
-            {"image": batch["z"], "label": batch["y"]},
-            objectives.Draws(self.time(batch), batch["noise"], batch["drop_uniform"]),
-            cond_dropout=self.case.hparams["class_dropout_prob"],
-            loss_weights=self.loss_weights,
-        )
+        draws = objectives.Draws(self.time(batch), batch["noise"], batch["drop_uniform"])
+        return self.loss_of(params, router_state, batch["z"], batch["y"], draws)
 
     def look(self, variables, batch) -> None:
         t, noise = self.time(batch), batch["noise"]

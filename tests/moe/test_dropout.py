@@ -114,7 +114,7 @@ def test_no_mask_is_kept_for_the_backward_pass():
 def test_on_a_mesh_the_backward_pass_draws_the_masks_again(name, how):
     """The output is linear in the gates, so that their gradients add up to it again."""
     routing = transported.routing(name)
-    with jax.set_mesh(transported.mesh()):
+    with transported.on_devices():
         y, (_, d_weight, _) = transported.run(routing, transport=how, dropout=DROPOUT)
         plain, _ = transported.run(routing, transport=how)
     assert jnp.abs(y - plain).max() > 0.1
@@ -127,7 +127,7 @@ def test_devices_draw_their_own_masks():
     routing = transported.routing("token choice")
     same = jax.tree.map(lambda a: jnp.broadcast_to(a[:1], a.shape), routing)
     params, x = transported.weights(), jnp.ones((transported.G, transported.T, transported.D))
-    with jax.set_mesh(transported.mesh(preset="dp")):
+    with transported.on_devices("dp"):
         run = quick(lambda dropout: dispatch(x, same, params, kind="swiglu", dropout=dropout)[0])
         y = np.asarray(run(DROPOUT))
     assert all(np.abs(y[0] - other).max() > 0.1 for other in y[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from functools import partial
 
@@ -18,6 +19,7 @@ from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import ROUTERS
 from moe_diffusion.moe.routing import Routing, Work, by_expert, by_token, top_experts, top_tokens
 from moe_diffusion.parallel.mesh import AXES, make_mesh
+from moe_diffusion.parallel.rules import use_preset
 from moe_diffusion.planning.topologies import describe
 
 D, H, E, T, G = 8, 12, 8, 16, 8
@@ -27,6 +29,13 @@ QUICK = {"xla_backend_optimization_level": 0}
 def mesh(expert=4, preset="fsdp_ep"):
     """Two devices along fsdp, four along expert."""
     return make_mesh(ConfigDict({"preset": preset, "expert": expert}), jax.devices()[:8])
+
+
+@contextlib.contextmanager
+def on_devices(preset="fsdp_ep"):
+    """On the mesh of a preset, with weights that lie as the preset says."""
+    with jax.set_mesh(mesh(preset=preset)), use_preset(preset):
+        yield
 
 
 def weights():
@@ -94,14 +103,28 @@ def assert_close(got, expected):
 def test_eight_devices_have_the_numbers_of_one(name, how):
     routed = routing(name)
     expected = run(routed)
-    with jax.set_mesh(mesh()):
+    with on_devices():
         assert_close(run(routed, transport=how), expected)
+
+
+@pytest.mark.parametrize("preset", ["dp", "fsdp"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("token choice", "gather"), ("expert choice", "a2a_slots"), ("batch pool", None)],
+)
+def test_experts_that_are_whole_on_a_mesh_of_another_model(name, how, preset):
+    """The mesh could split experts, but this model's preset does not."""
+    routed = routing(name)
+    expected = run(routed)
+    with jax.set_mesh(mesh()), use_preset(preset):
+        assert_close(run(routed, transport=how), expected)
+        assert_close(run(routed), expected)
 
 
 def test_the_batch_pool_is_shared_out_under_data_parallelism_too():
     routed = routing("batch pool")
     expected = run(routed)
-    with jax.set_mesh(mesh(preset="dp")):
+    with on_devices("dp"):
         assert_close(run(routed), expected)
 
 
@@ -109,7 +132,7 @@ def test_what_is_beyond_the_slots_is_dropped_and_counted():
     # All tokens of all devices want expert 0, and a device may send 2 T / 8 of its T tokens there.
     routed = by_token(jnp.zeros((G, T, 1), jnp.int32), jnp.ones((G, T, 1)))
     x, params = jnp.ones((G, T, D)), weights()
-    with jax.set_mesh(mesh()):
+    with on_devices():
         y, share = jax.jit(
             lambda x: dispatch(x, routed, params, kind="swiglu", transport="a2a_slots",
                                capacity_factor=2.0)
@@ -160,7 +183,7 @@ def test_ragged_rows_have_the_numbers_of_one_device(monkeypatch):
     expert = jnp.stack([first, second], axis=-1)
     routed = by_token(expert, jax.random.uniform(jax.random.key(5), expert.shape))
     expected = run(routed)
-    with jax.set_mesh(mesh()):
+    with on_devices():
         assert dropped(routed, transport="ragged_a2a") == 0
         assert_close(run(routed, transport="ragged_a2a"), expected)
 
@@ -169,7 +192,7 @@ def test_ragged_rows_without_room_are_dropped_and_counted(monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     # All want expert 0: four devices send 16 rows each to one that has room for 2 * 16.
     routed = by_token(jnp.zeros((G, T, 1), jnp.int32), jnp.ones((G, T, 1)))
-    with jax.set_mesh(mesh()):
+    with on_devices():
         y = run(routed, transport="ragged_a2a")[0]
         np.testing.assert_allclose(dropped(routed, transport="ragged_a2a"), 0.5)
         # The first two devices of four have their rows served, in both groups of devices.
@@ -180,7 +203,7 @@ def test_a_layer_tells_what_ragged_rows_were_dropped():
     make_router = partial(ROUTERS["token_choice"], num_experts=E)
     layer = MoE(make_router, partial(Experts, E, H), group="shard", transport="ragged_a2a")
     x, is_null = jax.ShapeDtypeStruct((G, T, D), "float32"), jax.ShapeDtypeStruct((G,), "bool")
-    with jax.set_mesh(mesh()):
+    with on_devices():
         init = partial(layer.init, train=True)
         metrics = jax.eval_shape(init, jax.random.key(0), x, is_null)["metrics"]
     assert metrics["dropped"].shape == ()
@@ -229,7 +252,7 @@ def test_routing_gathers_no_scores(name, preset):
 def test_the_pool_of_all_devices_orders_equal_scores_by_token():
     scores = jnp.round(jax.random.uniform(jax.random.key(3), (1, G * T, E)) * 4)
     weight, token = top_tokens(scores, 40)
-    with jax.set_mesh(mesh()):
+    with on_devices():
         found = jax.jit(lambda s: top_tokens(s, 40))(scores)
     np.testing.assert_array_equal(found[0], weight)
     np.testing.assert_array_equal(found[1], token)
@@ -257,7 +280,7 @@ def test_transports_compile_for_tpus(how):
         y, pull = jax.vjp(layer, x, weight, params)
         return y, pull(y)
 
-    with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(devices.abstract_mesh), use_preset("fsdp_ep"):
         text = jax.jit(gradients).lower(*shapes).compile().as_text()
     assert ("ragged-all-to-all" in text) == (how == "ragged_a2a")
     assert "tpu_custom_call" in text or how == "a2a_slots"

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import sys, time
 import jax
+import numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 from moe_diffusion.parallel import distributed
 distributed.initialize()
@@ -28,8 +29,14 @@ from tests.training import toy
 workdir, steps, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 config = toy.make_config(
     parallel__preset="fsdp", optim__accumulate=2, optim__eps=1e-3, train__num_steps=steps,
-    train__log_every=1, checkpoint__every=1000,
+    train__log_every=1, checkpoint__every=1000, optim__trainable=("*/kernel",),
 )
+# Not all of the parameters are trained, and there is something that is given.
+frozen = {"host": np.arange(16.0), "device": jax.device_put(np.ones(3), jax.local_devices()[0])}
+
+def loss_fn(params, router_state, batch, key, frozen):
+    loss, aux = toy.loss_fn(params, router_state, batch, key)
+    return loss + 1e-3 * frozen["host"].sum() * frozen["device"].mean(), aux
 
 class Part(toy.Batches):
     def __next__(self):
@@ -38,7 +45,7 @@ class Part(toy.Batches):
         part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
         return {name: value[part] for name, value in super().__next__().items()}
 
-train(config, toy.Toy(), toy.loss_fn, lambda: Part(16), workdir)
+train(config, toy.Toy(), loss_fn, lambda: Part(16), workdir, frozen=frozen)
 """
 
 

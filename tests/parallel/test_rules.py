@@ -41,9 +41,11 @@ def test_shardings_of_each_preset(preset, of_params, of_moments):
     assert part == kernel.size // (1 if of_moments == WHOLE else 8)
 
 
-def test_an_axis_is_used_once():
+@pytest.mark.parametrize("kind", [tuple, P])
+def test_an_axis_is_used_once(kind):
     mesh, table = make_mesh(toy.make_config().parallel), rules.PRESETS["zero1"].update
-    axes = {"kernel": ("embed", "embed")}
+    names = ("embed", "embed")
+    axes = {"kernel": kind(*names) if kind is P else names}
     shapes = {"kernel": jax.ShapeDtypeStruct((16, 16), np.float32)}
     assert rules.shardings_of(mesh, table, shapes, axes)["kernel"].spec == P("data", None)
 

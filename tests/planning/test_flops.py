@@ -14,12 +14,13 @@ from moe_diffusion.planning.flops import flops_per_run, network_evaluations
 class Counter:
     """A network that counts how often it runs."""
 
-    num_classes = 10
-
     def __init__(self):
         self.calls = 0
 
-    def apply(self, variables, x, t, label, train):
+    def null(self, cond):
+        return cond
+
+    def apply(self, variables, x, t, cond, train):
         jax.debug.callback(self._count)
         return jnp.concatenate([x, x], axis=-1)
 
@@ -50,9 +51,9 @@ def make_config(**sampling):
 )
 def test_evaluations_are_those_of_the_sampler(sampling):
     config, network = make_config(**sampling), Counter()
-    z, labels = jnp.zeros((1, 2, 2, 1)), jnp.zeros(1, jnp.int32)
+    z, cond = jnp.zeros((1, 2, 2, 1)), {"label": jnp.zeros(1, jnp.int32)}
     keys = jax.random.split(jax.random.key(0), 1)
-    jax.block_until_ready(make_sampler(network, config)({}, z, labels, keys))
+    jax.block_until_ready(make_sampler(network, config)({}, z, cond, keys))
     jax.effects_barrier()
     assert network.calls == network_evaluations(config)
 

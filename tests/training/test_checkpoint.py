@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.training.checkpoint import Checkpointer, restore_for_inference
+from moe_diffusion.training.checkpoint import Checkpointer, StoredWeights
 from moe_diffusion.training.optim import init_emas, make_optimizer
 from moe_diffusion.training.state import TrainState
 from tests.training import toy
@@ -21,6 +21,13 @@ def silence_ends_with_the_test(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     yield
     time.sleep(0.05)
+
+
+def read_weights(workdir, step=None, ema=None):
+    """(params, router_state, step) of a checkpoint, without the rest of the state."""
+    with StoredWeights(workdir, step, ema) as stored:
+        tree = stored.read_tree(dict.fromkeys(stored.shapes))
+        return tree["params"], tree["router_state"], stored.step
 
 
 def make_state(step, **overrides):
@@ -125,7 +132,7 @@ def test_every_truncated_file_is_noticed_or_harmless(tmp_path):
     for path in files:
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        for reader in (read, restore_for_inference):
+        for reader in (read, read_weights):
             try:
                 result = reader(tmp_path)
             except UserError as error:
@@ -169,14 +176,14 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         (tmp_path / "checkpoints" / str(step)).rename(tmp_path / f"away{step}")
 
 
-def test_restore_for_inference(tmp_path):
+def test_stored_weights(tmp_path):
     write(tmp_path, [1, 2])
-    params, router_state, step = restore_for_inference(tmp_path)
+    params, router_state, step = read_weights(tmp_path)
     toy.assert_trees_equal(
         (params, router_state), (make_state(2).params, {"bias": jnp.full(4, 2.0)})
     )
     assert step == 2
-    params, router_state, step = restore_for_inference(tmp_path, step=1, ema="0.9")
+    params, router_state, step = read_weights(tmp_path, step=1, ema="0.9")
     expected = make_state(1).emas["0.9"]
     toy.assert_trees_equal((params, router_state), (expected["params"], expected["router_state"]))
     assert step == 1
@@ -186,15 +193,15 @@ def test_an_average_without_router_state_takes_the_live_one(tmp_path):
     checkpoints = Checkpointer(tmp_path, toy.make_config().checkpoint)
     checkpoints.save(3, make_state(3, ema__router_state="live"), {})
     checkpoints.close()
-    _, router_state, _ = restore_for_inference(tmp_path, ema="0.5")
+    _, router_state, _ = read_weights(tmp_path, ema="0.5")
     toy.assert_trees_equal(router_state, make_state(3).router_state)
 
 
-def test_restore_for_inference_says_what_there_is(tmp_path):
+def test_stored_weights_say_what_there_is(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoints"):
-        restore_for_inference(tmp_path)
+        read_weights(tmp_path)
     write(tmp_path, [1, 2])
     with pytest.raises(UserError, match="no checkpoint of step 3; it has: 1, 2"):
-        restore_for_inference(tmp_path, step=3)
+        read_weights(tmp_path, step=3)
     with pytest.raises(UserError, match="no average of decay 0.7; it keeps: 0.5, 0.9"):
-        restore_for_inference(tmp_path, ema="0.7")
+        read_weights(tmp_path, ema="0.7")

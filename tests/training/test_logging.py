@@ -4,9 +4,13 @@ import json
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from clu import platform
 
+from moe_diffusion.training import logging
 from moe_diffusion.training.logging import MetricWriter, Progress
 
 
@@ -50,19 +54,50 @@ def test_a_line_without_its_end_is_dropped(tmp_path):
     assert lines(tmp_path) == [{"step": 1}]
 
 
-def test_images_texts_and_hparams(tmp_path):
+def test_images_numbers_and_hparams(tmp_path):
     writer = MetricWriter(tmp_path)
-    writer.write_images(1, {"grid": np.zeros((8, 8, 3), np.uint8), "many": np.zeros((2, 8, 8, 1))})
-    writer.write_texts(1, {"note": "hello"})
-    writer.write_hparams({"optim": {"learning_rate": 1e-4}})
-    writer.flush()
+    images = {"grid": np.zeros((8, 8, 3), np.uint8), "gray": np.zeros((8, 8, 1))}
+    writer.write_outputs(1, {**images, "distance": np.float32(0.5)})
+    writer.write_setup({"optim": {"learning_rate": 1e-4}}, {})
     writer.close()
     events = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
-    for name in (b"grid", b"many", b"hello", b"learning_rate"):
+    for name in (b"grid", b"gray", b"distance", b"learning_rate"):
         assert name in events
+    assert lines(tmp_path) == [{"step": 1, "distance": 0.5}]
 
 
-def test_without_a_terminal_progress_prints_lines(capsys):
+def test_parameters_are_listed_with_their_shardings(tmp_path):
+    writer = MetricWriter(tmp_path)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data", None))
+    shape = jax.ShapeDtypeStruct((16, 4), jnp.bfloat16, sharding=sharding)
+    writer.write_setup({}, {"layers": {"kernel": shape}})
+    writer.close()
+    text = (tmp_path / "parameters.txt").read_text()
+    row = next(line for line in text.splitlines() if "layers/kernel" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["layers/kernel", "(16, 4)", "bfloat16", "64", "('data', None)"]
+    assert text.endswith("Total: 64 -- 128 bytes\n")
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "is_main_process", lambda: False)
+    writer = MetricWriter(tmp_path)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.write_setup({"seed": 1}, {"kernel": np.zeros(3)})
+    writer.write_outputs(1, {"grid": np.zeros((8, 8, 3), np.uint8)})
+    writer.close()
+    progress = Progress(0, 2, batch_size=4)
+    progress.update(1)
+    progress.report(1, 0.5)
+    progress.write("note")
+    progress.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_without_a_terminal_progress_prints_lines(capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr(platform.work_unit(), "set_task_status", told.append)
     progress = Progress(10, 30, batch_size=4)
     progress.update(11)
     assert np.isnan(progress.report(11, 1.0))  # the time of the first step is compilation
@@ -75,6 +110,7 @@ def test_without_a_terminal_progress_prints_lines(capsys):
     progress.write("note")
     progress.close()
     first, second, third = capsys.readouterr().out.splitlines()
+    assert told == [first, second]  # a launcher's status of this process
     assert first == "step 11/30: loss 1"
     assert second.startswith("step 21/30: loss 0.5, ") and second.endswith("images/s, 00:00 left")
     assert third == "note"

@@ -77,6 +77,40 @@ def test_schedules():
     assert float(optim.make_schedule(config, 12)(0)) == 2.0
 
 
+def jit_rate(epoch, lr, min_lr, warmup_epochs, epochs):
+    """JiT's util/lr_sched.py, written out in float64; `epoch` is fractional."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    done = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + np.cos(np.pi * done))
+
+
+@pytest.mark.parametrize("min_lr,warmup_epochs", [(1e-5, 5), (0.0, 5), (2e-4, 0)])
+def test_a_cosine_with_a_floor_is_jits_epoch_by_epoch(min_lr, warmup_epochs):
+    epochs, steps_per_epoch, lr = 40, 25, 8e-4
+    config = toy.make_config().optim
+    config.update(learning_rate=lr, min_learning_rate=min_lr, schedule="cosine")
+    config.warmup_steps = warmup_epochs * steps_per_epoch
+    schedule = optim.make_schedule(config, epochs * steps_per_epoch)
+    steps = range(0, epochs * steps_per_epoch + 1, 5)  # five of every epoch
+    expected = [jit_rate(n / steps_per_epoch, lr, min_lr, warmup_epochs, epochs) for n in steps]
+    np.testing.assert_allclose([schedule(n) for n in steps], expected, rtol=2e-5, atol=1e-9)
+    assert expected[-1] == min_lr and max(expected) == lr
+    assert float(schedule(epochs * steps_per_epoch + 100)) == pytest.approx(min_lr)
+
+
+def test_other_schedules_by_hand():
+    config = toy.make_config().optim
+    config.update(learning_rate=2.0, min_learning_rate=0.5, warmup_steps=4, schedule="linear")
+    schedule = optim.make_schedule(config, 16)
+    rates = [0, 1, 2, 1.75, 1.25, 0.5, 0.5]  # from step 4 on 1.5 less in 12 steps
+    np.testing.assert_allclose([schedule(n) for n in (0, 2, 4, 6, 10, 16, 20)], rates)
+    config.schedule = "inverse_sqrt"
+    schedule = optim.make_schedule(config, 16)
+    rates = [0, 1, 2, 2 * np.sqrt(4 / 5), 1, 0.5]  # 2 sqrt(4 / n); no floor
+    np.testing.assert_allclose([schedule(n) for n in (0, 2, 4, 5, 16, 64)], rates, rtol=1e-6)
+
+
 def test_clip_factor_is_torchs():
     assert float(optim.clip_factor(jnp.float32(4.0), 0.0)) == 1.0
     assert float(optim.clip_factor(jnp.float32(0.5), 1.0)) == 1.0

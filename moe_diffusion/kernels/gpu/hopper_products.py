@@ -98,8 +98,7 @@ def rows_product(
         lefts=len(lefts), rights=len(rights), fixed=2 * tile * 2 * SIDE,
         per_column=2 * tile * len(tiles),
     )  # fmt: skip
-    columns = sizes.columns
-    parts = pl.cdiv(size, columns)
+    columns, parts = sizes.columns, pl.cdiv(size, sizes.columns)
     results = [jax.ShapeDtypeStruct((rows, n), lefts[0].dtype) for n in outputs]
     results += [jax.ShapeDtypeStruct((parts, rows), jnp.float32)] * sums
     counts = [len(part) for part in (lefts, rights, tiles, weights, outputs)]

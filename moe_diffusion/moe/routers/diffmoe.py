@@ -73,8 +73,7 @@ class DiffMoE(ExpertChoice, MovingThreshold):
         weight, token = top_tokens(scores, bound)
         used = jnp.arange(bound) < wanted[..., None]
         dropped = jnp.maximum(wanted - bound, 0).sum() / jnp.maximum(wanted.sum(), 1)
-        per_token = wanted.sum() / (x.shape[0] * tokens)
-        metrics = {"experts_per_token": per_token, "dropped": dropped}
+        metrics = {"experts_per_token": wanted.sum() / (x.shape[0] * tokens), "dropped": dropped}
         # Bounded, the slots are worth a static shape; unbounded, most of the T slots are empty.
         return by_expert(token, weight, used, fixed_slots=bound < tokens), Aux({}, metrics, {})
 

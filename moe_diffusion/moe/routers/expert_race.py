@@ -34,7 +34,8 @@ class ExpertRace(MovingThreshold):
     threshold_decay: of the moving average, per optimizer step.
     max_capacity: bounds the pairs at inference to this multiple of K T; 0 = no bound.
 
-    Source: Expert Race section 4 (routing, gates, threshold) and section 5 (loss `similarity`).
+    Source: Expert Race (2503.16057) section 4 (routing, gates, threshold) and section 5 (loss
+    `similarity`).
     """
 
     capacity: float = 1.0
@@ -77,10 +78,8 @@ class ExpertRace(MovingThreshold):
             return routing, Aux(asked, {}, {"threshold": lax.stop_gradient(weight[:, -1].mean())})
 
         used, wanted = weight > threshold, (scores > threshold).sum()
-        metrics = {
-            "experts_per_token": wanted / (groups * tokens),
-            "dropped": (wanted - used.sum()) / jnp.maximum(wanted, 1),
-        }
+        dropped = (wanted - used.sum()) / jnp.maximum(wanted, 1)
+        metrics = {"experts_per_token": wanted / (groups * tokens), "dropped": dropped}
         return routing.only(used, self.num_experts), Aux({}, metrics, {})
 
 
@@ -104,8 +103,7 @@ def similarity(logits: jax.Array, taken: jax.Array) -> jax.Array:
     num_experts = logits.shape[-1]
     scores = jax.nn.softmax(logits).reshape(-1, num_experts)
     taken = taken.reshape(-1, num_experts)
-    together = exact_matmul(taken.T, taken)
-    alike = exact_matmul(scores.T, scores)
+    together, alike = exact_matmul(taken.T, taken), exact_matmul(scores.T, scores)
     own = jnp.eye(num_experts, dtype=bool)
     alone, pairs = jnp.where(own, together, 0.0), jnp.where(own, 0.0, together)
     # No token may have met two experts: the second sum is then 0, and so is its term.

@@ -7,8 +7,6 @@ Tokens of unconditional samples go, with weight 1, to an expert of their own: th
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -59,10 +57,10 @@ class ProMoE(Router):
         null = is_null if is_null is not None and self.null_expert else jnp.zeros(x.shape[:2], bool)
         return prototypes, exact_matmul(unit(x, axis=-1), unit(prototypes, axis=0)), null
 
-    def aux(self, *args, pooled: bool) -> Aux:
-        """What the router tells besides the routing; args: the first three of `contrast_loss`."""
-        loss = partial(contrast_loss, *args, self.contrast_temperature, pooled)
-        return Aux(self.asked(contrast=loss), {}, {})
+    def aux(self, prototypes: jax.Array, x: jax.Array, taken: jax.Array, pooled: bool) -> Aux:
+        """What the router tells besides the routing, see `contrast_loss`."""
+        args = (prototypes, x, taken, self.contrast_temperature, pooled)
+        return Aux(self.asked(contrast=lambda: contrast_loss(*args)), {}, {})
 
 
 class ProMoETokenChoice(ProMoE):
@@ -115,7 +113,7 @@ class ProMoEExpertChoice(ProMoE):
         share = routing.slots_per_expert(tokens, self.num_routed, self.capacity)
         slots = min(tokens, max(1, share))
         weight, token = routing.top_tokens(gates(cosine, self.scores, axis=1), slots)
-        chosen = routing.by_expert(token, weight)
+        chosen = routing.by_expert(token, weight, fixed_slots=not self.null_expert)
         if self.null_expert:
             chosen = self._with_null_tokens(chosen, null)
         taken = routing.taken(chosen, tokens, self.num_routed)
@@ -124,14 +122,11 @@ class ProMoEExpertChoice(ProMoE):
     def _with_null_tokens(self, chosen: routing.Routing, null: jax.Array) -> routing.Routing:
         """Frees the slots that hold null tokens, and adds those tokens for the last expert."""
         used = ~jnp.take_along_axis(null, chosen.token, axis=1)
-        chosen = chosen.only(used, self.num_experts)
         every = jnp.broadcast_to(jnp.arange(null.shape[1], dtype=jnp.int32), null.shape)
         last = jnp.where(null, self.num_experts - 1, self.num_experts).astype(jnp.int32)
-        return routing.Routing(
-            token=jnp.concatenate([chosen.token, every], axis=1),
-            expert=jnp.concatenate([chosen.expert, last], axis=1),
-            weight=jnp.concatenate([chosen.weight, null.astype(jnp.float32)], axis=1),
-        )
+        added = routing.Routing(every, last, null.astype(jnp.float32))
+        freed = chosen.only(used, self.num_experts)
+        return jax.tree.map(lambda *lists: jnp.concatenate(lists, axis=1), freed, added)
 
 
 def contrast_loss(

@@ -85,8 +85,7 @@ class TokenChoice(Router):
             balance=lambda: balance(scores / scores.sum(-1, keepdims=True), load),
             router_z=lambda: router_z(logits),
         )
-        stats = {"bias": load} if self.bias_update_rate else {}
-        return routing, Aux(asked, {}, stats)
+        return routing, Aux(asked, {}, {"bias": load} if self.bias_update_rate else {})
 
     def _choice(self, scores: jax.Array) -> jax.Array:
         """Scores f32[G, T, E] as the choice sees them: biased, and limited to the best groups."""

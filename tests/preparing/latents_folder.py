@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from moe_diffusion.conditions import Field
-from moe_diffusion.data import encode
 from moe_diffusion.data.latents import Latents, describe_fields
+from moe_diffusion.preparing import encode
 
-SIDE, CHANNELS = 4, 2
+CHANNELS = 2
+COUNT = 21  # shards of 8, 8 and 5; batches of 4, 4 and 4, 1
 
 
 class Images:
@@ -89,3 +94,35 @@ def write(folder: Path, images: Images, **settings: Any) -> Latents:
     encode.write_shards(prepared, 0, 1)
     encode.finish(prepared)
     return Latents(str(folder))
+
+
+def means(indices: Sequence[int]) -> np.ndarray:
+    """The scaled latents of some `Images`, as `write` leaves them."""
+    image = np.stack([Images(COUNT).read(i)["image"] for i in indices])
+    return (moments(image)[..., :CHANNELS] - 0.25) * 0.5
+
+
+def write_format_1(folder: Path) -> None:
+    """A folder as it was written before records had fields, byte by byte; 5 samples of 2x3x1."""
+    folder.mkdir()
+    shard = folder / "latents-00000-of-00001.array_record"
+    writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    for i in range(5):
+        writer.write(struct.pack("<i6e", i % 3, *(i + j / 8 for j in range(6))))
+    writer.close()
+    manifest = {
+        "format": 1,
+        "count": 5,
+        "source": "folder:/pictures",
+        "num_classes": 3,
+        "image_size": 16,
+        "shape": [2, 3, 1],
+        "moments": False,
+        "flip": False,
+        "seed": 0,
+        "scale": 0.5,
+        "shift": 1.0,
+        "shard_size": 8,
+        "shards": [{"file": shard.name, "count": 5, "bytes": shard.stat().st_size}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))

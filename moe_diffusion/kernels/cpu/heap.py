@@ -1,4 +1,4 @@
-"""Host memory on CPU: huge pages, and what a step frees is kept for the next one."""
+"""The heap of XLA:CPU: it consists of huge pages, and keeps what a step frees for the next."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ _HUGE_PAGE = 2 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Makes the main heap one of huge pages that never shrinks; returns whether (Linux, on CPU).
+    """Gives the main thread a heap of huge pages that never shrinks, on CPU under Linux.
 
     XLA:CPU allocates its temporaries, a gigabyte for DSMoE-S, anew in every step. By default such
-    blocks go back to the kernel when freed, and the next step waits for their pages to be zeroed
+    blocks go back to the kernel when freed, and the next step waits until their pages are zeroed
     again: 0.7 of 5.8 CPU seconds a step. Pages of 2 MB save another 5%. The price is that the
     process never shrinks.
 
-    Only the main thread's heap can grow to any size, so it has to start programs itself: no
-    asynchronous dispatch. XLA's own threads keep heaps of their own for what a product needs; in
-    the main one, which tracing and compiling leave full of holes, the search for a place takes
-    5% of a step.
+    Only the heap of the main thread can grow to any size. Therefore the main thread has to start
+    programs itself, and asynchronous dispatch is turned off. XLA's own threads have heaps of their
+    own for what a product needs: tracing and compiling leave the main heap full of holes, where the
+    search for a place would take 5% of a step.
 
-    To be called before jax starts its threads, that is, before it is asked for a device.
+    Call it before jax starts its threads, that is, before jax is asked for a device.
+
+    Returns:
+      Whether it was done.
     """
     if platform.libc_ver()[0] != "glibc" or not _runs_on_cpu():
         return False
@@ -38,27 +41,38 @@ def keep_freed_memory() -> bool:
     done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)
     if done:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        _grow_heap_of_huge_pages(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        _grow_heap_of_huge_pages(_host_memory())
     return bool(done)
 
 
-def return_freed_memory() -> None:
-    """Undoes the keeping for large blocks: for models whose state fills the machine.
+def make_room(size: int) -> int | None:
+    """Prepares the heap for a state of `size` bytes; returns the bytes of memory of this machine.
 
-    One block that outlives a step cuts the hole where the step's temporaries were, and the next
-    step's no longer fit into it.
+    For a state that fills a third of the machine, large blocks are returned again when freed. One
+    block that outlives a step cuts the hole where the step's temporaries were, and those of the
+    next step no longer fit into it.
+
+    Returns:
+      None on accelerators, which complain by themselves where something does not fit.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if jax.default_backend() != "cpu":
+        return None
+    if size > _host_memory() / 3 and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 65536)
         libc.mallopt(_M_TRIM_THRESHOLD, 128 << 10)  # both as they are by default
         libc.malloc_trim(0)
+    return _host_memory()
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _grow_heap_of_huge_pages(size: int) -> None:
-    """Grows the heap by `size` bytes of address space that the kernel may back with huge pages.
+    """Grows the heap by `size` bytes of address space, for which the kernel may use huge pages.
 
-    Nothing is touched, so no memory is used yet. Where the kernel refuses, all stays as it was.
+    No page is touched, so no memory is used yet. Where the kernel refuses, nothing changes.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -69,13 +83,6 @@ def _grow_heap_of_huge_pages(size: int) -> None:
         start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
         libc.madvise(start, block + size - start, _MADV_HUGEPAGE)
         libc.free(block)
-
-
-def host_memory() -> int | None:
-    """Bytes of memory that training on CPU can use; None on accelerators, which tell themselves."""
-    if jax.default_backend() != "cpu":
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _runs_on_cpu() -> bool:

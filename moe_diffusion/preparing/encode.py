@@ -19,7 +19,14 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from moe_diffusion.data.latents import FORMAT, MANIFEST, UNFINISHED, Record, read_settings
+from moe_diffusion.data.latents import (
+    FORMAT,
+    MANIFEST,
+    UNFINISHED,
+    read_settings,
+    record_of,
+    spec_of,
+)
 from moe_diffusion.data.sources import check_batch, stack
 from moe_diffusion.errors import UserError, check_writable
 
@@ -48,10 +55,6 @@ class Job:
     folder: Path
     settings: dict[str, Any]
     workers: int
-
-    @property
-    def record(self) -> Record:
-        return Record.of(self.settings)
 
     @property
     def shards(self) -> list[range]:
@@ -128,7 +131,7 @@ def finish(job: Job) -> dict[str, Any]:
 def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) -> None:
     path, count, skipped = job.shard_file(number), 0, []
     part = path.with_name(f".{path.name}.part")
-    layout, sums = job.record, []
+    record_type, spec, sums = record_of(job.settings), spec_of(job.settings), []
     writer = ArrayRecordWriter(str(part), _WRITER_OPTIONS)
     try:
         for indices, records in _read_ahead(job, job.shards[number], readers):
@@ -137,10 +140,11 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
             good = {i: record for i, record in found.items() if record is not None}
             if good:
                 batch = stack(list(good.values()))
-                check_batch(batch, list(good), layout.fields)
+                check_batch(batch, list(good), spec)
                 latents = _encode(job, list(good), batch["image"])
                 for latent, record in zip(latents, good.values(), strict=True):
-                    writer.write(layout.pack(latent, record))
+                    row = (*(record[name] for name in spec), latent)
+                    writer.write(np.array(row, record_type).tobytes())
                 count += len(good)
                 sums.append(_sums(job, latents))
             bar.update(len(indices))
@@ -212,7 +216,7 @@ def _sums(job: Job, latents: np.ndarray) -> np.ndarray:
 
 def _statistics(job: Job, notes: list[dict[str, Any]], count: int) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel of the scaled latents."""
-    flips, height, width, _ = job.record.array_shape
+    flips, height, width, _ = record_of(job.settings)["image"].shape
     sums = np.sum([note["sums"] for note in notes if note["count"]], axis=0)
     first, second = sums / (count * flips * height * width)
     scale, shift = job.settings["scale"], job.settings["shift"]

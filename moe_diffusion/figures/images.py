@@ -1,8 +1,7 @@
-"""Pictures for people: grids of samples and loss curves, written as PNG."""
+"""Images of a model as pictures for people: a grid with captions, and single PNG files."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,32 +18,33 @@ _SMALLEST_SIDE = 64  # pixels; smaller images are enlarged to about this
 
 def image_grid(
     images: np.ndarray,
-    labels: Sequence | None = None,
+    captions: Sequence | None = None,
     columns: int | None = None,
     scale: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """Lays images side by side on white, with their labels.
+    """Lays images side by side on white, with their captions.
 
-    A label stands once, left of its row, where every row holds one label; else under each image.
+    If all images of every row have one caption, it stands once, left of the row. Otherwise each
+    image has its caption below.
 
     Args:
-      images: f32[N, H, W, C] in [-1, 1], clipped. One channel is shown in grey, three in colour; of
-        other numbers (latents) the first three (of two: the first), each stretched to its
-        own range, and the title says so.
-      labels: N labels, anything that prints well; None for no text.
-      columns: images in a row; by default the grid is about square.
-      scale: whole number of screen pixels per pixel; by default small images grow to about 64.
+      images: f32[N, H, W, C] in [-1, 1]; values beyond are clipped. One channel is shown in grey
+        and three in colour. Of any other number (latents) the first three are shown (of two: the
+        first), each stretched to its own range, and the title says so.
+      captions: N values that print well, like labels; None for no text.
+      columns: images in a row; by default the grid has about as many rows as columns.
+      scale: screen pixels per pixel, a whole number; by default small images grow to about 64.
       title: a line of text above the grid.
 
     Raises:
-      UserError: there is no image, an image is not finite, or `labels` is of another length.
+      UserError: there is no image, an image is not finite, or `captions` is of another length.
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or not images.size:
         raise UserError(f"a grid needs images of shape [N, H, W, C], got {images.shape}")
-    if labels is not None and len(labels) != len(images):
-        raise UserError(f"a grid of {len(images)} images got {len(labels)} labels")
+    if captions is not None and len(captions) != len(images):
+        raise UserError(f"a grid of {len(images)} images got {len(captions)} captions")
     pixels, note = _to_pixels(images)
     title = " ".join(filter(None, [title, note]))
     count = len(pixels)
@@ -52,7 +52,7 @@ def image_grid(
     rows = math.ceil(count / columns)
     scale = scale or max(1, round(_SMALLEST_SIDE / max(images.shape[1:3])))
     height, width = images.shape[1] * scale, images.shape[2] * scale
-    texts = [] if labels is None else [str(label) for label in labels]
+    texts = [] if captions is None else [str(caption) for caption in captions]
     one_per_row = columns > 1 and all(
         len(set(texts[r * columns : (r + 1) * columns])) == 1 for r in range(rows)
     )
@@ -89,7 +89,7 @@ def image_grid(
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Writes a PNG, whole or not at all (temporary name, then rename); makes the folder."""
+    """Writes a PNG under a temporary name and renames it when it is whole; makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -110,44 +110,8 @@ def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:
     ]
 
 
-def loss_curve(jsonl_path: str | os.PathLike, out_path: str | os.PathLike) -> Path:
-    """Plots the loss over the steps of a metrics.jsonl, raw and as a running mean.
-
-    Lines without "step" and "loss" are passed over. Where a resumed run wrote a step again, the
-    later line counts. A last line cut off in the middle (the run was killed) is tolerated.
-
-    Raises:
-      UserError: the file is not there, another line is not JSON, or no line holds a loss.
-    """
-    # Imported here: takes a second, and no other function needs matplotlib. A bare Figure needs
-    # no display and is freed like any object, unlike those that pyplot keeps.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    losses = _read_losses(Path(jsonl_path))
-    steps = np.array(sorted(losses))
-    values = np.array([losses[step] for step in steps], np.float64)
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    span = max(1, len(values) // 40)
-    axes.plot(steps, values, color="#b9c9dd" if span > 1 else "#24507f", linewidth=1)
-    if span > 1:
-        mean = np.convolve(values, np.ones(span) / span, mode="valid")
-        middle = steps[(span - 1) // 2 :][: len(mean)]  # centred: the mean does not lag behind
-        axes.plot(middle, mean, color="#24507f", linewidth=1.6)
-        axes.legend(["loss", f"mean of {span} logged values"], frameon=False)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), out_path)
-
-
 def _to_pixels(images: np.ndarray) -> tuple[np.ndarray, str]:
-    """[N,H,W,C] in [-1,1] -> u8[N,H,W] (grey) or u8[N,H,W,3], and a note on what is shown."""
+    """f32[N, H, W, C] -> u8[N, H, W] (grey) or u8[N, H, W, 3], and a note on what is shown."""
     broken = len(images) - int(np.isfinite(images).all((1, 2, 3)).sum())
     if broken:
         raise UserError(f"{broken} of {len(images)} images hold NaN or infinity")
@@ -169,23 +133,3 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
-
-
-def _read_losses(path: Path) -> dict[int, float]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the metrics {path}: {error.strerror}") from None
-    losses = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise UserError(f"line {number} of {path} is not JSON: {line[:80]!r}") from None
-        if isinstance(record, dict) and None not in (record.get("step"), record.get("loss")):
-            losses[int(record["step"])] = float(record["loss"])
-    if not losses:
-        raise UserError(f"no line of {path} holds a step and a loss")
-    return losses

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation import figures
+from moe_diffusion.figures import images as figures
+from tests import cli
 
 
 def _ramp(count, side=8, channels=1):
@@ -29,6 +31,24 @@ def test_grid_size_and_tiles_without_text():
     assert (pixels[:12] == 255).all() and (pixels[12 + 16 : 12 + 19] == 255).all()
 
 
+def test_wide_images_with_captions():
+    """Tiles of 16 x 64: small images grow by the longer side."""
+    images = np.ones((4, 2, 8, 1), np.float32)
+    grid = figures.image_grid(images, list("abcd"), columns=2)
+    plain = figures.image_grid(-images, columns=2)
+    assert plain.size == (2 * 64 + 3 + 24, 2 * 16 + 3 + 24)
+    dark = np.argwhere(np.asarray(plain.convert("L")) == 0)
+    assert dark.min(0).tolist() == [12, 12] and len(dark) == 4 * 16 * 64
+    assert grid.width == plain.width and grid.height > plain.height
+
+
+def test_pictures_need_no_model():
+    """Nor jax, whose import takes a second."""
+    code = "import sys; from moe_diffusion.figures import curves, images, routing; "
+    code += "sys.exit('jax' in sys.modules or 'moe_diffusion.models' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=cli.ROOT)
+
+
 def test_small_images_grow_and_large_ones_stay():
     assert figures.image_grid(_ramp(1, 8)).size == (64 + 24, 64 + 24)
     assert figures.image_grid(_ramp(1, 200)).size == (200 + 80, 200 + 80)
@@ -40,7 +60,7 @@ def test_upscaling_keeps_pixels_sharp():
     np.testing.assert_array_equal(tile, np.kron([[0, 255], [255, 0]], np.ones((32, 32))))
 
 
-def test_one_label_a_row_stands_left_others_below():
+def test_one_caption_a_row_stands_left_others_below():
     images = np.ones((4, 8, 8, 1), np.float32)  # white on white: all ink is text
     plain = figures.image_grid(images, columns=2)
     by_row = figures.image_grid(images, [3, 3, 5, 5], columns=2)
@@ -53,7 +73,7 @@ def test_one_label_a_row_stands_left_others_below():
     assert ink[76:96, :].any() and not ink[:76].any()
 
 
-def test_long_labels_are_cut_and_long_titles_widen():
+def test_long_captions_are_cut_and_long_titles_widen():
     images = np.ones((2, 8, 8, 1), np.float32)
     short = figures.image_grid(images, ["cat", "dog"], columns=2)
     assert figures.image_grid(images, ["golden retriever", "dog"], columns=2).size == (short.size)
@@ -77,17 +97,17 @@ def test_values_beyond_the_range_are_clipped():
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
+    ("images", "captions", "message"),
     [
         (np.zeros((0, 8, 8, 1)), None, r"\(0, 8, 8, 1\)"),
         (np.zeros((8, 8)), None, r"\(8, 8\)"),
-        (np.zeros((3, 8, 8, 1)), [1, 2], "3 images got 2 labels"),
+        (np.zeros((3, 8, 8, 1)), [1, 2], "3 images got 2 captions"),
         (np.array([0, np.nan]).reshape(2, 1, 1, 1), None, "1 of 2 images hold NaN"),
     ],
 )
-def test_grid_refuses(images, labels, message):
+def test_grid_refuses(images, captions, message):
     with pytest.raises(UserError, match=message):
-        figures.image_grid(images, labels)
+        figures.image_grid(images, captions)
 
 
 def test_save_png_is_atomic(tmp_path):
@@ -112,33 +132,3 @@ def test_save_pngs(tmp_path):
     assert [path.name for path in paths] == ["000000.png", "000001.png", "000002.png"]
     with Image.open(paths[2]) as image:
         assert image.mode == "RGB" and image.getpixel((3, 3)) == (255, 255, 255)
-
-
-def test_loss_curve_tolerates_a_killed_run(tmp_path):
-    lines = [json.dumps({"step": s, "loss": 100 / s, "grad_norm": 1.0}) for s in range(1, 200)]
-    lines.insert(3, json.dumps({"step": 3, "images_per_sec": 5.0}))
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(lines) + '\n{"step": 200, "lo')
-    out = figures.loss_curve(path, tmp_path / "loss.png")
-    with Image.open(out) as image:
-        assert image.width > 400 and len(image.convert("L").getcolors()) > 10
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-
-
-def test_losses_of_a_resumed_run_count_once(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 2, "loss": 3}\n')
-    assert figures._read_losses(path) == {1: 5.0, 2: 3.0}
-
-
-def test_loss_curve_refuses(tmp_path):
-    with pytest.raises(UserError, match="cannot read the metrics"):
-        figures.loss_curve(tmp_path / "none.jsonl", tmp_path / "loss.png")
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="holds a step and a loss"):
-        figures.loss_curve(path, tmp_path / "loss.png")
-    path.write_text('{"step": 1, "loss": 2}\nnoise\n{"step": 2, "loss": 2}\n')
-    with pytest.raises(UserError, match="line 2"):
-        figures.loss_curve(path, tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()

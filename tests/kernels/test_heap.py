@@ -10,7 +10,7 @@ from tests import cli
 
 PROGRAM = """
 import resource, sys
-from moe_diffusion.training.allocator import keep_freed_memory
+from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 import jax, jax.numpy as jnp
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

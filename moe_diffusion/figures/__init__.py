@@ -1,0 +1,1 @@
+"""Every picture that the library draws, from numpy arrays and plain data."""

@@ -1,0 +1,48 @@
+"""What the pictures made with matplotlib share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, PALE_BLUE, RED, GREY, GRID = "#24507f", "#b9c9dd", "#b3472e", "#808080", "#e6e6e6"
+_MOST_TICKS = 12
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.Image]]:
+    """A figure of so many inches, and a function without arguments that makes an image of it.
+
+    The figure needs no display. It is freed like any object, unlike those that pyplot keeps.
+    """
+    # Importing matplotlib takes a second, which only those who draw need to spend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+    def draw() -> Image.Image:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+    return figure, draw
+
+
+def make_plain(axes: Axes, grid: str = "both") -> None:
+    """Draws a pale grid behind the curves (`grid`: "x", "y" or "both") and no frame."""
+    axes.grid(color=GRID, linewidth=0.8, axis=grid)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def label_some(set_ticks: Callable, labels: Sequence[str]) -> None:
+    """Puts at most a dozen of the labels, evenly spread, at positions 0, 1, 2, ..."""
+    every = -(-len(labels) // _MOST_TICKS)
+    set_ticks(range(0, len(labels), every), labels[::every])

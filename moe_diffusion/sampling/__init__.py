@@ -1,0 +1,1 @@
+"""From a checkpoint to images: load, choose conditions, generate."""

@@ -1,0 +1,60 @@
+"""A hook of the training loop that draws images, so that one sees the model learn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.figures.images import image_grid, save_png
+from moe_diffusion.models.stack import Model
+from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.sampling.conditions import captions, default_conditions
+from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.load import averaged_variables
+from moe_diffusion.training.state import TrainState
+
+
+class SampleHook:
+    """Draws `train.samples` images from the same noise and conditions at every call.
+
+    Each call writes workdir/samples/<step>.png, from the first average or else the live weights.
+
+    Args:
+      source: where conditions come from, see `default_conditions`.
+      decode: makes images of latents.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: Model,
+        workdir: str | os.PathLike,
+        source: Any = None,
+        decode: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self._config, self._folder = config, Path(workdir) / "samples"
+        self._decode, self._shape = decode, model.input_shape
+        self._sampler = make_sampler(model, config)
+        self._cond = default_conditions(model, config.train.samples, source)
+        self._captions = captions(model, self._cond)
+
+    def __call__(self, step: int, state: TrainState) -> dict[str, np.ndarray]:
+        images = generate(
+            self._sampler,
+            averaged_variables(self._config, state),
+            self._cond,
+            self._shape,
+            seed=self._config.seed,
+            batch_size=self._config.train.samples,
+        )
+        images = self._decode(images) if self._decode else images
+        picture = image_grid(images, self._captions, title=f"step {step}")
+        if is_main_process():
+            save_png(picture, self._folder / f"{step:08d}.png")
+        return {"samples": np.asarray(picture)}

@@ -1,0 +1,102 @@
+"""The model and the weights of a trained run, on one device or spread over a mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from moe_diffusion import config as configs
+from moe_diffusion.errors import UserError
+from moe_diffusion.models import build
+from moe_diffusion.models.stack import Model
+from moe_diffusion.parallel import rules
+from moe_diffusion.training.checkpoint import StoredWeights, first_average
+from moe_diffusion.training.run import abstract_weights
+from moe_diffusion.training.state import TrainState, weights
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def load_workdir(
+    workdir: str | os.PathLike,
+    overrides: tuple[str, ...] = (),
+    *,
+    step: int | None = None,
+    ema: str | None = None,
+    mesh: Mesh | None = None,
+    preset: str | None = None,
+) -> tuple[ConfigDict, Model, dict[str, Any], dict[str, Any]]:
+    """Loads a trained run: config, model, variables, and a note {"step", "ema"} on the variables.
+
+    Args:
+      overrides: of the config, see `config.load`.
+      step: of the checkpoint; None takes the newest.
+      ema: decay of an average as text. None takes the first that the run keeps, "none" takes the
+        live weights.
+      mesh: each of its devices reads its own part of every array, so no device and no host needs
+        room for the whole model. Set this mesh (`jax.set_mesh`) to apply the model. Without a mesh
+        the first device of this process reads everything.
+      preset: how the weights lie on the mesh, see `parallel/rules.py`. None takes the run's
+        `parallel.preset`.
+
+    Raises:
+      UserError: a file is missing, damaged or of another model. No weights are read before that
+        is known.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} is not a workdir (it has no config.json): train into it first")
+    config = configs.load_json(path, overrides)
+    if ema is None:
+        ema = first_average(config) or "none"
+    model = build(config.model)
+    if mesh is not None:
+        model = model.clone(preset=preset or config.parallel.preset)
+    variables, axes = abstract_weights(model)
+    with StoredWeights(workdir, step, None if ema == "none" else ema) as stored:
+        _check_fits(flatten_dict(variables, sep="/"), stored.shapes, path)
+        loaded = stored.read_tree(_shardings(stored.shapes, axes, mesh, model.preset))
+        return config, model, loaded, {"step": stored.step, "ema": ema}
+
+
+def averaged_variables(config: ConfigDict, state: TrainState) -> dict[str, Any]:
+    """The variables that a hook samples with: the first average, or else the live weights."""
+    params, router_state = weights(state, first_average(config))
+    return {"params": params, "router_state": router_state}
+
+
+def _shardings(
+    shapes: Shapes, axes: Any, mesh: Mesh | None, preset: str | None
+) -> dict[str, Sharding]:
+    """Path of every array -> where it goes."""
+    if mesh is None:
+        return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
+    params = rules.PRESETS[preset].params
+    tree = unflatten_dict(dict(shapes), sep="/")
+    placed = rules.shardings_of(mesh, params, tree, axes)
+    return flatten_dict(placed, sep="/")
+
+
+def _check_fits(wanted: Shapes, found: Shapes, path: Path) -> None:
+    """Raises a UserError unless the arrays are those of the model that `path` describes."""
+    # A checkpoint may hold the state of a router which this model's router does not keep.
+    names = wanted.keys() | {name for name in found if name.startswith("params/")}
+
+    def shape(arrays: Shapes, name: str) -> Any:
+        return tuple(arrays[name].shape) if name in arrays else "absent"
+
+    wrong = sorted(name for name in names if shape(wanted, name) != shape(found, name))
+    if wrong:
+        first = wrong[0]
+        raise UserError(
+            f"the checkpoint is of another model than {path} and --config describe; {len(wrong)} "
+            f"arrays differ: {first} is {shape(found, first)}, should be {shape(wanted, first)}: "
+            "use the config that it was trained with"
+        )
