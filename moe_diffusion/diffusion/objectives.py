@@ -154,7 +154,17 @@ def diffusion_loss(
         rngs={} if draws.dropout is None else {"dropout": draws.dropout},
         mutable=["losses", "metrics", "router_stats"],
     )
-    errors, losses = objective.errors(output), sown.sum_by_name(collections.get("losses", {}))
+    return with_router_losses(objective.errors(output), collections, loss_weights)
+
+
+def with_router_losses(
+    errors: Mapping[str, jax.Array], collections: Mapping[str, Any], loss_weights: dict[str, float]
+) -> tuple[jax.Array, LossAux]:
+    """The sum of some errors and of the weighted losses that the routers sowed, and the report.
+
+    collections: what `model.apply` returned beside the output.
+    """
+    losses = sown.sum_by_name(collections.get("losses", {}))
     loss = sum(errors.values()) + sown.weigh(losses, loss_weights)
     router_metrics = sown.mean_by_name(collections.get("metrics", {}))
     metrics = {"loss": loss, **errors, **losses, **router_metrics}

@@ -26,8 +26,7 @@ from moe_diffusion.conditions import cond_of
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion import paths
-from moe_diffusion.diffusion.loss_parts import with_router_losses
-from moe_diffusion.diffusion.objectives import draw
+from moe_diffusion.diffusion.objectives import draw, with_router_losses
 from moe_diffusion.models.stack import Model, abstract_inputs, abstract_variables
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
@@ -38,6 +37,7 @@ from moe_diffusion.training.step import Frozen, large_constants
 from tests import cli
 from tests.training import toy
 
+FLOW = configs.default().diffusion
 LEAST = 2048  # bytes of a large constant; the largest weights have more, tables of positions less
 BOTH = {"model__depth": 2, "model__hidden_size": 32, "optim__trainable": "*"}
 STUDENT = BOTH | {
@@ -80,18 +80,18 @@ def lay_out(params, model: Model, mesh, preset: str):
 
 
 def distillation_loss(student: Model, teacher: Model, weights: dict, closed_over=None):
-    """||student - teacher||^2 + ||features - features||^2 + losses of the routers.
+    """||student - teacher||^2 + 1/2 ||features - features||^2 + losses of the routers.
 
     The features are those after layer 1 of both.
     closed_over: takes the place of what is frozen, which is a mistake.
     """
 
     def loss_fn(params, router_state, batch, key, frozen):
-        image, cond, draws = batch["image"], cond_of(batch), draw(key, batch["image"])
+        image, cond, draws = batch["image"], cond_of(batch), draw(key, batch["image"].shape, FLOW)
         x_t = paths.interpolate(image, draws.noise, draws.t)
         frozen = frozen if closed_over is None else closed_over
         wanted, target = teacher.apply({"params": frozen}, x_t, draws.t, cond, False, capture=(1,))
-        (output, features), sown = student.apply(
+        (output, features), collections = student.apply(
             {"params": params, "router_state": router_state},
             *(x_t, draws.t, cond, True),
             capture=(0, 1),
@@ -99,9 +99,8 @@ def distillation_loss(student: Model, teacher: Model, weights: dict, closed_over
         )
         assert set(features) == {0, 1}
         mse = jnp.mean(jnp.square(output - wanted))
-        distance = jnp.mean(jnp.square(features[1] - target[1]))
-        loss = mse + 0.5 * distance
-        return with_router_losses(loss, sown, weights, mse=mse, features=distance)
+        distance = 0.5 * jnp.mean(jnp.square(features[1] - target[1]))
+        return with_router_losses({"mse": mse, "features": distance}, collections, weights)
 
     return loss_fn
 
