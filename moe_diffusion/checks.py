@@ -18,6 +18,18 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def at_most(key: str, value: float, limit: str, most: float, remedy: str = "lower it") -> None:
+    """Raises a UserError if the value of a key exceeds `most`, the value of the key `limit`."""
+    require(value <= most, f"{key} = {value} exceeds {limit} = {most}: {remedy}")
+
+
+def divides(
+    key: str, part: int, whole_key: str, whole: int, remedy: str = "choose a divisor"
+) -> None:
+    """Raises a UserError unless the value of a key divides `whole`, that of the key `whole_key`."""
+    require(whole % part == 0, f"{key} = {part} does not divide {whole_key} = {whole}: {remedy}")
+
+
 def check_values(
     section: Any,
     prefix: str = "",

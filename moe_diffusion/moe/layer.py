@@ -39,9 +39,8 @@ class Experts(nn.Module):
         for name, shape in shapes.items():
             params[name] = self._param(name, xavier, shape)
             if self.use_bias:
-                params[name + "_bias"] = self._param(
-                    name + "_bias", nn.initializers.zeros, shape[1:]
-                )
+                bias = f"{name}_bias"
+                params[bias] = self._param(bias, nn.initializers.zeros, shape[1:])
         return params
 
     def _param(self, name, init, shape):
@@ -85,17 +84,11 @@ class MoE(nn.Module):
         router, experts = self.make_router(name="router"), self.make_experts(name="experts")
 
         rate = self.dropout if train else 0.0
+        dropout = Dropout(self.make_rng("dropout"), rate) if rate else None
         routing, aux = router(grouped, is_null, train)
-        y, dropped = dispatch(
-            grouped,
-            routing,
-            experts(width),
-            kind=experts.kind,
-            backend=self.backend,
-            transport=self.transport,
-            capacity_factor=self.capacity_factor,
-            dropout=Dropout(self.make_rng("dropout"), rate) if rate else None,
-        )
+        how = {"backend": self.backend, "transport": self.transport}
+        how |= {"capacity_factor": self.capacity_factor, "kind": experts.kind, "dropout": dropout}
+        y, dropped = dispatch(grouped, routing, experts(width), **how)
         y = y.reshape(x.shape)
         if self.make_shared:
             y += self.make_shared(name="shared", dropout=rate)(x)
@@ -106,18 +99,13 @@ class MoE(nn.Module):
         metrics = {"load_max": load.max() / load.mean(), "load_min": load.min() / load.mean()}
         if dropped is not None:
             metrics["dropped"] = dropped
-        self._sow("losses", aux.losses)
-        self._sow("metrics", metrics | aux.metrics)
-        for name, value in aux.stats.items():
-            router.sow("router_stats", name, value, reduce_fn=_latest, init_fn=lambda: 0.0)
+        _sow(self, "losses", aux.losses)
+        _sow(self, "metrics", metrics | aux.metrics)
+        _sow(router, "router_stats", aux.stats)
         return y
 
-    def _sow(self, collection, values):
-        for name, value in values.items():
-            self.sow(collection, name, value, reduce_fn=_latest, init_fn=lambda: 0.0)
 
-
-def _latest(old, new):
-    """Sown values are plain arrays, not tuples of all calls."""
-    del old
-    return new
+def _sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> None:
+    """Sows plain arrays, not tuples of all calls."""
+    for name, value in values.items():
+        module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: 0.0)

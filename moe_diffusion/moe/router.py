@@ -11,7 +11,7 @@ step calls `next_state` for the new value once per optimizer step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from moe_diffusion.checks import check_values
-from moe_diffusion.errors import UserError
+from moe_diffusion.checks import check_values, require
 
 Scalars = dict[str, jax.Array]
 
@@ -58,6 +57,9 @@ class Router(nn.Module):
     Class variables:
       provides: names of the losses that it can return.
       group_matters: whether the routing of a token depends on the other tokens of its group.
+      share: the field that says how many experts a token has on average.
+      choices: field -> the texts that are allowed.
+      positive, not_negative, fraction (at least 0 and below 1): fields that must be so.
     """
 
     num_experts: int
@@ -66,22 +68,27 @@ class Router(nn.Module):
 
     provides: ClassVar[tuple[str, ...]] = ("router_z",)
     group_matters: ClassVar[bool] = True
+    share: ClassVar[str] = "capacity"
+    choices: ClassVar[Mapping[str, Collection[str]]] = {}
+    positive: ClassVar[tuple[str, ...]] = ()
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    fraction: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def fields(cls) -> dict[str, Any]:
         """The keys of a config section `model.router` for this router, with their defaults."""
         fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in _NOT_CONFIGURED]
         for field in fields:
-            if not isinstance(field.default, bool | int | float | str | tuple):
-                raise UserError(
-                    f"field {field.name!r} of router {cls.__name__} cannot stand in a config: give "
-                    "it a default that is a bool, a number, a text or a tuple"
-                )
+            require(
+                isinstance(field.default, bool | int | float | str | tuple),
+                f"field {field.name!r} of router {cls.__name__} cannot stand in a config: give it "
+                "a default that is a bool, a number, a text or a tuple",
+            )
         return {field.name: field.default for field in fields}
 
     @classmethod
     def check(cls, config: Any, num_experts: int, group_tokens: int | None) -> None:
-        """Checks the values of a config; a subclass extends it for fields of its own.
+        """Checks the values of a config one by one; a subclass adds the combinations.
 
         Args:
           config: the section `model.router`, with a value for every field.
@@ -91,12 +98,14 @@ class Router(nn.Module):
           UserError: at the first value or combination that is not possible.
         """
         del num_experts, group_tokens
-        check_values(config, "model.router.", choices={"kernel_init": INITIALIZERS})
+        choices = {"kernel_init": INITIALIZERS, **cls.choices}
+        numbers = {name: getattr(cls, name) for name in ("positive", "not_negative", "fraction")}
+        check_values(config, "model.router.", choices=choices, **numbers)
 
     @property
     def experts_per_token(self) -> float:
         """How many experts a token meets, on average."""
-        return self.capacity
+        return getattr(self, self.share)
 
     def kernel(self, width: int, outputs: int) -> jax.Array:
         """The weights of the gate, f32[D, outputs]."""
@@ -117,9 +126,57 @@ class Router(nn.Module):
         return dict(state)
 
 
+class MovingThreshold(Router):
+    """What DiffMoE and Expert Race share: a threshold, learned in training and used at inference.
+
+    router_state/threshold is a moving average of what the router returns as a stat of this name.
+
+    threshold_decay: of the average, per optimizer step.
+    max_capacity: at inference at most this multiple of the average load is served, so that shapes
+      are static. The metric `dropped` is the share that the bound refuses. 0 = no bound.
+
+    Class variables:
+      competitors: what the bound counts: tokens | pairs.
+    """
+
+    threshold_decay: float = 0.95
+    max_capacity: float = 4.0
+
+    competitors: ClassVar[str] = "tokens"
+    not_negative = ("max_capacity",)
+    fraction = ("threshold_decay",)
+
+    @classmethod
+    def check(cls, config, num_experts, group_tokens):
+        super().check(config, num_experts, group_tokens)
+        require(
+            config.max_capacity == 0 or config.max_capacity >= 1,
+            f"model.router.max_capacity = {config.max_capacity} would drop {cls.competitors} even "
+            "at the average load: use at least 1, or 0 for no bound",
+        )
+
+    def bound(self, average: int, most: int) -> int:
+        """The most that is served at inference, where `average` are on average and `most` exist."""
+        return min(most, max(1, int(average * self.max_capacity)) if self.max_capacity else most)
+
+    def next_state(self, state, stats):
+        """threshold = decay * threshold + (1 - decay) * what the batch showed."""
+        if "threshold" not in stats:
+            return dict(state)
+        decay = self.threshold_decay
+        return {"threshold": decay * state["threshold"] + (1 - decay) * stats["threshold"]}
+
+
 def exact_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """A product in full f32: the choice of an expert is discrete, and bf16 passes would flip it."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def gates(logits: jax.Array, kind: str, axis: int = -1) -> jax.Array:
+    """Logits or cosines f32[G, T, E] as gates: identity | sigmoid | softmax, over `axis`."""
+    if kind == "identity":
+        return logits
+    return jax.nn.sigmoid(logits) if kind == "sigmoid" else jax.nn.softmax(logits, axis)
 
 
 def balance(scores: jax.Array, load: jax.Array) -> jax.Array:

@@ -30,14 +30,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_diffusion.kernels import mlp
-from moe_diffusion.kernels.dropout import Dropout
 from moe_diffusion.kernels.mlp import Params
 from moe_diffusion.kernels.rows import combine, gather, plan_rows
-from moe_diffusion.moe.routing import Routing, expert_slots, flatten, slots_of
+from moe_diffusion.moe.routing import Routing, Work, flatten, slots_of
 from moe_diffusion.parallel.mesh import num_batch_shards, num_expert_shards
-from moe_diffusion.parallel.weights import Specs
+from moe_diffusion.parallel.weights import weight_specs
 
-TRANSPORTS = ("none", "gather", "a2a_slots", "ragged_a2a")
 AXIS = "expert"
 RAGGED_BOUND = 2.0  # `ragged_a2a` has room for so many times a device's average load
 
@@ -50,181 +48,114 @@ EXPERT_AXES = {  # logical axes of the experts' weights
     "down_bias": ("expert", "embed"),
 }
 
-# (x [G, T, D], routing of the local experts, their params) -> [G, T, D]
-Local = Callable[[jax.Array, Routing, Params], jax.Array]
+Run = Callable[[Work], jax.Array]  # a backend: the work of one device -> [G, T, D]
 
 
-def experts_are_whole(specs: Specs) -> bool:
+def experts_are_whole(params: Params) -> bool:
     """Whether every device has all experts, although the mesh has an axis to split them over.
 
-    specs: of the experts' weights. Two models on one mesh may follow different presets, and only
-    the preset `fsdp_ep` splits experts.
+    Two models on one mesh may follow different presets, and only `fsdp_ep` splits experts.
     """
-    return num_expert_shards() > 1 and AXIS not in (specs["up"][0] or ())
+    over_experts = weight_specs(params, EXPERT_AXES)["up"][0]
+    return num_expert_shards() > 1 and AXIS not in (over_experts or ())
 
 
-def default_transport(x: jax.Array, routing: Routing, params: Params) -> str:
-    """The transport where none is named; the arguments are those of all devices: x [G, T, D]."""
-    num_experts, _, hidden = params["up"].shape
-    return choose(
-        devices=num_expert_shards(),
-        tokens=x.shape[0] * x.shape[1] // num_batch_shards(),
-        assignments=routing.expert.size // num_batch_shards(),
-        num_experts=num_experts,
-        hidden=hidden,
-        fixed_slots=routing.slots_per_expert is not None,
-    )
+def default_transport(work: Work) -> str:
+    """The cheapest transport in the table above that drops nothing; `work` is of all devices.
 
-
-def choose(
-    *,
-    devices: int,
-    tokens: int,
-    assignments: int,
-    num_experts: int,
-    hidden: int,
-    fixed_slots: bool,
-) -> str:
-    """The cheapest transport in the table above that drops nothing.
-
-    tokens and assignments: of one device. Weights cost less than tokens from K T ~ 3/2 E H on. With
-    DSMoE-L-E48's 48 x 448 that is 6,450 tokens on a device, so models of up to 3B parameters on a
-    pod with a usual batch want no other transport than `none`.
+    Weights cost less than tokens from K T ~ 3/2 E H on. With DSMoE-L-E48's 48 x 448 that is 6,450
+    tokens on a device, so models of up to 3B parameters on a pod with a usual batch want no other
+    transport than `none`.
     """
+    devices, shards = num_expert_shards(), num_batch_shards()
     if devices == 1:
         return "none"
+    num_experts, _, hidden = work.params["up"].shape
+    tokens = work.x.shape[0] * work.x.shape[1] // shards
     elements = {"none": 3 * num_experts * hidden, "gather": 2 * devices * tokens}
-    if fixed_slots:  # C slots for each expert: as many rows as assignments
-        elements["a2a_slots"] = 2 * assignments
+    if work.routing.slots_per_expert is not None:  # as many rows as assignments
+        elements["a2a_slots"] = 2 * (work.routing.expert.size // shards)
     return min(elements, key=elements.get)
 
 
-def send(
-    transport: str,
-    local: Local,
-    x: jax.Array,
-    routing: Routing,
-    params: Params,
-    *,
-    kind: str,
-    capacity_factor: float,
-    dropout: Dropout | None,
-) -> jax.Array:
-    """Dispatches x[G, T, D] of this device to any of the E experts: [G, T, D].
-
-    params: of this device's own E / n experts. `local` dispatches to those alone.
-    """
-    if transport == "gather":
-        return _gather(local, x, routing, params)
-    tokens, width = x.shape[1:]
-    flat = x.reshape(-1, width)
-    if transport == "ragged_a2a":
-        y = _ragged(local, flat, *flatten(routing, tokens), params)
-    else:
-        num_experts = params["up"].shape[0] * lax.axis_size(AXIS)
-        slots = expert_slots(routing, tokens, num_experts, capacity_factor)
-        y = _all_to_all(flat, *slots, params, kind, dropout)
-    return y.reshape(x.shape)
-
-
-def restrict(routing: Routing, first: jax.Array, count: int, num_experts: int) -> Routing:
+def restrict(routing: Routing, first: jax.Array, count: int) -> Routing:
     """The assignments to the experts first, ..., first + count - 1, which are numbered from 0."""
-    slots = routing.slots_per_expert
-    groups = routing.token.shape[0]
+    groups, slots = len(routing.token), routing.slots_per_expert
     if slots:
 
         def own(array):
-            array = array.reshape(groups, num_experts, slots)
+            array = array.reshape(groups, -1, slots)
             return lax.dynamic_slice_in_dim(array, first, count, axis=1).reshape(groups, -1)
 
         routing = jax.tree.map(own, routing)
     expert = routing.expert - first
-    mine = (expert >= 0) & (expert < count)
-    return Routing(
-        token=routing.token,
-        expert=jnp.where(mine, expert, count),
-        weight=jnp.where(mine, routing.weight, 0.0),
-        slots_per_expert=slots,
-    )
+    return routing.replace(expert=expert).only((expert >= 0) & (expert < count), count)
 
 
-def _gather(local: Local, x: jax.Array, routing: Routing, params: Params) -> jax.Array:
-    count = params["up"].shape[0]
-    all_tokens = lax.all_gather(x, AXIS, axis=0, tiled=True)
-    routing = jax.tree.map(lambda a: lax.all_gather(a, AXIS, axis=0, tiled=True), routing)
-    num_experts = count * lax.axis_size(AXIS)
-    mine = restrict(routing, lax.axis_index(AXIS) * count, count, num_experts)
-    partial_sums = local(all_tokens, mine, params)
-    return lax.psum_scatter(partial_sums, AXIS, scatter_dimension=0, tiled=True)
+# --- the transports: (backend, work of this device with the params that it holds) -> [G, T, D] ---
 
 
-def _all_to_all(flat, token, weight, params, kind, dropout):
-    """flat[T, D]; slots of every expert in the world: token, weight [E, C] -> [T, D]."""
-    devices, count = lax.axis_size(AXIS), params["up"].shape[0]
+def _none(run: Run, work: Work) -> jax.Array:
+    return run(work)
+
+
+def _gather(run: Run, work: Work) -> jax.Array:
+    everywhere = partial(lax.all_gather, axis_name=AXIS, axis=0, tiled=True)
+    x, routing = jax.tree.map(everywhere, (work.x, work.routing))
+    mine = restrict(routing, lax.axis_index(AXIS) * work.num_experts, work.num_experts)
+    sums = run(work.replace(x=x, routing=mine))
+    return lax.psum_scatter(sums, AXIS, scatter_dimension=0, tiled=True)
+
+
+def _all_to_all(run: Run, work: Work) -> jax.Array:
+    """Slots of every expert in the world travel; `mlp.apply` serves them, not the backend."""
+    del run
+    flat, devices, count = work.tokens, lax.axis_size(AXIS), work.num_experts
+    token, weight = work.slots(devices * count)
     slots, width = token.shape[1], flat.shape[1]
     plan = plan_rows(token.reshape(-1), flat.shape[0])
     rows = gather(flat, plan).reshape(devices, count, slots, width)
     rows = lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0)  # source device first
     rows = rows.swapaxes(0, 1).reshape(count, devices * slots, width)
-    drop = None
-    if dropout is not None:  # a row's number stands for its token's, which stayed at home
-        row, expert = jnp.arange(devices * slots), jnp.arange(count)[:, None]
-        drop = partial(dropout, token=row, expert=expert)
-    out = mlp.apply(rows, params, kind, drop)
+    # For dropout a row's number stands for its token's, which stayed at home.
+    row, expert = jnp.arange(devices * slots), jnp.arange(count)[:, None]
+    drop = work.dropout and partial(work.dropout, token=row, expert=expert)
+    out = mlp.apply(rows, work.params, work.kind, drop)
     out = out.reshape(count, devices, slots, width).swapaxes(0, 1)
     out = lax.all_to_all(out, AXIS, split_axis=0, concat_axis=0)
     out = out.reshape(-1, width) * weight.reshape(-1, 1).astype(flat.dtype)
-    return combine(out, plan)
+    return combine(out, plan).reshape(work.x.shape)
 
 
-def _ragged(local: Local, flat, token, expert, weight, params):
-    """flat[T, D]; assignments [N] to any expert of the world -> [T, D]."""
-    devices, count = lax.axis_size(AXIS), params["up"].shape[0]
-    num, me = expert.shape[0], lax.axis_index(AXIS)
+def _ragged(run: Run, work: Work) -> jax.Array:
+    flat, devices, count = work.tokens, lax.axis_size(AXIS), work.num_experts
+    token, expert, weight = flatten(work.routing, work.x.shape[1])
+    me, room = lax.axis_index(AXIS), int(RAGGED_BOUND * expert.size)
     order = jnp.argsort(expert, stable=True)
-    bounds = jnp.searchsorted(expert[order], jnp.arange(devices * count + 1))
-    room = int(RAGGED_BOUND * num)
-    sent, begin = ragged_sizes(
-        lax.all_gather(jnp.diff(bounds).astype(jnp.int32), AXIS), devices, room
-    )
+    token, expert, weight = token[order], expert[order], weight[order]
+    bounds = jnp.searchsorted(expert, jnp.arange(devices * count + 1)).astype(jnp.int32)
+    sent, begin = ragged_sizes(lax.all_gather(jnp.diff(bounds), AXIS), devices, room)
     ours = sent[:, :, 0]  # rows from device i to device j, i32[n, n]
     within = jnp.cumsum(ours, axis=0) - ours  # where i's rows start in j's buffer
-    starts = bounds[:-1].reshape(devices, count)[:, 0].astype(jnp.int32)
-    plan = plan_rows(jnp.where(expert[order] < devices * count, token[order], flat.shape[0]),
-                     flat.shape[0])  # fmt: skip
+    starts = bounds[:-1].reshape(devices, count)[:, 0]
+    travel = partial(lax.ragged_all_to_all, axis_name=AXIS)
+    plan = plan_rows(jnp.where(expert < devices * count, token, flat.shape[0]), flat.shape[0])
     rows = gather(flat, plan)
-
-    received = lax.ragged_all_to_all(
-        rows,
-        jnp.zeros((room, flat.shape[1]), flat.dtype),
-        starts,
-        ours[me],
-        within[me],
-        ours[:, me],
-        axis_name=AXIS,
-    )
+    empty = jnp.zeros((room, flat.shape[1]), flat.dtype)
+    received = travel(rows, empty, starts, ours[me], within[me], ours[:, me])
     # The expert of each received row: rows lie by sender, and those of a sender by expert.
-    edges = jnp.cumsum(begin[:, me].reshape(-1))
-    owner = jnp.searchsorted(edges, jnp.arange(room), side="right")
-    owner = jnp.where(jnp.arange(room) < edges[-1], owner % count, count)
-    routing = Routing(
-        token=jnp.arange(room, dtype=jnp.int32)[None],
-        expert=owner.astype(jnp.int32)[None],
-        weight=jnp.ones((1, room), jnp.float32),
-    )
-    out = local(received[None], routing, params)[0]
+    edges, row = jnp.cumsum(begin[:, me].reshape(-1)), jnp.arange(room, dtype=jnp.int32)
+    owner = jnp.searchsorted(edges, row, side="right").astype(jnp.int32)
+    owner = jnp.where(row < edges[-1], owner % count, count)
+    routing = Routing(row[None], owner[None], jnp.ones((1, room), jnp.float32))
+    out = run(work.replace(x=received[None], routing=routing))[0]
     # Every device tells where its rows for each other device begin: they come back to there.
     home = lax.all_gather(starts, AXIS)
-    back = lax.ragged_all_to_all(
-        out,
-        jnp.zeros_like(rows),
-        within[:, me],
-        ours[:, me],
-        home[:, me],
-        ours[me],
-        axis_name=AXIS,
-    )
-    return combine(back * weight[order][:, None].astype(flat.dtype), plan)
+    back = travel(out, jnp.zeros_like(rows), within[:, me], ours[:, me], home[:, me], ours[me])
+    return combine(back * weight[:, None].astype(flat.dtype), plan).reshape(work.x.shape)
+
+
+TRANSPORTS = {"none": _none, "gather": _gather, "a2a_slots": _all_to_all, "ragged_a2a": _ragged}
 
 
 def ragged_sizes(counts: jax.Array, devices: int, room: int) -> tuple[jax.Array, jax.Array]:
@@ -243,49 +174,39 @@ def ragged_sizes(counts: jax.Array, devices: int, room: int) -> tuple[jax.Array,
     return kept.sum(-1, keepdims=True), kept
 
 
-def dropped_share(
-    backend_drops: bool,
-    transport: str | None,
-    routing: Routing,
-    num_experts: int,
-    factor: float,
-) -> jax.Array | None:
+def dropped_share(work: Work, transport: str | None, backend_drops: bool) -> jax.Array | None:
     """The share of all assignments that a dispatch drops, f32[]; None where it never drops any.
 
-    backend_drops: the backend drops what finds no slot. transport: as named; None chooses one that
-    drops nothing. factor: `capacity_factor`. A transport that stays unused (on one device, or
-    because a group spans devices) drops 0.
+    work: of all devices. transport: as named; None chooses one that drops nothing. A transport that
+    stays unused (on one device, or because a group spans devices) drops 0. backend_drops: the
+    backend drops what finds no slot.
     """
-    open_ended = routing.slots_per_expert is None
+    open_ended, shards = work.routing.slots_per_expert is None, num_batch_shards()
     if backend_drops and open_ended:
-        return _beyond_slots(routing, num_experts, factor)
-    if transport == "ragged_a2a" or (transport == "a2a_slots" and open_ended):
-        shards = num_batch_shards()
-        if shards == 1 or routing.expert.shape[0] % shards:
-            return jnp.float32(0)
-        if transport == "ragged_a2a":
-            return _beyond_room(routing, num_experts)
-        return _beyond_slots(routing, num_experts, factor)
-    return None
+        return _beyond_slots(work)
+    if transport != "ragged_a2a" and not (transport == "a2a_slots" and open_ended):
+        return None
+    if shards == 1 or work.x.shape[0] % shards:
+        return jnp.float32(0)
+    return _beyond_room(work) if transport == "ragged_a2a" else _beyond_slots(work)
 
 
-def _beyond_slots(routing: Routing, num_experts: int, factor: float) -> jax.Array:
+def _beyond_slots(work: Work) -> jax.Array:
     """Where an expert has C = factor * N / E slots for the assignments of a device."""
-    one_hot = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.float32)
-    load = one_hot.sum(1)  # [G, E]
-    shards = num_batch_shards()
-    if load.shape[0] % shards == 0:
-        load = load.reshape(shards, -1, num_experts)
-    load = load.sum(-2)
-    slots = slots_of(routing.expert.size // max(1, load.size // num_experts), num_experts, factor)
+    expert, num_experts, shards = work.routing.expert, work.num_experts, num_batch_shards()
+    load = jax.nn.one_hot(expert, num_experts, dtype=jnp.float32).sum(1)  # [G, E]
+    parts = shards if len(load) % shards == 0 else 1
+    load = load.reshape(parts, -1, num_experts).sum(1)
+    slots = slots_of(expert.size // parts, num_experts, work.capacity_factor)
     return jnp.maximum(load - slots, 0).sum() / jnp.maximum(load.sum(), 1)
 
 
-def _beyond_room(routing: Routing, num_experts: int) -> jax.Array:
+def _beyond_room(work: Work) -> jax.Array:
     """Where a device has room for RAGGED_BOUND times its average load."""
     shards, devices = num_batch_shards(), num_expert_shards()
-    one_hot = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.int32)
+    expert, num_experts = work.routing.expert, work.num_experts
+    one_hot = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
     counts = one_hot.reshape(shards // devices, devices, -1, num_experts).sum(2)
-    room = int(RAGGED_BOUND * (routing.expert.size // shards))
+    room = int(RAGGED_BOUND * (expert.size // shards))
     kept = jax.vmap(lambda counts: ragged_sizes(counts, devices, room)[1])(counts)
     return 1 - kept.sum() / jnp.maximum(counts.sum(), 1)

@@ -12,6 +12,7 @@ from moe_diffusion import config as configs
 from moe_diffusion import train
 from moe_diffusion.config.schema import router_fields
 from moe_diffusion.errors import UserError
+from moe_diffusion.moe import routers
 from tests import cli
 
 OTHERS = """
@@ -20,6 +21,13 @@ class NoRouter:
     pass
 class Unset(Router):
     rank: int | None = None
+class Ranged(Router):
+    slope: float = 1.0
+    mode: str = "up"
+    top_k: int = 3
+    positive = ("slope",)
+    choices = {"mode": ("up", "down")}
+    share = "top_k"
 """
 
 
@@ -81,6 +89,18 @@ def test_a_config_file_names_it_and_sets_its_field(outside):
         configs.load("mine.py", ["loss_weights.balance=1"])
     with pytest.raises(UserError, match="unknown config key 'model.router.offset'"):
         configs.load("mine.py", ["model.router.name=diffmoe"])
+
+
+def test_class_variables_say_what_a_field_may_be(outside):
+    name = "model.router.name=others:Ranged"
+    for change, message in (
+        ("slope=0", "model.router.slope = 0.0 must be positive"),
+        ("mode=left", "model.router.mode = 'left' is unknown; choose up | down"),
+        ("kernel_init=left", "model.router.kernel_init = 'left' is unknown; choose kaiming_normal"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            configs.load("configs/digits.py", [name, "loss_weights={}", f"model.router.{change}"])
+    assert routers.find("others:Ranged")(4, top_k=2).experts_per_token == 2
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from moe_diffusion.moe import transport
 from moe_diffusion.moe.dispatch import dispatch
 from moe_diffusion.moe.layer import Experts, MoE
 from moe_diffusion.moe.routers import ROUTERS
-from moe_diffusion.moe.routing import by_expert, by_token, top_experts, top_tokens
-from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.moe.routing import Routing, Work, by_expert, by_token, top_experts, top_tokens
+from moe_diffusion.parallel.mesh import AXES, make_mesh
 from moe_diffusion.parallel.rules import use_preset
 from moe_diffusion.planning.topologies import describe
 
@@ -210,17 +211,21 @@ def test_a_layer_tells_what_ragged_rows_were_dropped():
 
 def test_restricted_to_some_experts():
     routed = by_token(jnp.array([[[0, 3], [2, 1]]]), jnp.array([[[0.1, 0.2], [0.3, 0.4]]]))
-    mine = transport.restrict(routed, 2, 2, 4)
+    mine = transport.restrict(routed, 2, 2)
     assert mine.expert.tolist() == [[2, 1, 0, 2]]
     np.testing.assert_allclose(mine.weight, [[0, 0.2, 0.3, 0]])
 
 
 def test_the_cheapest_transport_that_drops_nothing():
+    """48 experts, 448 hidden units, 5 experts a token; `tokens` on each device."""
+
     def choose(tokens, devices=16, fixed=False):
-        return transport.choose(
-            devices=devices, tokens=tokens, assignments=5 * tokens, num_experts=48, hidden=448,
-            fixed_slots=fixed,
-        )  # fmt: skip
+        mesh = AbstractMesh((1, 1, devices, 1), AXES)
+        chosen = jax.ShapeDtypeStruct((devices, 5 * tokens), "int32")
+        routed = Routing(chosen, chosen, chosen, slots_per_expert=1 if fixed else None)
+        x, up = (jax.ShapeDtypeStruct(s, "float32") for s in ((devices, tokens, 8), (48, 8, 448)))
+        with jax.sharding.use_abstract_mesh(mesh):
+            return transport.default_transport(Work(x, routed, {"up": up}, "silu", 1.25, None))
 
     assert choose(512, devices=1) == "none"
     assert choose(512) == "gather"  # 16 k rows against 64 k of weights

@@ -9,28 +9,14 @@ import importlib
 import os
 import sys
 
+from moe_diffusion.checks import require
 from moe_diffusion.errors import UserError, first_line
-from moe_diffusion.moe.router import INITIALIZERS, Aux, Router
+from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routers.diffmoe import DiffMoE
 from moe_diffusion.moe.routers.expert_choice import ExpertChoice
 from moe_diffusion.moe.routers.expert_race import ExpertRace
 from moe_diffusion.moe.routers.promoe import ProMoEExpertChoice, ProMoETokenChoice
 from moe_diffusion.moe.routers.token_choice import TokenChoice
-
-__all__ = [
-    "DENSE",
-    "INITIALIZERS",
-    "ROUTERS",
-    "Aux",
-    "DiffMoE",
-    "ExpertChoice",
-    "ExpertRace",
-    "ProMoEExpertChoice",
-    "ProMoETokenChoice",
-    "Router",
-    "TokenChoice",
-    "find",
-]
 
 DENSE = "dense"  # the name that a config has in the place of a router's: no experts
 
@@ -54,17 +40,15 @@ def find(name: str) -> type[Router] | None:
     Raises:
       UserError: no such router, or its module cannot be imported.
     """
-    if name == DENSE:
-        return None
-    if name in ROUTERS:
-        return ROUTERS[name]
+    if name == DENSE or name in ROUTERS:
+        return ROUTERS.get(name)
     named = f"model.router.name = {name!r}"
     module_name, _, class_name = name.partition(":")
-    if not (module_name and class_name):
-        raise UserError(
-            f"{named} is unknown; choose {' | '.join((*ROUTERS, DENSE))}, or name a class of your "
-            "own like my_package.my_module:MyRouter"
-        )
+    require(
+        bool(module_name and class_name),
+        f"{named} is unknown; choose {' | '.join((*ROUTERS, DENSE))}, or name a class of your own "
+        "like my_package.my_module:MyRouter",
+    )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -74,11 +58,12 @@ def find(name: str) -> type[Router] | None:
             f"{named}: module {module_name} cannot be imported ({type(error).__name__}: "
             f"{first_line(error)}): mend it, or start in the folder that it lies in"
         ) from error
-    router = getattr(module, class_name, None)
-    if router is None:
-        raise UserError(
-            f"{named}: {module.__file__} has no {class_name}: name a class of that file"
-        )
-    if not (isinstance(router, type) and issubclass(router, Router)):
-        raise UserError(f"{named} is no router: derive it from moe_diffusion.moe.router.Router")
+    if not hasattr(module, class_name):
+        where = module.__file__
+        raise UserError(f"{named}: {where} has no {class_name}: name a class of that file")
+    router = getattr(module, class_name)
+    require(
+        isinstance(router, type) and issubclass(router, Router),
+        f"{named} is no router: derive it from moe_diffusion.moe.router.Router",
+    )
     return router

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
 
-from moe_diffusion.checks import check_values, require
-from moe_diffusion.moe.router import Aux, router_z
+from moe_diffusion.checks import require
+from moe_diffusion.moe.router import Aux, MovingThreshold, router_z
 from moe_diffusion.moe.routers.expert_choice import ExpertChoice
-from moe_diffusion.moe.routing import Routing, by_expert, slots_per_expert, top_tokens
+from moe_diffusion.moe.routing import Routing, by_expert, slots_per_expert, taken, top_tokens
 
 
-class DiffMoE(ExpertChoice):
+class DiffMoE(ExpertChoice, MovingThreshold):
     """Experts choose from a pool of the whole batch; a predictor sets their share at inference.
 
     Training: expert choice over the group (the batch), C = T / E * capacity. A small MLP on the
@@ -30,32 +28,18 @@ class DiffMoE(ExpertChoice):
     threshold: "dynamic", those averages, or one constant for all experts as text like "0.4" (what
       the paper's interval search looks for).
     threshold_decay: of the averages, per optimizer step.
-    max_capacity: at inference an expert takes at most this multiple of C tokens, so that shapes are
-      static. The metric `dropped` is the share that the bound refuses. 0 = no bound.
+    max_capacity: at inference an expert takes at most this multiple of C tokens; 0 = no bound.
 
     Source: DiffMoE (2503.14487) section 3, Algorithms 1 and 2.
     """
 
     threshold: str = "dynamic"
-    threshold_decay: float = 0.95
-    max_capacity: float = 4.0
 
-    provides: ClassVar[tuple[str, ...]] = ("capacity_predictor", "router_z")
+    provides = ("capacity_predictor", "router_z")
 
     @classmethod
     def check(cls, config, num_experts, group_tokens):
         super().check(config, num_experts, group_tokens)
-        check_values(
-            config,
-            "model.router.",
-            not_negative=("max_capacity",),
-            fraction=("threshold_decay",),
-        )
-        require(
-            config.max_capacity == 0 or config.max_capacity >= 1,
-            f"model.router.max_capacity = {config.max_capacity} would drop tokens even at the "
-            "average load: use at least 1, or 0 for no bound",
-        )
         require(
             config.threshold == "dynamic" or _is_fraction(config.threshold),
             f"model.router.threshold = {config.threshold!r} must be dynamic or a number at least 0 "
@@ -73,33 +57,25 @@ class DiffMoE(ExpertChoice):
         slots = slots_per_expert(tokens, self.num_experts, self.capacity)
         if train:
             weight, token = top_tokens(scores, slots)
+            routing = by_expert(token, weight)
+            chosen = taken(routing, tokens, self.num_experts)
             quantile = top_tokens(jax.nn.sigmoid(predicted), slots)[0][..., -1]
             asked = self.asked(
-                capacity_predictor=lambda: predictor_loss(predicted, _taken(token, scores)),
+                capacity_predictor=lambda: predictor_loss(predicted, chosen),
                 router_z=lambda: router_z(logits),
             )
-            stats = {"threshold": lax.stop_gradient(quantile.mean(0))}
-            return by_expert(token, weight), Aux(asked, {}, stats)
+            return routing, Aux(asked, {}, {"threshold": lax.stop_gradient(quantile.mean(0))})
 
         if self.threshold != "dynamic":
             threshold = float(self.threshold)
         wanted = (jax.nn.sigmoid(predicted) > threshold).sum(1)  # i32[G, E]
-        bound = max(1, int(slots * self.max_capacity)) if self.max_capacity else tokens
-        bound = min(tokens, bound)
+        bound = self.bound(slots, tokens)
         weight, token = top_tokens(scores, bound)
         used = jnp.arange(bound) < wanted[..., None]
         dropped = jnp.maximum(wanted - bound, 0).sum() / jnp.maximum(wanted.sum(), 1)
-        per_token = wanted.sum() / (x.shape[0] * tokens)
-        metrics = {"experts_per_token": per_token, "dropped": dropped}
+        metrics = {"experts_per_token": wanted.sum() / (x.shape[0] * tokens), "dropped": dropped}
         # Bounded, the slots are worth a static shape; unbounded, most of the T slots are empty.
         return by_expert(token, weight, used, fixed_slots=bound < tokens), Aux({}, metrics, {})
-
-    def next_state(self, state, stats):
-        """threshold = decay * threshold + (1 - decay) * quantile seen in the batch."""
-        if "threshold" not in stats:
-            return dict(state)
-        decay = self.threshold_decay
-        return {"threshold": decay * state["threshold"] + (1 - decay) * stats["threshold"]}
 
 
 class CapacityPredictor(nn.Module):
@@ -122,14 +98,6 @@ def predictor_loss(logits: jax.Array, taken: jax.Array) -> jax.Array:
     taken[g, t, e] is 1 where expert e took token t. DiffMoE (2503.14487), capacity predictor loss.
     """
     return optax.sigmoid_binary_cross_entropy(logits, taken).mean()
-
-
-def _taken(token: jax.Array, scores: jax.Array) -> jax.Array:
-    """f32[G, T, E], 1 where token i32[G, E, C] says that the expert took the token."""
-    groups, num_experts, _ = token.shape
-    group = jnp.arange(groups)[:, None, None]
-    expert = jnp.arange(num_experts)[:, None]
-    return jnp.zeros_like(scores).at[group, token, expert].set(1.0)
 
 
 def _is_fraction(text: str) -> bool:

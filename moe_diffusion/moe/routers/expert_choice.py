@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from moe_diffusion.checks import check_values, require
+from moe_diffusion.checks import at_most, require
 from moe_diffusion.moe.router import Aux, Router, router_z
 from moe_diffusion.moe.routing import Routing, by_expert, slots_per_expert, top_tokens
 
@@ -24,22 +24,19 @@ class ExpertChoice(Router):
 
     capacity: float = 1.0
 
+    positive = ("capacity",)
+
     @classmethod
     def check(cls, config, num_experts, group_tokens):
         super().check(config, num_experts, group_tokens)
-        check_values(config, "model.router.", positive=("capacity",))
+        remedy = "an expert cannot take more tokens than there are, lower it"
+        capacity, experts = config.capacity, "model.moe.num_experts"
+        at_most("model.router.capacity", capacity, experts, num_experts, remedy)
         require(
-            config.capacity <= num_experts,
-            f"model.router.capacity = {config.capacity} exceeds model.moe.num_experts = "
-            f"{num_experts}: an expert cannot take more tokens than there are, lower it",
-        )
-        require(
-            group_tokens is None
-            or slots_per_expert(group_tokens, num_experts, config.capacity) >= 1,
-            f"model.router.capacity = {config.capacity} gives each of model.moe.num_experts = "
-            f"{num_experts} less than one of the {group_tokens} tokens in model.router.group = "
-            f"{config.group}: raise the capacity, use fewer experts, a smaller model.patch_size or "
-            "a wider group",
+            group_tokens is None or slots_per_expert(group_tokens, num_experts, capacity) >= 1,
+            f"model.router.capacity = {capacity} gives each of {experts} = {num_experts} less than "
+            f"one of the {group_tokens} tokens in model.router.group = {config.group}: raise the "
+            "capacity, use fewer experts, a smaller model.patch_size or a wider group",
         )
 
     @nn.compact

@@ -7,23 +7,14 @@ Tokens of unconditional samples go, with weight 1, to an expert of their own: th
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from moe_diffusion.checks import check_values, require
-from moe_diffusion.moe.router import Aux, Router, exact_matmul
-from moe_diffusion.moe.routing import (
-    Routing,
-    by_expert,
-    by_token,
-    slots_per_expert,
-    top_experts,
-    top_tokens,
-)
+from moe_diffusion.checks import require
+from moe_diffusion.moe import routing
+from moe_diffusion.moe.router import Aux, Router, exact_matmul, gates
 
 
 class ProMoE(Router):
@@ -39,18 +30,12 @@ class ProMoE(Router):
     null_expert: bool = True
     contrast_temperature: float = 0.07
 
-    share: ClassVar[str]  # the field that says how many experts a token has on average
-    provides: ClassVar[tuple[str, ...]] = ("contrast",)
+    provides = ("contrast",)
+    choices = {"scores": ("identity", "sigmoid", "softmax")}
 
     @classmethod
     def check(cls, config, num_experts, group_tokens):
         super().check(config, num_experts, group_tokens)
-        check_values(
-            config,
-            "model.router.",
-            choices={"scores": ("identity", "sigmoid", "softmax")},
-            positive=(cls.share, "contrast_temperature"),
-        )
         require(
             config[cls.share] <= num_experts - config.null_expert,
             f"model.router.{cls.share} = {config[cls.share]} exceeds the experts with a prototype, "
@@ -63,17 +48,19 @@ class ProMoE(Router):
         """How many experts have a prototype."""
         return self.num_experts - self.null_expert
 
-    def gates(self, cosine: jax.Array, axis: int) -> jax.Array:
-        """Cosines f32[G, T, E] as weights; a softmax is over `axis`."""
-        if self.scores == "identity":
-            return cosine
-        return jax.nn.sigmoid(cosine) if self.scores == "sigmoid" else jax.nn.softmax(cosine, axis)
+    def meet(self, x: jax.Array, is_null: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Prototypes f32[D, E], cosines f32[G, T, E], and null bool[G, T].
 
-    def null_tokens(self, x: jax.Array, is_null: jax.Array | None) -> jax.Array:
-        """bool[G, T]: the tokens for the last expert."""
-        if is_null is None or not self.null_expert:
-            return jnp.zeros(x.shape[:2], bool)
-        return is_null
+        E counts the experts with a prototype. null marks the tokens for the last expert.
+        """
+        prototypes = self.kernel(x.shape[-1], self.num_routed)
+        null = is_null if is_null is not None and self.null_expert else jnp.zeros(x.shape[:2], bool)
+        return prototypes, exact_matmul(unit(x, axis=-1), unit(prototypes, axis=0)), null
+
+    def aux(self, prototypes: jax.Array, x: jax.Array, taken: jax.Array, pooled: bool) -> Aux:
+        """What the router tells besides the routing, see `contrast_loss`."""
+        args = (prototypes, x, taken, self.contrast_temperature, pooled)
+        return Aux(self.asked(contrast=lambda: contrast_loss(*args)), {}, {})
 
 
 class ProMoETokenChoice(ProMoE):
@@ -84,30 +71,21 @@ class ProMoETokenChoice(ProMoE):
 
     top_k: int = 2
 
-    share: ClassVar[str] = "top_k"
-    group_matters: ClassVar[bool] = False
-
-    @property
-    def experts_per_token(self) -> float:
-        return self.top_k
+    share = "top_k"
+    positive = ("top_k", "contrast_temperature")
+    group_matters = False
 
     @nn.compact
-    def __call__(self, x, is_null=None, train=False) -> tuple[Routing, Aux]:
+    def __call__(self, x, is_null=None, train=False) -> tuple[routing.Routing, Aux]:
         del train
         x = x.astype(jnp.float32)
-        null = self.null_tokens(x, is_null)[..., None]
-        prototypes = self.kernel(x.shape[-1], self.num_routed)
-        cosine = exact_matmul(unit(x, axis=-1), unit(prototypes, axis=0))
-        expert = top_experts(lax.stop_gradient(cosine), self.top_k)
-        weight = jnp.take_along_axis(self.gates(cosine, axis=-1), expert, axis=-1)
-        expert = jnp.where(null, self.num_experts - 1, expert)
-        weight = jnp.where(null, jnp.arange(self.top_k) == 0, weight)
-
-        def contrast():
-            taken = jax.nn.one_hot(expert, self.num_experts).sum(-2)[..., : self.num_routed]
-            return contrast_loss(prototypes, x, taken, self.contrast_temperature, pooled=True)
-
-        return by_token(expert, weight), Aux(self.asked(contrast=contrast), {}, {})
+        prototypes, cosine, null = self.meet(x, is_null)
+        expert = routing.top_experts(lax.stop_gradient(cosine), self.top_k)
+        weight = jnp.take_along_axis(gates(cosine, self.scores), expert, axis=-1)
+        expert = jnp.where(null[..., None], self.num_experts - 1, expert)
+        weight = jnp.where(null[..., None], jnp.arange(self.top_k) == 0, weight)
+        taken = jax.nn.one_hot(expert, self.num_experts).sum(-2)[..., : self.num_routed]
+        return routing.by_token(expert, weight), self.aux(prototypes, x, taken, pooled=True)
 
 
 class ProMoEExpertChoice(ProMoE):
@@ -123,45 +101,32 @@ class ProMoEExpertChoice(ProMoE):
 
     capacity: float = 1.0
 
-    share: ClassVar[str] = "capacity"
+    positive = ("capacity", "contrast_temperature")
 
     @nn.compact
-    def __call__(self, x, is_null=None, train=False) -> tuple[Routing, Aux]:
+    def __call__(self, x, is_null=None, train=False) -> tuple[routing.Routing, Aux]:
         del train
-        groups, tokens, width = x.shape
-        x = x.astype(jnp.float32)
-        null = self.null_tokens(x, is_null)
-        prototypes = self.kernel(width, self.num_routed)
-        cosine = exact_matmul(unit(x, axis=-1), unit(prototypes, axis=0))
+        x, tokens = x.astype(jnp.float32), x.shape[1]
+        prototypes, cosine, null = self.meet(x, is_null)
         # Below every cosine, and finite: a group of null tokens alone must not become NaN.
         cosine = jnp.where(null[..., None], -1e9, cosine)
-        slots = min(tokens, max(1, slots_per_expert(tokens, self.num_routed, self.capacity)))
-        weight, token = top_tokens(self.gates(cosine, axis=1), slots)
-        used = ~jnp.take_along_axis(null[:, None], token, axis=-1)
+        share = routing.slots_per_expert(tokens, self.num_routed, self.capacity)
+        slots = min(tokens, max(1, share))
+        weight, token = routing.top_tokens(gates(cosine, self.scores, axis=1), slots)
+        chosen = routing.by_expert(token, weight, fixed_slots=not self.null_expert)
+        if self.null_expert:
+            chosen = self._with_null_tokens(chosen, null)
+        taken = routing.taken(chosen, tokens, self.num_routed)
+        return chosen, self.aux(prototypes, x, taken, pooled=False)
 
-        def contrast():
-            taken = jax.vmap(_taken, in_axes=(0, 0, None))(token, used, tokens)
-            return contrast_loss(prototypes, x, taken, self.contrast_temperature, pooled=False)
-
-        aux = Aux(self.asked(contrast=contrast), {}, {})
-        if not self.null_expert:
-            return by_expert(token, weight), aux
-        expert = jnp.arange(self.num_routed, dtype=jnp.int32)[:, None]
-        expert = jnp.where(used, expert, self.num_experts).reshape(groups, -1)
-        weight = jnp.where(used, weight, 0.0).reshape(groups, -1)
-        every_token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), null.shape)
-        last = jnp.where(null, self.num_experts - 1, self.num_experts)
-        return Routing(
-            token=jnp.concatenate([token.reshape(groups, -1).astype(jnp.int32), every_token], 1),
-            expert=jnp.concatenate([expert, last.astype(jnp.int32)], 1),
-            weight=jnp.concatenate([weight, null.astype(jnp.float32)], 1),
-        ), aux
-
-
-def _taken(token: jax.Array, used: jax.Array, num_tokens: int) -> jax.Array:
-    """f32[T, E] of one group: 1 where an expert uses a slot, bool[E, C], for token i32[E, C]."""
-    expert = jnp.arange(token.shape[0])[:, None]
-    return jnp.zeros((num_tokens, token.shape[0])).at[token, expert].set(used.astype(jnp.float32))
+    def _with_null_tokens(self, chosen: routing.Routing, null: jax.Array) -> routing.Routing:
+        """Frees the slots that hold null tokens, and adds those tokens for the last expert."""
+        used = ~jnp.take_along_axis(null, chosen.token, axis=1)
+        every = jnp.broadcast_to(jnp.arange(null.shape[1], dtype=jnp.int32), null.shape)
+        last = jnp.where(null, self.num_experts - 1, self.num_experts).astype(jnp.int32)
+        added = routing.Routing(every, last, null.astype(jnp.float32))
+        freed = chosen.only(used, self.num_experts)
+        return jax.tree.map(lambda *lists: jnp.concatenate(lists, axis=1), freed, added)
 
 
 def contrast_loss(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from moe_diffusion.checks import check_values, require
-from moe_diffusion.moe.router import Aux, Router, balance, router_z
+from moe_diffusion.checks import at_most, divides, require
+from moe_diffusion.moe.router import Aux, Router, balance, gates, router_z
 from moe_diffusion.moe.routing import Routing, by_token, expert_load, top_experts
 from moe_diffusion.parallel.mesh import by_group
 
@@ -46,42 +44,28 @@ class TokenChoice(Router):
     n_group: int = 1
     topk_group: int = 1
 
-    provides: ClassVar[tuple[str, ...]] = ("balance", "router_z")
-    group_matters: ClassVar[bool] = False
+    provides = ("balance", "router_z")
+    group_matters = False
+    share = "top_k"
+    choices = {"scores": ("softmax", "sigmoid")}
+    positive = ("top_k", "scale", "n_group", "topk_group")
+    not_negative = ("bias_update_rate",)
 
     @classmethod
     def check(cls, config, num_experts, group_tokens):
         super().check(config, num_experts, group_tokens)
-        check_values(
-            config,
-            "model.router.",
-            choices={"scores": ("softmax", "sigmoid")},
-            positive=("top_k", "scale", "n_group", "topk_group"),
-            not_negative=("bias_update_rate",),
+        groups, rate, experts = config.n_group, config.bias_update_rate, "model.moe.num_experts"
+        at_most("model.router.top_k", config.top_k, experts, num_experts)
+        divides("model.router.n_group", groups, experts, num_experts)
+        at_most("model.router.topk_group", config.topk_group, "model.router.n_group", groups)
+        require(
+            groups == 1 or num_experts // groups >= 2,
+            f"model.router.n_group = {groups} leaves one expert to a group, but a group is rated "
+            "by its two best: use fewer groups",
         )
         require(
-            config.top_k <= num_experts,
-            f"model.router.top_k = {config.top_k} exceeds model.moe.num_experts = {num_experts}: "
-            "lower it",
-        )
-        require(
-            num_experts % config.n_group == 0,
-            f"model.router.n_group = {config.n_group} does not divide model.moe.num_experts = "
-            f"{num_experts}: choose a divisor",
-        )
-        require(
-            config.topk_group <= config.n_group,
-            f"model.router.topk_group = {config.topk_group} exceeds model.router.n_group = "
-            f"{config.n_group}: lower it",
-        )
-        require(
-            config.n_group == 1 or num_experts // config.n_group >= 2,
-            f"model.router.n_group = {config.n_group} leaves one expert to a group, but a group is "
-            "rated by its two best: use fewer groups",
-        )
-        require(
-            config.bias_update_rate == 0 or config.selection_bias,
-            f"model.router.bias_update_rate = {config.bias_update_rate} has no bias to move: set "
+            rate == 0 or config.selection_bias,
+            f"model.router.bias_update_rate = {rate} has no bias to move: set "
             "model.router.selection_bias=true, or the rate to 0",
         )
 
@@ -89,7 +73,7 @@ class TokenChoice(Router):
     def __call__(self, x, is_null=None, train=False) -> tuple[Routing, Aux]:
         del is_null, train
         logits = self.logits(x)
-        scores = jax.nn.softmax(logits) if self.scores == "softmax" else jax.nn.sigmoid(logits)
+        scores = gates(logits, self.scores)
         expert = top_experts(self._choice(lax.stop_gradient(scores)), self.top_k)
         weight = jnp.take_along_axis(scores, expert, axis=-1)
         if self.normalize and self.top_k > 1:
@@ -101,12 +85,7 @@ class TokenChoice(Router):
             balance=lambda: balance(scores / scores.sum(-1, keepdims=True), load),
             router_z=lambda: router_z(logits),
         )
-        stats = {"bias": load} if self.bias_update_rate else {}
-        return routing, Aux(asked, {}, stats)
-
-    @property
-    def experts_per_token(self) -> float:
-        return self.top_k
+        return routing, Aux(asked, {}, {"bias": load} if self.bias_update_rate else {})
 
     def _choice(self, scores: jax.Array) -> jax.Array:
         """Scores f32[G, T, E] as the choice sees them: biased, and limited to the best groups."""
