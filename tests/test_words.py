@@ -103,7 +103,7 @@ def test_the_words_are_found(code, clean):
 
 
 # Who may read the keys model.image_size and model.image_width; others ask `model.input_shape`.
-KNOW_THE_SIDES = ("config", "interop", "models/patches.py")
+KNOW_THE_SIDES = ("config", "interop", "models/parts.py")
 
 
 def test_the_shape_of_an_image_is_that_of_the_model():

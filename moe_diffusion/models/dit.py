@@ -11,11 +11,10 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.models.blocks import LabelEmbed, TimeEmbed, linear, patchify, sincos_table
-from moe_diffusion.models.patches import PatchTransformer, transformer
+from moe_diffusion.models.parts import transformer
+from moe_diffusion.models.patches import PatchTransformer
 
-FIELDS = {
-    "reverse_time": (False, "the network's own time is 1 - t, its velocity noise - data"),
-}
+FIELDS = {"reverse_time": (False, "the network's own time is 1 - t, its velocity noise - data")}
 
 
 def check(config: ConfigDict) -> None:

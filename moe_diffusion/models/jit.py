@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values, require
 from moe_diffusion.models import blocks
-from moe_diffusion.models.patches import PatchTransformer, transformer
+from moe_diffusion.models.parts import transformer
+from moe_diffusion.models.patches import PatchTransformer
 
 FIELDS = {
     "bottleneck": (128, "width between the pixels of a patch and its token"),

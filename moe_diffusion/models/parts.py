@@ -1,12 +1,14 @@
-"""Parts that all architectures build from a config in the same way: MLPs, MoE layers, dtypes."""
+"""What architectures build from a config in the same way: MLPs, MoE layers, dtypes, fields."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError
@@ -89,3 +91,32 @@ def make_moe(config: ConfigDict, losses: Sequence[str] = ()) -> partial | None:
         dropout=moe.dropout,
         name="moe",
     )
+
+
+def moe_pattern(depth: int, interleave: bool, skip_first: int) -> tuple[bool, ...]:
+    """Which blocks have experts: all or only the odd ones, but never the first `skip_first`."""
+    layers = np.arange(depth)
+    moe = (layers % 2 == 1) if interleave else (layers >= 0)
+    return tuple(bool(v) for v in moe & (layers >= skip_first))
+
+
+def transformer(config: ConfigDict, losses: tuple[str, ...], mlp_width: int) -> dict[str, Any]:
+    """The fields of a class-conditional transformer that the shared keys of a config fill."""
+    make_moe_layer = make_moe(config, losses)
+    pattern = (False,) * config.depth
+    if make_moe_layer:
+        pattern = moe_pattern(config.depth, config.moe.interleave, config.moe.skip_first)
+    names = ("patch_size", "num_classes", "hidden_size", "num_heads")
+    names += ("qk_norm", "qk_norm_kind", "qk_norm_eps", "norm", "positions", "learn_sigma")
+    names += ("time_scale", "remat", "unroll")
+    height, width = config.image_size, config.image_width or config.image_size
+    return {name: config[name] for name in names} | {
+        "input_shape": (height, width, config.channels),
+        "num_kv_heads": config.num_kv_heads or config.num_heads,
+        "moe_pattern": pattern,
+        "make_mlp": make_mlp(config, mlp_width),
+        "make_moe": make_moe_layer,
+        "attention": None if config.attention == "auto" else config.attention,
+        "dtype": compute_dtype(config.dtype),
+        "param_dtype": jnp.dtype(config.param_dtype),
+    }

@@ -11,7 +11,7 @@ from flax import linen as nn
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
-from moe_diffusion.models.patches import moe_pattern
+from moe_diffusion.models.parts import moe_pattern
 from moe_diffusion.models.stack import layer_segments, next_router_state, periods_at_once
 
 F, T = "dense", "moe"
