@@ -26,8 +26,7 @@ from moe_diffusion.conditions import cond_of
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion import paths
-from moe_diffusion.diffusion.loss_parts import with_router_losses
-from moe_diffusion.diffusion.objectives import draw
+from moe_diffusion.diffusion.objectives import draw, with_router_losses
 from moe_diffusion.models.stack import Model, abstract_inputs, abstract_variables
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
@@ -79,7 +78,7 @@ def lay_out(params, model: Model, mesh, preset: str):
     return jax.device_put(params, rules.shardings_of(mesh, table, params, axes))
 
 
-def distillation_loss(student: Model, teacher: Model, weights: dict, closed_over=None):
+def distillation_loss(student: Model, teacher: Model, config: ConfigDict, closed_over=None):
     """||student - teacher||^2 + ||features - features||^2 + losses of the routers.
 
     The features are those after layer 1 of both.
@@ -87,7 +86,8 @@ def distillation_loss(student: Model, teacher: Model, weights: dict, closed_over
     """
 
     def loss_fn(params, router_state, batch, key, frozen):
-        image, cond, draws = batch["image"], cond_of(batch), draw(key, batch["image"])
+        image, cond = batch["image"], cond_of(batch)
+        draws = draw(key, image.shape, config.diffusion)
         x_t = paths.interpolate(image, draws.noise, draws.t)
         frozen = frozen if closed_over is None else closed_over
         wanted, target = teacher.apply({"params": frozen}, x_t, draws.t, cond, False, capture=(1,))
@@ -101,7 +101,7 @@ def distillation_loss(student: Model, teacher: Model, weights: dict, closed_over
         mse = jnp.mean(jnp.square(output - wanted))
         distance = jnp.mean(jnp.square(features[1] - target[1]))
         loss = mse + 0.5 * distance
-        return with_router_losses(loss, sown, weights, mse=mse, features=distance)
+        return with_router_losses(loss, sown, config.loss_weights, mse=mse, features=distance)
 
     return loss_fn
 
@@ -138,8 +138,7 @@ def lesson(preset: str = "dp", teachers: str | None = None, closed: bool = False
     weights = some_weights(teacher)
     if teachers:
         weights = lay_out(weights, teacher, make_mesh(config.parallel), teachers)
-    loss_weights = dict(config.loss_weights)
-    loss_fn = distillation_loss(student, teacher, loss_weights, weights if closed else None)
+    loss_fn = distillation_loss(student, teacher, config, weights if closed else None)
     return Lesson(config, student, weights, loss_fn)
 
 
