@@ -6,10 +6,11 @@
   python -m moe_diffusion.bench sample --config configs/dsmoe_s.py --config.data.batch_size=4
   python -m moe_diffusion.bench suite --out docs/benchmarks/cpu.json
 
-dispatch: rho = time of (route + gather + experts + combine) / time of a dense MLP over as many rows
-(tokens * K), both SwiGLU, forward and forward + backward, in turn in one run, medians. Without
---shape all shapes that the project is measured by.
-train, sample: the real thing on generated images. suite: all of it, sized for this device.
+dispatch measures rho, the time of an MoE layer (route, gather, experts, combine) divided by the
+time of a dense MLP over as many rows (tokens * K). Both are SwiGLU. They run in turn, forward and
+forward + backward, and the medians count. Without --shape it measures all shapes that the project
+reports. train and sample measure a real training step and a real sampler on generated images.
+suite measures all of this, sized for this device.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, end = [], time.monotonic() + 60 * args.minutes
     for result in measurements:
         results.append(result)
-        if args.out:  # after each, so that what was measured outlives what comes
+        if args.out:  # after each, so that a later failure loses nothing
             report.write(args.out, found, results)
         if time.monotonic() > end:
             print(f"--minutes {args.minutes:g} are over: nothing more is started")

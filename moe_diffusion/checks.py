@@ -1,6 +1,6 @@
 """Checks of config values that the config, the architectures and the routers share.
 
-A message names the key as a user writes it, says what is wrong, and how to mend it.
+A message names the key as a user writes it, and says what is wrong and how to correct it.
 """
 
 from __future__ import annotations

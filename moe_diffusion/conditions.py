@@ -1,7 +1,8 @@
-"""What a sample is generated for: a dict of arrays `[B, ...]`, whose fields a model names.
+"""Conditions: what samples are generated for, as a dict of arrays `[B, ...]`.
 
-A batch of training data is {"image": [B, H, W, C], **cond}. Whoever passes conditions on need not
-know what is in them: a label, the tokens of a prompt, a guidance scale.
+A model names the fields of its condition: a label, the tokens of a prompt, a guidance scale. Code
+that only passes conditions on does not know the fields. A batch of training data is
+{"image": [B, H, W, C], **cond}.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ IMAGE = "image"
 
 
 class Field(NamedTuple):
-    """One field of a condition, of one sample.
+    """One field of the condition of one sample.
 
     Attributes:
       shape: without the batch axis.
       dtype: its name, like "int32".
-      num_values: of an integer field: its values are 0..num_values-1.
+      num_values: an integer field has the values 0..num_values-1; None for other fields.
     """
 
     shape: tuple[int, ...]
@@ -37,12 +38,12 @@ def cond_of(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_of(batch: Mapping[str, Any]) -> dict[str, Field]:
-    """The fields of the condition that a batch [B, ...] holds, with unknown numbers of values."""
+    """The fields of a batch's condition. Their `num_values` is None, because it is unknown."""
     return {name: Field(v.shape[1:], str(v.dtype)) for name, v in cond_of(batch).items()}
 
 
 def drop(model: Any, cond: Mapping[str, jax.Array], dropped: jax.Array) -> dict[str, jax.Array]:
-    """The condition with "no condition" (`model.null`) in the samples where dropped bool[B]."""
+    """Puts "no condition" (`model.null`) in place of the condition where dropped bool[B] is set."""
 
     def choose(null: jax.Array, value: jax.Array) -> jax.Array:
         return jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), null, value)

@@ -9,8 +9,8 @@
       --config configs/promoe_l.py --output converted/promoe_l
   python -m moe_diffusion.convert --export --family dsmoe --input runs/tuned --output w.safetensors
 
-Without --hparams and --config the hyperparameters are those of a .yaml or config.json beside the
-input, or else what the input itself tells. Every published file is listed in docs/checkpoints.md.
+Without --hparams and --config, the hyperparameters come from a .yaml or config.json beside the
+input, or else from the input itself. docs/checkpoints.md lists every published file.
 """
 
 from __future__ import annotations

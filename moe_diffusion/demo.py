@@ -2,9 +2,10 @@
 
   python -m moe_diffusion.demo --workdir runs/digits
 
-Trains (or resumes) configs/digits.py, draws 1,000 digits, and judges them with a classifier that
-saw the training images only: does a drawn 7 look like a 7, and is it more than a copy? Ends with
-where the picture lies and one JSON line. --config and --config.<key>=<value> as in train.
+It trains (or resumes) configs/digits.py, draws 1,000 digits, and judges them with a classifier that
+saw the training images only: does a drawn 7 look like a 7, and is it more than a copy? At the end
+it prints the path of the picture and one JSON line. --config and --config.<key>=<value> work as in
+train.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend, and what errors say."""
+"""The one exception for mistakes that the user can correct, and helpers for messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    """The first line of an error's message, or the error's type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -24,7 +24,7 @@ def first_line(error: BaseException) -> str:
 def explained(
     what: str, remedy: str, kinds: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """Turns an exception of the body into the UserError "<what> (<what it says>): <remedy>".
+    """Turns an exception of the body into the UserError "<what> (<its message>): <remedy>".
 
     Args:
       what: the file or key, and what is wrong with it.

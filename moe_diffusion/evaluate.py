@@ -7,10 +7,11 @@
   python -m moe_diffusion.evaluate --workdir runs/digits --cfg 1.0,1.5,2.0 --ema 0.999,none \\
       --plot sweep.png
 
-The images to judge are --workdir's, or --samples: an .npz of images or features, a folder of
-pictures, or a data source (folder:<path>, tfds:<name>). --reference is any of these, or an .npz of
-statistics. Runs on digits need neither reference nor Inception and give fd_digits, which is no FID.
-Every result says what it was made with; those of a run are added to its evaluations.jsonl.
+The images to judge come from the run in --workdir, or from --samples: an .npz of images or
+features, a folder of pictures, or a data source (folder:<path>, tfds:<name>). --reference is any of
+these, or an .npz of statistics. Runs on digits need neither --reference nor --inception; they give
+fd_digits, which is not an FID. Every result says what it was made with. The results of a run are
+added to its evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def settle(args: argparse.Namespace, overrides: list[str]) -> evaluator.Request:
-    """What is asked for: the command line first, then the protocol, then the defaults."""
+    """The request: the command line overrides the protocol, which overrides the defaults."""
     if not (args.workdir or args.samples):
         raise UserError("nothing to judge: give --workdir or --samples")
     published = protocol.load(args.protocol) if args.protocol else None

@@ -5,9 +5,9 @@
   python -m moe_diffusion.plan --config configs/dsmoe_b.py --topology h100:8 --what sample \\
       --config.data.batch_size=64
 
-It is the real training step or sampler, compiled as it would be on the chips, for each sharding
-preset in turn. Topologies: slices of TPU v4, v5e, v5p, v6e and tpu7x, GPUs a100, h100 or h200, or
-`local`, the devices of this machine. Any key of the config can be set as --config.<key>=<value>.
+It compiles the real training step or sampler, as on the chips, for each sharding preset in turn.
+Topologies: slices of TPU v4, v5e, v5p, v6e and tpu7x, GPUs a100, h100 or h200, or `local`, the
+devices of this machine. Any key of the config can be set as --config.<key>=<value>.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser.parse_with_overrides(argv)
     config = configs.load(args.config, overrides)
     if args.topology != "local":
-        jax.config.update("jax_platforms", "cpu")  # an accelerator here has nothing to do with it
+        jax.config.update("jax_platforms", "cpu")  # compiling uses no accelerator of this machine
     topology = describe(args.topology)
 
     def say(text: str) -> None:

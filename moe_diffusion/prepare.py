@@ -31,7 +31,7 @@ from moe_diffusion.preparing import encode
 
 
 def make_job(args: Any) -> encode.Job:
-    """Opens what the flags name.
+    """Opens the source and the autoencoder that the flags name.
 
     Raises:
       UserError: a flag is wrong, or something cannot be read or does not fit the rest.
@@ -82,7 +82,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def run(job: encode.Job) -> dict[str, Any]:
-    """Encodes what is not there yet; all processes call this. Returns the manifest."""
+    """Encodes what is still missing and returns the manifest; all processes must call this."""
     main = distributed.is_main_process()
     unfinished = encode.begin(job) if main else True
     if multihost_utils.broadcast_one_to_all(unfinished):

@@ -6,8 +6,8 @@
   python -m moe_diffusion.sample --workdir runs/digits --labels 3,7 --num 32 --out grid.png \\
       --images singles/ --npz samples.npz --config.model.router.top_k=1
 
-What is not given (guidance, sampler, steps) is the config's. Any key of the config can be set as
---config.<key>=<value>.
+Guidance, sampler and steps are those of the config unless they are given. Any key of the config can
+be set as --config.<key>=<value>.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moe_diffusion.sampling.load import load_workdir
 def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> None:
     """Writes an .npz, whole or not at all: arr_0 f32[N, H, W, C] in [-1, 1], and the conditions.
 
-    Labels have the name "labels", other fields of the condition their own.
+    Labels are stored as "labels", other fields of the condition under their own names.
     """
     part = Path(path).with_name(f".{Path(path).name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,9 @@
   python -m moe_diffusion.thresholds --workdir runs/diffmoe --gammas 0.2,0.3 --num 256 \\
       --out thresholds.png --json --config.model.router.max_capacity=0
 
-The first row is that of the learned (dynamic) thresholds. To use a constant afterwards, give any
-command --config.model.router.threshold=0.3. Runs on digits report the share of samples that a
-classifier takes for their own label; the samples of one row and the next start from the same noise.
+The first row is that of the learned (dynamic) thresholds. The samples of all rows start from the
+same noise. Runs on digits also report the share of samples that a classifier takes for their own
+label. To use a constant threshold afterwards, give any command --config.model.router.threshold=0.3.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COLUMNS = {
 
 
 def parse_gammas(text: str) -> list[float]:
-    """Thresholds of a text like "0.1,0.2". Raises UserError if they are none in [0, 1)."""
+    """Thresholds of a text like "0.1,0.2". Raises UserError unless all of them are in [0, 1)."""
     try:
         gammas = [float(part) for part in text.split(",")]
     except ValueError:

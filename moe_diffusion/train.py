@@ -39,7 +39,11 @@ from moe_diffusion.training.loop import train
 
 
 def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Trains the config `spec` (see `config.load`) in `workdir`; returns what it came to."""
+    """Trains the config `spec` (see `config.load`) in `workdir`.
+
+    Returns:
+      {"step": steps done, "num_steps": steps wanted, "workdir"}.
+    """
     config = configs.load(spec, overrides)
     model = build(config.model, losses=sorted(config.loss_weights))
     source = open_source(config.data, model.input_shape, model.cond_spec())

@@ -3,8 +3,8 @@
   python -m moe_diffusion.tune                    all shapes that the project is measured by
   python -m moe_diffusion.tune --shape 1024,448,48,5 --tokens 16384 --table tiles.json
 
-Each shape is measured forward + backward with every candidate in turn; the table, by kind of
-device and shape, is what the kernels look into first (moe_diffusion/kernels/tuning.py).
+It measures each shape forward + backward with every candidate in turn. The kernels look up their
+tiles in this table, by kind of device and shape (moe_diffusion/kernels/tuning.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {"tokens": args.tokens, "dtype": args.dtype, "repeats": args.repeats}
     for key, sizes in best_tiles(shapes, **options):
         found[key] = sizes
-        # After each shape: a candidate may yet take the process down.
+        # The table is written after each shape, because a later candidate may crash the process.
         merge(path, jax.devices()[0].device_kind, {key: sizes})
         print(f"{key:<40}{sizes}")
     print(f"written to {path}")

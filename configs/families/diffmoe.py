@@ -8,13 +8,13 @@ from configs.families.dit import imagenet_latents
 
 
 def diffmoe(size: str, experts: int, objective: str, router: str = "diffmoe") -> ConfigDict:
-    """A DiT whose odd blocks have experts as wide as a dense MLP, one per token on average.
+    """A DiT whose odd blocks have experts as wide as a dense MLP; a token uses one on average.
 
     Args:
       size: "s" | "b" | "l" | "xl" (arXiv 2503.14487, tables 1 and 5).
       experts: 2 | 4 | 8 | 16.
       objective: "flow" or "ddpm".
-      router: "diffmoe"; "tcdit", tokens choose; or "ecdit", experts choose within an image.
+      router: "diffmoe"; "tcdit", where tokens choose; or "ecdit", where experts choose in an image.
     """
     config = imagenet_latents(f"{router}_{size}_e{experts}", size, objective)
     model = config.model

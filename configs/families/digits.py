@@ -14,8 +14,8 @@ DIGITS_ROUTERS = ("token_choice", "expert_choice", "diffmoe", "expert_race", "de
 def digits(router: str, size: str) -> ConfigDict:
     """A small DiT on 8x8 digits for each router, with nearly the same activated parameters.
 
-    Two experts of half the dense width per token cost what one dense MLP does. "deepseek" takes
-    three gated ones of a quarter: two routed, one shared.
+    A token uses two experts of half the dense width, which cost as much as one dense MLP. With
+    "deepseek" it uses three gated experts of a quarter of the width: two routed, one shared.
     """
     config = configs.default()
     config.name = f"digits_{router}_{size}"
@@ -79,7 +79,7 @@ def _expert_race(config: ConfigDict) -> None:
 
 
 def _deepseek(config: ConfigDict) -> None:
-    """As in DSMoE, but the selection bias is moved towards equal load, as DeepSeek-V3 does."""
+    """As in DSMoE, but with the selection bias moved towards equal load, as in DeepSeek-V3."""
     moe, router = config.model.moe, config.model.router
     moe.hidden_size = moe.shared_hidden_size = config.model.hidden_size
     moe.mlp, moe.bias = "swiglu", False

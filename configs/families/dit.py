@@ -6,9 +6,9 @@ from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
 
-# size -> depth, width, heads. S to XL: arXiv 2212.09748, table 1. DiffMoE (arXiv 2503.14487,
-# table 5) gives only the parameters of its two larger dense models, 951M and 1353M; 32 x 1280 and
-# 36 x 1440 with 16 heads have as many and continue the row.
+# size -> depth, width, heads. S to XL: arXiv 2212.09748, table 1. Of its two larger dense models,
+# DiffMoE (arXiv 2503.14487, table 5) gives only the number of parameters, 951M and 1353M. Depth and
+# width 32 x 1280 and 36 x 1440 with 16 heads have as many and continue the row.
 SIZES = {
     "s": (12, 384, 6),
     "b": (12, 768, 12),
@@ -25,8 +25,8 @@ def imagenet_latents(name: str, size: str, objective: str) -> ConfigDict:
 
     Args:
       size: of SIZES.
-      objective: "ddpm", sampled in 250 steps with three channels guided, as DiT's; or "flow",
-        sampled in 250 Euler steps, as DiffMoE's.
+      objective: "ddpm", sampled in 250 steps with three guided channels, as in DiT; or "flow",
+        sampled in 250 Euler steps, as in DiffMoE.
     """
     config = configs.default()
     config.name = f"{name}_{objective}"
@@ -35,7 +35,7 @@ def imagenet_latents(name: str, size: str, objective: str) -> ConfigDict:
     model.depth, model.hidden_size, model.num_heads = SIZES[size]
     model.image_size, model.channels, model.patch_size = 32, 4, 2
     model.num_classes = 1000
-    model.learn_sigma = True  # the published flow models have it too; their loss uses half of it
+    model.learn_sigma = True  # the published flow models have it, too; their loss uses one half
     model.dtype = "auto"
     model.router.name = "dense"
 
@@ -67,7 +67,7 @@ def sit(size: str) -> ConfigDict:
     """SiT (arXiv 2401.08740): DiT as a flow, sampled by the SDE with w(t) = 1 - t."""
     config = dit(size, "flow")
     config.name = f"sit_{size}"
-    # Its best published FID (2.06); --sampler dopri5 is the ODE (2.15).
+    # The SDE gives SiT's best published FID, 2.06. The ODE (--sampler dopri5) gives 2.15.
     config.sampling.sampler = "sde"
     config.sampling.cfg_channels, config.sampling.joint = 3, True
     return config

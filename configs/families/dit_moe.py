@@ -16,14 +16,14 @@ _SIZES = {
 
 
 def dit_moe(size: str, experts: int, objective: str, qk_norm: bool = False) -> ConfigDict:
-    """DiT-MoE for ImageNet 256x256 in latent space (arXiv 2407.11633), 2 experts a token.
+    """DiT-MoE for ImageNet 256x256 in latent space (arXiv 2407.11633), 2 experts per token.
 
     Args:
       size: "s" | "b" | "xl" | "g".
       experts: 8 (published for s, b and xl), or 16 (for s and g).
       objective: "ddpm" (published for s and b), or "flow" (for xl and g).
-      qk_norm: LayerNorm of queries and keys. The authors' flash attention has it, with which xl and
-        g were trained, and their plain attention has not.
+      qk_norm: LayerNorm of queries and keys. The authors' flash attention, with which xl and g were
+        trained, has it; their plain attention does not.
     """
     config = configs.default()
     config.name = f"dit_moe_{size}_{experts}e2a_{objective}"
@@ -39,13 +39,14 @@ def dit_moe(size: str, experts: int, objective: str, qk_norm: bool = False) -> C
     model.moe.interleave = False
     model.moe.num_experts = experts
     model.moe.hidden_size = 4 * model.hidden_size
-    model.moe.shared_hidden_size = 2 * model.hidden_size  # two shared experts, as one
+    model.moe.shared_hidden_size = 2 * model.hidden_size  # two shared experts, joined to one
     model.router.top_k = 2
     model.router.kernel_init = "kaiming_uniform"
     config.loss_weights.balance = 0.01
 
     # AdamW(0.9, 0.999), constant 1e-4, no decay, no clipping, EMA 0.9999 and label dropout 0.1 are
-    # the defaults. Batch: of the commands in the authors' README, which has none for xl and g.
+    # the defaults. The batch size is from the commands in the authors' README, which has none for
+    # xl and g.
     config.data.source = "latents:data/imagenet256_latents"
     config.data.batch_size = 256 if size == "s" else 1024
     config.checkpoint.keep_every = 50_000

@@ -19,11 +19,11 @@ _DSMOE_SIZES = {
     ("3b", 16): (30, 1152, 16, 2880),
 }
 
-# experts -> experts per token, groups, groups per token, scale of the gates. Same source.
+# experts -> experts per token, groups, groups per token, scale of the gates; from the same files.
 _DSMOE_ROUTING = {16: (2, 2, 2, 2.0), 48: (5, 1, 1, 2.5)}
 
 
-# The parts that the paper takes out or swaps one by one, with the published choice first.
+# The parts that the paper removes or replaces one by one; the published choice comes first.
 _ABLATIONS = {
     "positions": ("rope2d", "rope1d", "sincos"),
     "shared": (True, False),
@@ -63,7 +63,8 @@ def dsmoe(size: str, arg: str | None, experts: tuple[int, ...] = (16, 48)) -> Co
 
     model.moe.num_experts = experts
     model.moe.hidden_size = width
-    model.moe.shared_hidden_size = width if chosen.shared else 0  # one, as wide as a routed one
+    # One shared expert, as wide as a routed one.
+    model.moe.shared_hidden_size = width if chosen.shared else 0
     model.moe.residual_input = not chosen.shared
     model.moe.interleave = chosen.interleave
     model.router.scores = "sigmoid"
@@ -81,7 +82,7 @@ def dsmoe(size: str, arg: str | None, experts: tuple[int, ...] = (16, 48)) -> Co
     config.checkpoint.keep_every = 50_000
     config.parallel.preset = "dp" if size in ("s", "b") else "fsdp"
     if size in ("l", "3b"):
-        config.optim.mu_dtype = "bfloat16"  # the authors' is float32, for 2 bytes more a parameter
+        config.optim.mu_dtype = "bfloat16"  # saves 2 bytes per parameter; the authors use float32
 
     # The protocol of the published FIDs: 250 Euler steps, guidance 1.0 and 1.5.
     config.sampling.sampler, config.sampling.steps, config.sampling.cfg = "euler", 250, 1.5

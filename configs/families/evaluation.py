@@ -25,8 +25,9 @@ def adm_suite() -> ConfigDict:
 def features_of_decoder() -> ConfigDict:
     """Inception features of what the decoder puts out, never rounded (`sample_ddp_feature.py`).
 
-    pytorch-fid's resizing against statistics that were made with TensorFlow's, so the numbers are
-    a little off those of ADM's evaluator. FID alone was published so.
+    The images are resized as in pytorch-fid, but the reference statistics were made with
+    TensorFlow's resizing. So the numbers differ a little from those of ADM's evaluator. Only FIDs
+    were published in this way.
     """
     protocol = adm_suite()
     protocol.resize, protocol.quantize = "pytorch-fid", "none"
@@ -37,7 +38,8 @@ def features_of_decoder() -> ConfigDict:
 def jit_suite(cfg: float) -> ConfigDict:
     """JiT's Heun sampler with guidance in an interval (arXiv 2511.13720), judged by torch-fidelity.
 
-    Every class equally often and in order; images rounded to 8 bits; FID and Inception Score.
+    Every class is drawn equally often and in order, and images are rounded to 8 bits. FID and
+    Inception Score were published.
     """
     protocol = protocols.default()
     protocol.labels = "balanced"

@@ -9,8 +9,8 @@ from moe_diffusion.interop.jit import configure
 
 STEPS_PER_EPOCH = 1_281_167 // 1024
 
-# size -> guidance scale of the authors' example command; they search it between 1 and 4 for every
-# model, and publish none for L and G, which stand here with that of the nearest size.
+# size -> guidance scale of the authors' example command. The authors search it between 1 and 4 for
+# every model. They publish none for L and G, which have that of the nearest size here.
 _CFG = {"B": 2.9, "L": 2.9, "H": 2.2, "G": 2.2}
 
 
@@ -27,9 +27,9 @@ def jit(size: str, patch_size: int, experts: int = 0) -> ConfigDict:
     args = {
         "model": f"JiT-{size}/{patch_size}" + (f"-E{experts}" if experts else ""),
         "img_size": 16 * patch_size,
-        # Of JiT-H and G (Table 9); the commands of JiTMoE have none.
+        # JiT-H and G have dropout (Table 9), the commands of JiTMoE do not.
         "proj_dropout": 0.2 if size in "HG" and not experts else 0.0,
-        # Twice the side, twice the noise, for about the same ratio of signal to noise (app. A).
+        # Twice the side needs twice the noise for about the same signal-to-noise ratio (app. A).
         "noise_scale": patch_size / 16,
         "cfg": _CFG[size],
         "interval_min": 0.1,
@@ -46,7 +46,7 @@ def jit(size: str, patch_size: int, experts: int = 0) -> ConfigDict:
     config.data.source = "folder:data/imagenet/train"
     config.data.augment = "flip"
     config.data.batch_size = 1024
-    # The published figures of JiTMoE are of 200 epochs (its commands say 600, at the same rate).
+    # JiTMoE's published figures are those of 200 epochs (its commands say 600, at the same rate).
     config.train.num_steps = (200 if experts else 600) * STEPS_PER_EPOCH
     config.checkpoint.keep_every = 100 * STEPS_PER_EPOCH
     config.parallel.preset = "dp" if size == "B" else "fsdp"

@@ -35,8 +35,8 @@ def promoe(size: str, routing: str, objective: str) -> ConfigDict:
     model.learn_sigma = True  # as the checkpoints have it; the flow loss uses the first half
     model.dtype = "auto"
 
-    # Two of 14 experts serve a token, each of half a dense block's width: 12 with a prototype, one
-    # for samples without a label, and a shared one.
+    # There are 14 experts of half a dense block's width: 12 with a prototype, one for samples
+    # without a label, and a shared one. Two of them serve each token.
     model.moe.num_experts = 13
     model.moe.hidden_size = model.moe.shared_hidden_size = 2 * model.hidden_size
     model.moe.mlp = model.moe.shared_mlp = "gelu"

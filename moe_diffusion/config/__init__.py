@@ -1,9 +1,9 @@
 """The config of a run: a `ConfigDict`, loaded, saved, compared and checked.
 
-What a key does is found in two steps: `defaults` has the shared keys with their meaning and names
-the files of the others. `schema` makes a config of settings, `draft` is what config files write to,
-`renamed` has the old names, `loading` reads and writes files, and `ranges` and `validation` say
-what is possible.
+To find what a key does, look into `defaults`: it explains the shared keys and names the files of
+the others. `schema` makes a config from settings, `draft` is what config files write to, `renamed`
+has the old names, `loading` reads and writes files, and `ranges` and `validation` say which values
+and combinations are possible.
 """
 
 from moe_diffusion.config.draft import default

@@ -33,17 +33,16 @@ DEFAULTS: dict[str, Any] = {
         "qk_norm": False,
         "qk_norm_kind": "rmsnorm",  # rmsnorm (scale) | layernorm_affine (scale and bias)
         "qk_norm_eps": 1e-6,
-        "positions": "sincos",  # sincos | rope1d | rope2d | rope2d_pairs; jit: and sincos
+        "positions": "sincos",  # sincos | rope1d | rope2d | rope2d_pairs; jit always adds sincos
         "num_classes": 1000,  # label num_classes is the null label of guidance
         "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
-        "dtype": "float32",  # to compute in: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+        "dtype": "float32",  # of computations: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
         "param_dtype": "float32",  # of every parameter: float32 | bfloat16 | float16
         # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
         # but products with dense weights) | full
         "remat": "none",
-        # Periods of layers per step of the scan; 0: on CPU all, if at most 6 and remat none, else 1
-        "unroll": 0,
+        "unroll": 0,  # periods of layers in one scan step; 0: see models/stack.py:periods_at_once
         "attention": "auto",  # auto, or one of kernels/attention.py
         "moe": {
             "num_experts": 16,
@@ -59,49 +58,50 @@ DEFAULTS: dict[str, Any] = {
             "dropout": 0.0,  # in training, of the hidden units of all experts
             "backend": "auto",  # of the dispatch: auto, or one of moe/dispatch.py
             "transport": "auto",  # to experts on other devices: auto, or one of moe/transport.py
-            "capacity_factor": 1.25,  # token choice on backend "slots": slots / average load
+            "capacity_factor": 1.25,  # token choice, backend slots: slots / average load
         },
         "router": {
             # token_choice | expert_choice | diffmoe | promoe_tc | promoe_ec | expert_race |
             # dense (no experts) | my_package.my_module:MyRouter
             "name": "token_choice",
-            "group": "sample",  # a routing group is the tokens of a: sample | shard | batch
+            "group": "sample",  # whose tokens are one routing group: sample | shard | batch
         },
     },
     "diffusion": {
         "path": "flow",  # flow (t = 0 noise, 1 data) | ddpm (1,000 discrete steps, learned sigma)
         "prediction": "velocity",  # of a flow: velocity | data (JiT: the network predicts x)
-        "t_eps": 0.05,  # prediction=data: 1 - t is at least this where a velocity is made of it
+        "t_eps": 0.05,  # prediction=data: velocity = (data - x_t) / max(1 - t, t_eps)
         "noise_scale": 1.0,  # standard deviation of the noise at t = 0
         "time_shift": 1.0,  # s: the share of noise u becomes s u / (1 + (s - 1) u)
         "time_sampling": "uniform",  # uniform | logit_normal
-        "time_mean": 0.0,  # of the logit
-        "time_std": 1.0,
+        "time_mean": 0.0,  # logit_normal: mean of logit(t)
+        "time_std": 1.0,  # and its standard deviation
         "cond_dropout": 0.1,  # share of samples that are trained without their condition
     },
     "sampling": {
         "sampler": "heun",  # flow: heun | euler | dopri5 | sde | sde_heun; ddpm: ddpm | ddim
-        "steps": 50,  # dopri5 chooses its own
-        "final_euler": False,  # heun: the last step is one of Euler, as JiT's sampler has it
+        "steps": 50,  # dopri5 chooses its own steps
+        "final_euler": False,  # heun: the last step is an Euler step, as in JiT's sampler
         "cfg": 2.0,  # guidance scale; 1 = off
         "cfg_interval": (0.0, 1.0),  # times at which guidance acts; 0 is noise, 1 is data
         "cfg_channels": 0,  # guide only the first n channels; 0 = all (not the variance of ddpm)
-        "joint": False,  # conditional and unconditional halves in one forward pass
-        "rtol": 1e-3,  # dopri5: error of a step per image, relative and
-        "atol": 1e-6,  # absolute
+        "joint": False,  # compute the conditional and unconditional halves in one forward pass
+        "rtol": 1e-3,  # dopri5: relative error of a step, per image
+        "atol": 1e-6,  # dopri5: absolute error of a step, per image
         "sde_diffusion": "sigma",  # w(t): sigma | constant | decreasing | increasing_decreasing
         "sde_norm": 1.0,  # scales w(t)
-        "sde_last_step": "mean",  # without noise: mean (drift of the SDE) | euler (velocity alone)
+        # The last step has no noise: mean (drift of the SDE) | euler (velocity alone)
+        "sde_last_step": "mean",
         "sde_last_step_size": 0.04,
         "respacing": "",  # ddpm, ddim: "" = `steps` evenly | 10,15,25 by sections | ddim50
-        "clip": False,  # ddpm, ddim: hold the estimate of the data within [-1, 1]
+        "clip": False,  # ddpm, ddim: keep the estimate of the data within [-1, 1]
         "eta": 0.0,  # ddim: 0 = no noise, 1 = as much as ddpm
     },
-    "loss_weights": {},  # name -> weight of the auxiliary losses that the router is asked for
+    "loss_weights": {},  # auxiliary loss of the router -> its weight
     "data": {
         "source": "digits",  # digits | synthetic | folder:<path> | tfds:<name> | latents:<path>
         "split": "train",  # of digits and tfds
-        "skip_broken": False,  # folder: pass over files that are no images, naming them
+        "skip_broken": False,  # folder: skip files that are no images, and name them
         "autoencoder": "",  # weights that decode latents into pictures, see docs/data.md
         "batch_size": 256,  # images per optimizer step, over all devices
         "augment": "none",  # none | flip | dequantize
@@ -115,7 +115,7 @@ DEFAULTS: dict[str, Any] = {
         "schedule": "constant",
         "min_learning_rate": 0.0,  # where cosine and linear end
         "warmup_steps": 0,
-        "trainable": ("*",),  # patterns of parameter paths, like layers_0/*,final/*; others stay
+        "trainable": ("*",),  # patterns of parameter paths, like layers_0/*,final/*; others freeze
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,
@@ -136,7 +136,7 @@ DEFAULTS: dict[str, Any] = {
         "log_every": 100,
         "sample_every": 0,  # 0 = never
         "samples": 16,
-        "eval_samples": 0,  # judged at those intervals, see evaluation/periodic.py; 0 = none
+        "eval_samples": 0,  # judged every sample_every steps, see evaluation/periodic.py; 0 = none
         "stop_on_nan": True,
     },
     "checkpoint": {"every": 5000, "keep_last": 3, "keep_every": 0, "asynchronous": True},
@@ -147,7 +147,7 @@ DEFAULTS: dict[str, Any] = {
     "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
 }
 
-# What may change between two starts in one workdir without making it another run.
+# Keys that may change when a workdir is resumed; a change of any other key makes another run.
 RUN_CONTROL = ("train.", "checkpoint.", "sampling.", "parallel.") + (
     "compile_cache",
     "data.autoencoder",

@@ -1,4 +1,4 @@
-"""A config that is being written: `default()`, which config files start from."""
+"""A config that is still being written. Config files start from one, `default()`."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class Draft(ConfigDict):
 
 
 class RouterDraft(Draft):
-    """The section model.router of a draft: what was set, whatever router it is for.
+    """The section model.router of a draft. It takes the fields of any router.
 
-    It takes any key, because the router may be named later: `settle` checks the keys. A field that
-    was not set reads as the default of the router that is named, or else of a built-in one.
+    It takes any key, because the router may be named later; `settle` checks the keys. A field that
+    was not set reads as the default of the named router, or else of a built-in one.
     """
 
     def __getitem__(self, key):
@@ -84,12 +84,12 @@ class RouterDraft(Draft):
     def _defaults(self) -> dict[str, Any]:
         try:
             return fields_of_others() | router_fields(self._fields.get("name", ""))
-        except UserError:  # no such router: the end of the config file is soon enough to say so
+        except UserError:  # no such router; `settle` says so when the config file has ended
             return fields_of_others()
 
 
 def default() -> ConfigDict:
-    """A new config with every key at its default: locked (but for `loss_weights`) and type-safe.
+    """A new config with every key at its default: type-safe, and locked except for `loss_weights`.
 
     The section model.router takes the fields of any router, before or after its name is set.
     """

@@ -1,9 +1,9 @@
 """Reading and writing configs: config files, config.json, and the arguments of a config file.
 
 A config file is a Python file with `get_config(arg: str | None = None) -> ConfigDict`, which starts
-from `default()` and sets what differs. `load` reads it, applies overrides and validates. Nothing is
-guessed: an unknown key is a `UserError` naming the nearest valid one, and so is a value of the
-wrong kind.
+from `default()` and sets what differs. `load` reads it, applies overrides and validates. An unknown
+key is a `UserError` that names the nearest valid one. A value of the wrong kind is a `UserError`,
+too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moe_diffusion.config.validation import validate
 from moe_diffusion.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # config files may import `configs.families` from it
-VERSION = 2  # of config.json; 1, which does not say so, has the old names of `renamed`
+VERSION = 2  # of config.json; files without a version are of version 1, with the old names
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -36,8 +36,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Args:
       spec: "configs/digits.py" or, with an argument for `get_config`,
-        "configs/digits.py:router=diffmoe". Looked for in the current folder, then beside the
-        package.
+        "configs/digits.py:router=diffmoe". The file is looked for in the current folder, then
+        beside the package.
       overrides: "--config.optim.learning_rate=2e-4" or "optim.learning_rate=2e-4".
 
     Raises:
@@ -107,7 +107,7 @@ def load_json(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigD
 
 
 def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Differences that make two configs different runs: "key: old value -> new value", by key.
+    """The differences that make two configs different runs, as "key: old value -> new value".
 
     Keys under `RUN_CONTROL` (how long to run, how to save, sample and shard) are left out.
     """
@@ -133,6 +133,9 @@ def parse_arg(
 
     Returns:
       A locked ConfigDict with one attribute per argument.
+
+    Raises:
+      UserError: an argument is unknown, or its value is missing, of the wrong kind or not allowed.
     """
     values = dict(defaults)
     for part in filter(None, (part.strip() for part in (arg or "").split(","))):
@@ -178,7 +181,7 @@ def _import_get_config(path: Path) -> Callable[[str | None], ConfigDict]:
 
 
 def _one_line(error: Exception) -> str:
-    """Kind and first line; of ml_collections' complaint about an unknown key, our own wording."""
+    """An error's kind and first line; about an unknown key of a ConfigDict, our own message."""
     text = str(error)
     unknown = re.search(r'Key "(\w+)" does not exist', text)
     if error.args and isinstance(error.args[0], KeyError):  # an attribute of a ConfigDict

@@ -1,4 +1,4 @@
-"""What each shared key of a config may be on its own; `validation` says what goes together."""
+"""Which values each shared key of a config may have; `validation` checks combinations of keys."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _SHARE = ("diffusion.cond_dropout", "sampling.eta", "sampling.sde_last_step_size
 
 
 def check_ranges(config: ConfigDict) -> None:
-    """Checks every shared value on its own; architectures and routers check their fields."""
+    """Checks every shared value on its own. Architectures and routers check their own fields."""
     check_values(
         config,
         choices=CHOICES,

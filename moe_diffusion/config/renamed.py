@@ -20,7 +20,7 @@ KEYS = {
     "loss_weights.capacity": "loss_weights.capacity_predictor",
 }
 
-# Today's key -> old value -> today's.
+# Today's key -> old value -> today's value.
 VALUES = {
     "model.moe.backend": {"capacity": "slots"},
     "model.moe.transport": {"a2a_capacity": "a2a_slots"},
@@ -33,5 +33,5 @@ def new_key(key: str) -> str:
 
 
 def new_value(key: str, value: Any) -> Any:
-    """The value that `value` of today's `key` is called today."""
+    """The name that a value has today; `key` is today's name of its key."""
     return VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value

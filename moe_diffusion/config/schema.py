@@ -1,8 +1,7 @@
 """Which keys a config has, of what kind, and how settings become a config.
 
-The keys depend on one value: the section model.router has the fields of the router that
-model.router.name names. So all settings are gathered before the first is checked, and their order
-does not matter.
+The keys depend on one value, model.router.name: the section model.router has the fields of that
+router. So all settings are gathered before the first is checked, and their order does not matter.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from moe_diffusion.moe import routers
 
 ROUTER, WEIGHTS = "model.router", "loss_weights"
 
-# (dotted key, value, how to make the kind of a default of it: `convert` or `parse`)
+# (dotted key, value, function that gives the value the kind of the default: `convert` or `parse`)
 Setting = tuple[str, Any, Callable[[str, Any, Any], Any]]
 
 
 def shared() -> dict[str, Any]:
-    """The table of defaults with a section for every architecture, a new copy."""
+    """A new copy of the table of defaults, with a section for every architecture."""
     table = copy.deepcopy(DEFAULTS)
     for name in models.ARCHITECTURES:
         fields = models.architecture(name).FIELDS
@@ -70,12 +69,12 @@ def fields_of_others() -> dict[str, Any]:
 def settle(
     values: Mapping | ConfigDict, overrides: Sequence[str] = (), origin: str = ""
 ) -> ConfigDict:
-    """The config with every key: `values` over the defaults, then the overrides in order.
+    """Makes a complete config from the defaults, then `values`, then the overrides in order.
 
     Args:
-      values: nested, under today's or old names; may lack any key.
+      values: nested, under today's or old names; they may lack any key.
       overrides: "--config.optim.learning_rate=2e-4" or "optim.learning_rate=2e-4".
-      origin: what a message about `values` begins with, such as the file that they are from.
+      origin: where `values` come from, such as a file. Messages about them begin with it.
 
     Returns:
       A locked, type-safe config, in which only `loss_weights` takes new names.
@@ -104,7 +103,7 @@ def settle(
 
 @contextlib.contextmanager
 def prefixed(origin: str) -> Iterator[None]:
-    """Puts the origin of settings before the message of a UserError."""
+    """Puts the origin of settings in front of the message of a UserError."""
     try:
         yield
     except UserError as error:
@@ -143,18 +142,18 @@ def _apply(config: ConfigDict, known: Mapping[str, Any], settings: Iterable[Sett
                 target = target[name]
             target[leaf] = new_value(key, read(key, value, known[key]))
         elif key in fields_of_others():
-            read(key, value, fields_of_others()[key])  # its kind is checked, the value dropped
+            read(key, value, fields_of_others()[key])  # checks the kind, then drops the value
         else:
             raise UserError(unknown_key(key, known))
 
 
 def unknown_key(key: str, known: Iterable[str] = ()) -> str:
-    """The message about a key that does not exist, with the nearest that does.
+    """The message about a key that does not exist. It names the nearest key that does.
 
-    Nearest: the same last word, or its initials (lr = learning_rate), or a similar spelling.
+    The nearest has the same last word, or its initials (lr = learning_rate), or a similar spelling.
 
     Args:
-      known: keys; the shared ones and those of all built-in routers are known anyway.
+      known: further keys that exist, besides the shared ones and those of all built-in routers.
     """
     known = [*{**leaves(shared()), **fields_of_others(), **dict.fromkeys(known)}]
     sections = {k.rpartition(".")[0] for k in known} - {""}
@@ -185,9 +184,12 @@ _KINDS = {
 
 
 def convert(key: str, value: Any, wanted: Any) -> Any:
-    """`value` as the kind of `wanted`; int passes for float, nothing else for anything else.
+    """Converts `value` to the kind of `wanted`: an int to a float or a list to a tuple, no more.
 
-    The items of a tuple are of the kind of the first item of `wanted`, or numbers if it is empty.
+    The items of a tuple get the kind of the first item of `wanted`, or are numbers if it is empty.
+
+    Raises:
+      UserError: the value is of another kind.
     """
     kind = type(wanted)
     if kind is float:
@@ -207,7 +209,7 @@ def convert(key: str, value: Any, wanted: Any) -> Any:
 
 
 def parse(key: str, text: str, wanted: Any) -> Any:
-    """The text of an override or argument as the kind of `wanted`."""
+    """Reads the text of an override or argument as the kind of `wanted`; see `convert`."""
     if isinstance(wanted, str):
         return text
     texts = isinstance(wanted, tuple) and isinstance(_item(wanted), str)

@@ -1,7 +1,7 @@
-"""Which values and combinations of a config are possible; a message names the keys and a remedy.
+"""Checks the values of a config and their combinations; messages name the keys and a remedy.
 
-Only what the numbers alone can tell is checked here. Whether a data source exists and fits the
-model is checked where it is opened (`data.sources`).
+These checks see only the config. Whether a data source exists and fits the model is checked where
+it is opened (`data.sources`).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _check_architecture(model: ConfigDict) -> None:
     models.architecture(model.architecture).check(model)
     for other in set(models.ARCHITECTURES) - {model.architecture}:
         for name, (default, _) in models.architecture(other).FIELDS.items():
-            # Where the default is "off", somebody expects an effect that will not come.
+            # A field whose default is "off" was set by someone who expects an effect.
             require(
                 default or model[other][name] == default,
                 f"model.{other}.{name} = {model[other][name]} is of model.architecture = {other}, "
@@ -145,7 +145,11 @@ def _check_moe(model: ConfigDict) -> None:
 
 
 def _check_router(router: type[Router], model: ConfigDict, samples: int | None) -> None:
-    """Asks the router's class; a routing group has the tokens of `samples` samples."""
+    """Lets the router's class check its fields.
+
+    Args:
+      samples: how many samples have their tokens in one routing group; None if it is unknown.
+    """
     rows, columns = (side // model.patch_size for side in _sides(model))
     group_tokens = None if samples is None else samples * rows * columns
     router.check(model.router, model.moe.num_experts, group_tokens)
@@ -163,7 +167,7 @@ def _check_loss_weights(config: ConfigDict, provided: tuple[str, ...]) -> None:
 
 
 def _check_diffusion(config: ConfigDict) -> None:
-    """The samplers fit the path, and their keys fit them."""
+    """Checks that the sampler fits diffusion.path, and that the sampling keys fit the sampler."""
     path, sampling = config.diffusion.path, config.sampling
     interval, discrete = sampling.cfg_interval, sampling.sampler in ("ddpm", "ddim")
     require(

@@ -124,30 +124,6 @@ def _ddpm(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
     return Objective(x_t, draws.t.astype(jnp.float32), errors)
 
 
-def with_router_losses(
-    loss: jax.Array,
-    collections: Mapping[str, Any],
-    loss_weights: Mapping[str, float],
-    **metrics: jax.Array,
-) -> tuple[jax.Array, LossAux]:
-    """Adds the weighted losses of the routers to a loss, and reports them.
-
-    Args:
-      collections: what the network sowed: "losses", "metrics" and "router_stats".
-      loss_weights: name -> weight; the names must be those that the routers return.
-      metrics: what else to report.
-
-    Returns:
-      The sum, and the report. Its metrics are "loss" (the sum), `metrics`, every router's loss
-      (unweighted, summed over layers) and the routers' metrics (mean over layers).
-    """
-    losses = sown.sum_by_name(collections.get("losses", {}))
-    loss = loss + sown.weigh(losses, loss_weights)
-    router_metrics = sown.mean_by_name(collections.get("metrics", {}))
-    metrics = {"loss": loss, **metrics, **losses, **router_metrics}
-    return loss, LossAux(metrics, collections.get("router_stats", {}))
-
-
 def diffusion_loss(
     model: nn.Module,
     params: Any,
@@ -164,8 +140,8 @@ def diffusion_loss(
       loss_weights: see `with_router_losses`.
 
     Returns:
-      The scalar loss, and the report of `with_router_losses` with the metric "mse"; DDPM also has
-      "vb".
+      The scalar loss, and the report of `with_router_losses`. The error of a flow is "mse"; DDPM
+      has "mse" and "vb".
     """
     objective = (_ddpm if diffusion.path == "ddpm" else _flow)(batch["image"], draws, diffusion)
     output, collections = model.apply(
@@ -177,8 +153,32 @@ def diffusion_loss(
         rngs={} if draws.dropout is None else {"dropout": draws.dropout},
         mutable=["losses", "metrics", "router_stats"],
     )
-    errors = objective.errors(output)
-    return with_router_losses(sum(errors.values()), collections, loss_weights, **errors)
+    return with_router_losses(objective.errors(output), collections, loss_weights)
+
+
+def with_router_losses(
+    errors: Mapping[str, jax.Array], collections: Mapping[str, Any], loss_weights: dict[str, float]
+) -> tuple[jax.Array, LossAux]:
+    """Adds up errors and the weighted losses of the routers, and reports them.
+
+    Args:
+      errors: {name: scalar}, each minimised with weight 1.
+      collections: what `model.apply` returned beside the output: the collections "losses",
+        "metrics" and "router_stats" that the routers sowed.
+      loss_weights: name -> weight; the names must be those that the routers return.
+
+    Returns:
+      The scalar loss, and the report. Its metrics are "loss" (that scalar), the errors, every
+      router's loss (unweighted, summed over layers) and the routers' metrics (mean over layers).
+
+    Raises:
+      UserError: `loss_weights` has other names.
+    """
+    losses = sown.sum_by_name(collections.get("losses", {}))
+    loss = sum(errors.values()) + sown.weigh(losses, loss_weights)
+    router_metrics = sown.mean_by_name(collections.get("metrics", {}))
+    metrics = {"loss": loss, **errors, **losses, **router_metrics}
+    return loss, LossAux(metrics, collections.get("router_stats", {}))
 
 
 def make_loss(model: nn.Module, config: ConfigDict) -> LossFn:

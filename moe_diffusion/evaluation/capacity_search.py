@@ -1,7 +1,7 @@
-"""C_infer and image quality of DiffMoE under constant thresholds instead of the learned ones.
+"""Measures C_infer and image quality of DiffMoE under constant thresholds.
 
-The learned thresholds keep the experts' load at that of training. Constant ones trade compute for
-quality (2503.14487: "interval search", beside its "dynamic" thresholds).
+The learned ("dynamic") thresholds keep the experts' load as it was in training. Constant thresholds
+trade compute for quality; 2503.14487 calls this "interval search".
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from moe_diffusion.models.accounting import forward_flops, parameter_counts
 from moe_diffusion.sampling.generate import generate
 
 Cond = Mapping[str, np.ndarray]
-Metric = Callable[[np.ndarray, Cond], dict[str, float]]  # of images and their conditions
+Metric = Callable[[np.ndarray, Cond], dict[str, float]]  # (images, conditions) -> numbers by name
 
 
 def with_threshold(variables: Mapping[str, Any], gamma: float | str) -> dict[str, Any]:
     """The variables with every threshold at gamma; "dynamic" leaves them as they are.
 
-    The same as `model.router.threshold` of a config, but nothing needs to be compiled again.
+    The config key `model.router.threshold` has the same effect, but needs a new compilation.
     """
     if gamma == "dynamic":
         return dict(variables)
@@ -38,7 +38,7 @@ def with_threshold(variables: Mapping[str, Any], gamma: float | str) -> dict[str
 
 
 def metric_for(config: ConfigDict) -> Metric | None:
-    """What judges the samples of a run: a classifier judges digits, nothing judges others yet."""
+    """The metric for the samples of a run: a classifier for digits, None for other data."""
     if config.data.source != "digits":
         return None
     judge = DigitsJudge()
@@ -63,18 +63,19 @@ def search(
     """Draws the same images under each threshold.
 
     Args:
-      variables: of a DiffMoE model; "dynamic" among the thresholds means those in router_state.
+      variables: of a DiffMoE model.
+      thresholds: numbers, or "dynamic" for the learned ones in `variables["router_state"]`.
       cond: {field: [N, ...]}, the condition of each image.
-      batch_size: DiffMoE pools a batch, so this is part of the result.
+      batch_size: images drawn together. It changes the result, because DiffMoE pools a batch.
       report: called with each row as soon as it is known.
 
     Returns:
-      For each threshold: threshold, c_infer_avg, dropped (the share that `max_capacity` refused),
-      activated_params (Eq. 40, with the predictor) and gflops (of one evaluation for one image)
-      at that C_infer, and what `metric` says.
+      One row for each threshold: threshold, c_infer_avg (experts per token), dropped (the share
+      that `max_capacity` refused), activated_params (Eq. 40, with the predictor) and gflops (of one
+      evaluation for one image), both at that C_infer, and what `metric` returns.
 
     Raises:
-      UserError: the model is no DiffMoE, or its samples are not finite.
+      UserError: the model is not a DiffMoE, or its samples are not finite.
     """
     if config.model.router.name != "diffmoe":
         raise UserError(
@@ -82,7 +83,7 @@ def search(
             "choose a run with router diffmoe"
         )
     config = ConfigDict(config)
-    config.model.router.threshold = "dynamic"  # so that the thresholds in router_state rule
+    config.model.router.threshold = "dynamic"  # use the thresholds in router_state
     model = build(config.model)
     observer = RoutingObserver(model)
     sampler = make_sampler(observer, config)

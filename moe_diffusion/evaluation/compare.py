@@ -1,4 +1,4 @@
-"""All metrics that two feature sets allow, under the names of their extractor."""
+"""Computes all metrics that two feature sets allow, under the names that the extractor gives."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from moe_diffusion.evaluation import metrics
 from moe_diffusion.evaluation.features import Extractor, FeatureSet
 
 NEIGHBOURS = 3  # k of precision and recall
-KERNEL_VECTORS = 10_000  # of either side, that KID looks at
-SCORE_SPLIT = 5000  # images of a part of the Inception Score
+KERNEL_VECTORS = 10_000  # that KID takes from each side
+SCORE_SPLIT = 5000  # images in one part of the Inception Score
 
 
 def compare(
     samples: FeatureSet, reference: FeatureSet, extractor: Extractor
 ) -> tuple[dict[str, Any], list[str]]:
-    """Every metric that both sides have the data for, and warnings for people.
+    """Computes every metric that both sides have the data for.
 
     Returns:
-      metrics: by the extractor's names; precision, recall and KID need the reference's vectors.
-      warnings: one line each.
+      metrics: name -> value. Precision, recall and KID need the vectors of both sides.
+      warnings: one line of text each.
 
     Raises:
-      UserError: the sides' features are of different networks.
+      UserError: the features of the two sides come from different networks.
     """
     names, found, warnings = extractor.names, {}, []
     found[names["frechet"]] = metrics.frechet_distance(samples.pool, reference.pool)
@@ -59,9 +59,13 @@ def _neighbours_and_kernel(
 
 
 def check_comparable(samples: FeatureSet, reference: FeatureSet, dims: dict[str, int]) -> None:
-    """Raises a UserError, before features are computed, for what cannot be compared.
+    """Checks that two sides can be compared, before features are computed.
 
-    dims: kind of features ("pool", "spatial") -> their number.
+    Args:
+      dims: kind of features ("pool", "spatial") -> how many the network makes.
+
+    Raises:
+      UserError: a side holds features of another network, or the images differ in size.
     """
     for side in (samples, reference):
         for kind, gaussian in (("pool", side.pool), ("spatial", side.spatial)):

@@ -23,8 +23,8 @@ class DigitsJudge:
     """A classifier fitted on the training digits, and the training digits to compare with.
 
     The classifier is a support vector machine with an RBF kernel on pixel values in [0, 1].
-    It knows the training split alone, so its accuracy on the held-out split
-    (`classifier_accuracy`) says how far its verdict on samples can be trusted. Deterministic.
+    It is fitted on the training split alone, so its accuracy on the held-out split
+    (`classifier_accuracy`) says how far its verdict on samples can be trusted. It is deterministic.
     """
 
     def __init__(self):
@@ -38,26 +38,28 @@ class DigitsJudge:
         self.heldout_distance = float(np.median(self._distances(pixels)))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """f32[N, 8, 8, 1] in [-1, 1] (clipped to it) -> i32[N], the digit each looks like."""
+        """Images f32[N, 8, 8, 1] in [-1, 1] (clipped) -> i32[N], the digit that each looks like."""
         return self._classifier.predict(_flat_pixels(images))
 
     def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Accuracy and novelty of samples.
 
         Args:
-          images: f32[N, 8, 8, 1] in [-1, 1]; clipped to it.
+          images: f32[N, 8, 8, 1] in [-1, 1]; values beyond are clipped.
           labels: i32[N], the digit that each sample was asked to be.
 
         Returns:
           class_accuracy: share of samples that are classified as their own label.
-          classifier_accuracy: the same of the real held-out images: the classifier's own errors.
+          classifier_accuracy: the same share for real held-out images. It shows the classifier's
+            own errors.
           nearest_train_distance: median L2 distance, over pixels in [0, 1], of the samples to their
             nearest training image; near 0 for copies.
-          nearest_train_distance_heldout: the same of the real held-out images: what new images of
-            the same distribution show.
+          nearest_train_distance_heldout: the same median for real held-out images. New images of
+            the same distribution have about this distance.
 
         Raises:
-          UserError: images of another shape, none, not finite, or labels of another number.
+          UserError: there are no images, they have another shape or are not finite, or the number
+            of labels differs.
         """
         pixels = _flat_pixels(images)
         if np.shape(labels) != (len(pixels),):
@@ -77,8 +79,9 @@ class DigitsJudge:
 class DigitsFeatures:
     """32 features of a digit: the last hidden layer of a small classifier (64-64-32-10, tanh).
 
-    Trained on the training split alone, with a fixed seed, in seconds; kept in the cache folder.
-    The distances made of them have names of their own (fd_digits): they are not FIDs.
+    The classifier is trained on the training split alone, with a fixed seed. This takes seconds;
+    the weights are kept in the cache folder. The distances between these features are not FIDs, so
+    they have their own names, like fd_digits.
     """
 
     dims = 32
@@ -98,13 +101,13 @@ class DigitsFeatures:
             with path.open("rb") as file, np.load(file) as stored:
                 self._layers = [(stored[f"weight_{i}"], stored[f"bias_{i}"]) for i in range(2)]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            # None is kept yet, or it is damaged.
+            # There is no file yet, or it is damaged.
             self._layers = _train_layers()
-            with contextlib.suppress(OSError):  # a cache that cannot be written is none
+            with contextlib.suppress(OSError):  # the cache is optional
                 _store(self._layers, path)
 
     def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """u8 or f32[B, 8, 8, 1] in [-1, 1] (clipped to it) -> {"pool": f32[B, 32]}."""
+        """Images u8 or f32[B, 8, 8, 1] in [-1, 1] (clipped) -> {"pool": f32[B, 32]}."""
         rows = _flat_pixels(to_floats(batch))
         for weight, bias in self._layers:
             rows = np.tanh(rows @ weight + bias)
@@ -125,7 +128,7 @@ def _train_layers() -> list[tuple[np.ndarray, np.ndarray]]:
         max_iter=80,
         random_state=0,
     )
-    with warnings.catch_warnings():  # 80 epochs are meant, converged or not
+    with warnings.catch_warnings():  # it trains 80 epochs, converged or not
         warnings.simplefilter("ignore", ConvergenceWarning)
         network.fit(_flat_pixels(train.images), train.labels)
     return list(zip(network.coefs_[:2], network.intercepts_[:2], strict=True))

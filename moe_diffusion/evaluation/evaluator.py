@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end: opens and checks what is asked for, then measures it."""
+"""Runs a whole evaluation: opens and checks what the user asks for, then measures it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from moe_diffusion.evaluation.features import (
 from moe_diffusion.evaluation.runs import RunImages
 from moe_diffusion.parallel.distributed import is_main_process
 
-DIGITS = "digits"  # the training split, what runs on digits are compared with
+DIGITS = "digits"  # the training split, the reference for runs on digits
 DIGITS_SHAPE = (8, 8, 1)
 DIGITS_SAMPLES = 1000
 INCEPTION_DIMS = {"pool": inception.NUM_FEATURES, "spatial": inception.NUM_SPATIAL}
@@ -35,13 +35,14 @@ INCEPTION_DIMS = {"pool": inception.NUM_FEATURES, "spatial": inception.NUM_SPATI
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """See the flags of `evaluate`.
+    """What to evaluate and how. The fields without a description are flags of `evaluate`.
 
     Attributes:
-      settings: a protocol (see `protocol.default`) with what the command line says otherwise.
-      published: the protocol as it was published, to tell deviations; None for none.
-      emas: averages to judge; None is the run's first.
-      num: images asked for on the command line; 0 for none.
+      settings: a protocol (see `protocol.default`), changed by the command line.
+      published: the protocol as it was published, to report deviations; None without a protocol.
+      overrides: changes to the run's config; see `config.load`.
+      emas: averages to judge; None stands for the run's first.
+      num: how many images the command line asks for; 0 if it does not say.
     """
 
     settings: ConfigDict
@@ -60,13 +61,16 @@ class Request:
 
 
 def evaluate(request: Request) -> Iterator[dict[str, Any]]:
-    """Yields a result for every average and guidance scale: "metrics", "warnings", and settings.
+    """Yields one result for each average and guidance scale.
+
+    A result has "metrics" (name -> number), "warnings" (texts), and the settings that the numbers
+    depend on.
 
     Raises:
-      UserError: something is missing or does not fit. This is known before anything long begins.
+      UserError: something is missing or does not fit. It is raised before any slow work begins.
     """
     variants = _variants(request)
-    first = next(variants)  # raises what is wrong with the run or the file
+    first = next(variants)  # raises if something is wrong with the run or the file
     digits = first.images is not None and first.images.shape == DIGITS_SHAPE
     digits = digits and not request.inception
     if digits and request.workdir and not request.num and request.published is None:
@@ -108,9 +112,9 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def _variants(request: Request) -> Iterator[FeatureSet]:
-    """Yields the sets to judge: one of files, or one for every average and guidance scale of a run.
+    """Yields the sets to judge: one for a file, one for each average and guidance scale of a run.
 
-    It loads an average when its turn comes, and checks at the first that the run keeps them all.
+    Each average is loaded when its turn comes. The first turn checks that the run keeps them all.
     """
     scales, settings = request.settings.cfg, request.settings
     sweep = max(len(scales), 1) * len(request.emas) > 1
@@ -163,7 +167,7 @@ def _square(side: int) -> tuple[int, int] | None:
 
 
 def _make_extractor(request: Request, digits: bool, sides: list[FeatureSet]) -> Extractor:
-    """What makes features. It needs no Inception weights if every side has features already."""
+    """The extractor of features. It needs no Inception weights if every side holds features."""
     if digits:
         return DigitsFeatures()
     settings = request.settings
@@ -176,12 +180,12 @@ def _make_extractor(request: Request, digits: bool, sides: list[FeatureSet]) -> 
                 f"{side.name} are images: give the weights that make features of them as "
                 "--inception, pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
             )
-        side.images = None  # what is stored must do
+        side.images = None  # only the stored features can be used
     return StoredFeatures()
 
 
 class StoredFeatures:
-    """Stands in where no features are made: what the files hold is compared."""
+    """Takes the place of an extractor when all features come from files."""
 
     names = {kind: name for kind, name in InceptionFeatures.names.items() if kind != "score"}
     note = {"network": "as stored"}
@@ -191,7 +195,7 @@ class StoredFeatures:
 
 
 def _against(published: ConfigDict | None, used: dict[str, Any]) -> dict[str, Any] | None:
-    """The protocol that was to be followed, and where the result deviates from it."""
+    """The protocol that the user asked for, and where the result deviates from it."""
     if published is None:
         return None
     kept = {key: published[key] for key in ("name", "source", "autoencoder", "reference")}

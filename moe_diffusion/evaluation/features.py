@@ -1,4 +1,4 @@
-"""Feature vectors of images, and what a comparison needs to know of a set of them."""
+"""Feature vectors of images: how they are computed, read and stored."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from moe_diffusion.evaluation import inception
 from moe_diffusion.evaluation.images import Images, check_range, open_images, to_pixels
 from moe_diffusion.evaluation.metrics import Gaussian, Moments, check_finite, gaussian_of
 
-MAX_VECTORS = 50_000  # kept for precision, recall and KID; mean and covariance are of all
+MAX_VECTORS = 50_000  # kept for precision, recall and KID; mean and covariance use all vectors
 _PER_DEVICE = 32  # images; 299 x 299 pixels each take about 20 MB in the network
-_VECTOR_KEYS = ("features", "activations")  # ours; the authors' of DiffMoE and DSMoE
+_VECTOR_KEYS = ("features", "activations")  # in our files; in those of DiffMoE and DSMoE
 
 
 @dataclasses.dataclass
 class FeatureSet:
-    """One side of a comparison: what a file tells, completed by `with_vectors` where needed."""
+    """One side of a comparison. A file may hold only a part of it; `with_vectors` adds the rest."""
 
     name: str
     pool: Gaussian | None = None
@@ -42,7 +42,7 @@ class Extractor(Protocol):
     """Maps a batch of `images.Images` to {"pool": f32[B, D], and perhaps "spatial": f32[B, D2]}."""
 
     names: dict[str, str]  # kind of metric -> the name under which it is reported
-    note: dict[str, Any]  # what it is, for the result
+    note: dict[str, Any]  # what the extractor is, for the result
 
     def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]: ...
 
@@ -52,7 +52,7 @@ class InceptionFeatures:
 
     Args:
       resize, quantize: see `inception.resize_images` and `images.to_pixels`.
-      batch_size: most images of a call.
+      batch_size: the most images in one call.
     """
 
     names = {
@@ -74,7 +74,7 @@ class InceptionFeatures:
         mesh = Mesh(devices, ("image",))
         self._split = NamedSharding(mesh, PartitionSpec("image"))
         self._params = jax.device_put(weights.params, NamedSharding(mesh, PartitionSpec()))
-        # Every device runs the program that a single one would.
+        # Each device runs the program of a single device on its own images.
         self._apply = jax.jit(
             jax.shard_map(
                 functools.partial(inception.apply, resize=resize),
@@ -104,7 +104,15 @@ class InceptionFeatures:
 def collect(
     batches: Iterable[np.ndarray], total: int, extractor: Extractor, name: str
 ) -> FeatureSet:
-    """Features of all images, batch by batch. Raises UserError where one is not finite."""
+    """Computes the features of all images, batch by batch.
+
+    Args:
+      total: number of images, for the progress bar.
+      name: of the set, for the progress bar and messages.
+
+    Raises:
+      UserError: an image is not finite or not in [-1, 1], or a feature is not finite.
+    """
     moments: dict[str, Moments] = {}
     vectors = []
     with tqdm(total=total, unit="image", desc=f"features of {name}", disable=None) as bar:
@@ -123,7 +131,7 @@ def collect(
 def with_vectors(
     features: FeatureSet, extractor: Extractor, batch_size: int, num: int = 0
 ) -> FeatureSet:
-    """The set, completed by the features of its images; stored statistics stay as they are."""
+    """Adds the features of a set's images, the first `num` or all; keeps stored statistics."""
     if features.vectors is not None or features.images is None:
         return features
     num = num or len(features.images)
@@ -135,17 +143,18 @@ def with_vectors(
 
 
 def open_features(text: str, size: tuple[int, int] | None = None, num: int = 0) -> FeatureSet:
-    """A set of images, or what an `.npz` holds: images, features, statistics, or all of them.
+    """Opens a set of images, or an `.npz` with images, features, statistics, or all of them.
 
     It reads ADM's reference batches (arr_0, mu, sigma, mu_s, sigma_s), pytorch-fid's statistics
     (mu, sigma), features of this library and of DiffMoE and DSMoE, and arrays of images.
 
     Args:
       size: see `open_images`.
-      num: how many images or features to take, from the first on; 0 takes all.
+      num: takes only the first `num` images or features; 0 takes all.
 
     Raises:
-      UserError: not there, unreadable, of no such kind, not finite, or fewer images than asked.
+      UserError: the set is missing, unreadable, of an unknown kind or not finite, or it has fewer
+        than `num` images.
     """
     if not text.endswith(".npz"):
         features = FeatureSet(text, images=open_images(text, size))

@@ -1,7 +1,8 @@
 """Sets of images to judge: an `.npz`, a folder of pictures, or a data source.
 
-Each has `name`, `shape` (H, W, C), `len()` and `batches(size, num)`, which yields u8[b, H, W, C]
-or f32[b, H, W, C] in [-1, 1]. What the header of a file tells is checked when it is opened.
+Each set has `name`, `shape` (H, W, C), `len()` and `batches(size, num)`. The latter yields the
+first `num` images as u8[b, H, W, C], or as f32[b, H, W, C] in [-1, 1]. Opening a file checks what
+its header says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moe_diffusion.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 QUANTIZATIONS = ("round", "none")
-_LARGEST = 8.0  # samples overshoot [-1, 1] a little; beyond this the array is of another range
+_LARGEST = 8.0  # samples overshoot [-1, 1] a little; larger values show that the range is another
 
 
 class Images(Protocol):
@@ -75,7 +76,10 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class FolderImages:
-    """All pictures right in a folder, by name; grey ones have one channel, others three."""
+    """All pictures directly in a folder, ordered by name.
+
+    If the first picture is grey, all are read with one channel, otherwise with three.
+    """
 
     def __init__(self, folder: str | os.PathLike):
         self.name = str(folder)
@@ -145,7 +149,7 @@ def open_images(text: str, size: tuple[int, int] | None = None) -> Images:
       size: (height, width) in pixels, to which a source such as "folder:/data" crops its images.
 
     Raises:
-      UserError: there is nothing, it cannot be read, or it is of an unknown kind.
+      UserError: `text` names nothing that exists, or it cannot be read, or its kind is unknown.
     """
     path = Path(text)
     if path.suffix == ".npz":
@@ -186,10 +190,11 @@ def check_range(batch: np.ndarray, name: str) -> None:
 
 
 def to_pixels(batch: np.ndarray, quantize: str) -> np.ndarray:
-    """A batch of a set -> f32[b, H, W, C] in [0, 255].
+    """Turns a batch of a set into f32[b, H, W, C] in [0, 255].
 
-    quantize: "round" to whole numbers, as a PNG holds them; "none": 127.5 x + 128, clipped, as
-      DiffMoE's and DSMoE's sampling scripts feed the network.
+    Args:
+      quantize: "round" gives whole numbers, as a PNG holds them. "none" gives 127.5 x + 128,
+        clipped, which the sampling scripts of DiffMoE and DSMoE feed to the network.
     """
     if batch.dtype == np.uint8:
         return batch.astype(np.float32)
@@ -199,7 +204,7 @@ def to_pixels(batch: np.ndarray, quantize: str) -> np.ndarray:
 
 
 def to_floats(batch: np.ndarray) -> np.ndarray:
-    """A batch of a set -> f32[b, H, W, C] in [-1, 1], clipped."""
+    """Turns a batch of a set into f32[b, H, W, C] in [-1, 1], clipped."""
     if batch.dtype == np.uint8:
         return batch.astype(np.float32) / 127.5 - 1
     return np.clip(batch, -1, 1)

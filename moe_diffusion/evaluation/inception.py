@@ -1,8 +1,8 @@
 """The FID Inception v3: the 1008-class TensorFlow network of 2015 in its PyTorch port.
 
 Weights: `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid or the `weights-inception-...` file
-of torch-fidelity. Both name the tensors as torchvision does. Differs from torchvision's own network
-in average pools that do not count the padding and in a max pool in the last block.
+of torch-fidelity. Both name the tensors as torchvision does. Two things differ from torchvision's
+own network: average pools do not count the padding, and the last block has a max pool.
 Source: arXiv 1512.00567; pytorch-fid `inception.py`; ADM (arXiv 2105.05233) `evaluator.py`.
 """
 
@@ -32,7 +32,7 @@ Params = dict[str, dict[str, jax.Array]]
 
 
 class Conv(NamedTuple):
-    """Convolution without bias, batch norm, ReLU; padded to keep the size unless it strides."""
+    """Convolution without bias, batch norm, ReLU. With stride 1 it is padded to keep the size."""
 
     name: str
     width: int
@@ -40,8 +40,8 @@ class Conv(NamedTuple):
     stride: int = 1
 
 
-# Layers outside blocks: a convolution that is not padded although it does not stride is marked
-# "valid", a pool is 3x3 with stride 2.
+# Layers outside the blocks. "valid" marks a convolution without padding, "max" is a 3x3 max pool
+# with stride 2.
 _STEM = (
     (Conv("Conv2d_1a_3x3", 32, (3, 3), 2), "valid"),
     (Conv("Conv2d_2a_3x3", 32, (3, 3)), "valid"),
@@ -139,7 +139,7 @@ _BLOCKS = {
     "Mixed_6e": _block_c(192),
     "Mixed_7a": _BLOCK_D,
     "Mixed_7b": _block_e("avg"),
-    "Mixed_7c": _block_e("max"),  # max only here: as the network was trained
+    "Mixed_7c": _block_e("max"),  # max only here, as the network was trained
 }
 _SPATIAL = "Mixed_6d.branch1x1"  # TensorFlow's mixed_6/conv
 
@@ -149,7 +149,7 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
     def chain(layers: _Branch, prefix: str, width: int) -> int:
-        """Notes the layers' tensors; returns the width of the output."""
+        """Records the layers' tensors; returns the width of the output."""
         for layer in layers:
             if isinstance(layer, Conv):
                 name = prefix + layer.name
@@ -180,8 +180,8 @@ def load_weights(path: str | os.PathLike) -> Weights:
     """Reads the published file, or the same tensors as `.safetensors`.
 
     Raises:
-      UserError: no such file, unreadable, or another network; torchvision's own Inception and
-        TensorFlow's graph are named.
+      UserError: the file is missing, unreadable, or of another network. The message tells whether
+        it is torchvision's own Inception or TensorFlow's graph.
     """
     path = Path(path)
     if path.suffix == ".pb":
@@ -200,10 +200,13 @@ _PUBLISHED = "pytorch-fid's pt_inception-2015-12-05-6726825d.pth (or torch-fidel
 
 
 def check_state_dict(state: Mapping[str, Any], name: str) -> str:
-    """Raises a UserError unless these are the FID network's tensors; returns whose layout it is.
+    """Checks that these are the FID network's tensors.
 
     Returns:
-      "pytorch-fid", or "torch-fidelity", whose converter leaves num_batches_tracked out.
+      Whose file it is: "pytorch-fid", or "torch-fidelity", which leaves num_batches_tracked out.
+
+    Raises:
+      UserError: tensors are missing, unknown, misshaped or not finite.
     """
     if any(key.startswith("AuxLogits.") for key in state):
         raise UserError(f"{name} is torchvision's Inception, another network: give {_PUBLISHED}")
@@ -229,7 +232,7 @@ def check_state_dict(state: Mapping[str, Any], name: str) -> str:
 
 
 def fold(state: Mapping[str, Any]) -> tuple[Params, np.ndarray, np.ndarray]:
-    """Parameters by layer, batch norm folded in, then the classifier's weight and bias."""
+    """Folds batch norm into the convolutions; returns them, the classifier's weight, its bias."""
     params = {}
     for key in tensor_shapes():
         layer, _, rest = key.partition(".conv.weight")
@@ -249,7 +252,7 @@ def fold(state: Mapping[str, Any]) -> tuple[Params, np.ndarray, np.ndarray]:
 
 
 def apply(params: Params, images: jax.Array, resize: str = "tensorflow") -> dict[str, jax.Array]:
-    """Features of a batch.
+    """Computes the features of a batch.
 
     Args:
       images: f32[B, H, W, 3] in [0, 255], any size.
@@ -268,9 +271,9 @@ def apply(params: Params, images: jax.Array, resize: str = "tensorflow") -> dict
 def resize_images(images: jax.Array, method: str) -> jax.Array:
     """[B, H, W, 3] in [0, 255] -> [B, 299, 299, 3] in about [-1, 1], bilinear, no antialiasing.
 
-    "tensorflow": top left corners of the images' pixels aligned, (x - 128) / 128, as in the graph
-    of 2015 that ADM's evaluator and torch-fidelity follow. "pytorch-fid": centres of pixels
-    aligned, x / 127.5 - 1. The two give slightly different FIDs.
+    "tensorflow" aligns the top left corners of the pixels and returns (x - 128) / 128. So does the
+    graph of 2015, which ADM's evaluator and torch-fidelity follow. "pytorch-fid" aligns the centres
+    of the pixels and returns x / 127.5 - 1. The two give slightly different FIDs.
     """
     offset = {"tensorflow": 0.0, "pytorch-fid": 0.5}[method]
     for axis in (1, 2):
@@ -289,7 +292,7 @@ def _interpolate(images: jax.Array, axis: int, offset: float) -> jax.Array:
 
 
 def layers(params: Params, x: jax.Array) -> Iterator[tuple[str, jax.Array]]:
-    """Runs the network; yields the output of every layer of the stem, block and named branch."""
+    """Runs the network; yields (name, output) of each layer of the stem, branch and block."""
     for index, layer in enumerate(_STEM):
         if layer == "max":
             x = _pool(x, "max/2")
@@ -331,7 +334,7 @@ def _convolve(layer: dict[str, jax.Array], x: jax.Array, stride: int, padding: s
 
 
 def _pool(x: jax.Array, kind: str) -> jax.Array:
-    """3x3. "avg" divides by the number of pixels that lie inside."""
+    """A 3x3 pool. "avg" divides by the number of pixels that lie inside the image."""
 
     def window(x: jax.Array, start: float, combine: Callable, stride: int) -> jax.Array:
         sizes, padding = (1, 3, 3, 1), "SAME" if stride == 1 else "VALID"

@@ -1,4 +1,4 @@
-"""Numbers that compare two sets of feature vectors, in numpy, float64 where it counts.
+"""Numbers that compare two sets of feature vectors, in numpy, in float64 where precision matters.
 
 FID (arXiv 1706.08500), sFID (2103.03841), Inception Score (1606.03498), precision and recall
 (1904.06991) as ADM's evaluator computes them (2105.05233), unbiased KID (1801.01401).
@@ -17,11 +17,11 @@ _BLOCK = 2048  # rows of a distance block: [2048, 2048] f32 is 16 MiB
 
 
 class Gaussian(NamedTuple):
-    """What a Frechet distance sees of a set of feature vectors."""
+    """Mean and covariance of a set of feature vectors, which a Frechet distance compares."""
 
     mean: np.ndarray  # f64[D]
     covariance: np.ndarray  # f64[D, D], divided by count - 1
-    count: int  # of vectors; 0 where a file does not tell
+    count: int  # number of vectors; 0 if a file does not say
 
 
 class Moments:
@@ -33,7 +33,11 @@ class Moments:
         self._scatter = np.zeros((dims, dims))
 
     def add(self, features: np.ndarray) -> None:
-        """Takes rows [B, D] in. Raises UserError, and takes nothing in, if one is not finite."""
+        """Adds rows [B, D].
+
+        Raises:
+          UserError: a row is not finite; then none of them is added.
+        """
         check_finite(features, self.count)
         rows = np.asarray(features, np.float64)
         mean = rows.mean(0)
@@ -46,14 +50,14 @@ class Moments:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """Raises UserError for less than two rows."""
+        """The Gaussian of all rows so far. Raises UserError for fewer than two rows."""
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 feature vectors, got {self.count}")
         return Gaussian(self._mean.copy(), self._scatter / (self.count - 1), self.count)
 
 
 def gaussian_of(features: np.ndarray) -> Gaussian:
-    """Of all rows of [N, D], without a float64 copy of them."""
+    """The Gaussian of all rows of [N, D], without a float64 copy of the whole array."""
     moments = Moments(features.shape[1])
     for rows in _blocks(features):
         moments.add(rows)
@@ -73,11 +77,12 @@ def check_finite(features: np.ndarray, first: int = 0) -> None:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)); FID with Inception's features.
 
-    With C_a = R R^T, the trace is the sum of the roots of the eigenvalues of the symmetric
-    R^T C_b R, which those of C_a C_b are: real and not negative, unlike a general matrix root.
+    With C_a = R R^T, the symmetric matrix R^T C_b R has the same eigenvalues as C_a C_b. They are
+    real and not negative, and the last trace is the sum of their square roots. So no general
+    matrix root is needed, which could come out complex.
 
     Raises:
-      UserError: of other dimensions.
+      UserError: the two have different dimensions.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
@@ -94,10 +99,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(logits: np.ndarray, split: int = 5000) -> tuple[float, float]:
-    """exp(mean KL(p(y|x) || p(y))) of consecutive parts of `split` images: mean and deviation.
+    """Inception Score exp(mean KL(p(y|x) || p(y))), computed on parts of the images.
 
     Args:
       logits: [N, classes]. ADM's evaluator and the graph of 2015 leave the bias out.
+      split: number of consecutive images in a part.
+
+    Returns:
+      Mean and standard deviation over the parts.
     """
     scores = []
     for start in range(0, len(logits), split):
@@ -105,7 +114,8 @@ def inception_score(logits: np.ndarray, split: int = 5000) -> tuple[float, float
         part = part - part.max(1, keepdims=True)
         log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
         p = np.exp(log_p)
-        # The entropy of the mean minus the mean entropy: p may be 0, its mean is not.
+        # The mean KL is the entropy of the mean p minus the mean entropy of p. The mean p must not
+        # be 0, because its logarithm is taken.
         mean = np.maximum(p.mean(0), np.finfo(np.float64).tiny)
         scores.append(np.exp((p * log_p).sum(1).mean() - (mean * np.log(mean)).sum()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -114,18 +124,20 @@ def inception_score(logits: np.ndarray, split: int = 5000) -> tuple[float, float
 def precision_recall(
     reference: np.ndarray, generated: np.ndarray, k: int = 3
 ) -> tuple[float, float]:
-    """Shares of vectors inside the other set's balls, whose radii reach the k-th neighbour.
+    """Shares of vectors that lie inside the balls of the other set.
+
+    Each vector has a ball that reaches to its k-th nearest neighbour in its own set, inclusively.
 
     Args:
       reference, generated: f32[N, D] and f32[M, D]. Time grows with (N + M)^2, memory with N + M.
-      k: neighbours, the vector itself not counted.
+      k: number of neighbours, without the vector itself.
 
     Returns:
-      precision: share of generated vectors inside any reference vector's ball (radius included);
-      recall: share of reference vectors inside any generated vector's ball.
+      precision: share of generated vectors inside the ball of any reference vector.
+      recall: share of reference vectors inside the ball of any generated vector.
 
     Raises:
-      UserError: a set has no k-th neighbour.
+      UserError: a set has at most k vectors.
     """
     if min(len(reference), len(generated)) <= k:
         raise UserError(
@@ -153,13 +165,13 @@ def neighbour_radii(features: np.ndarray, k: int) -> np.ndarray:
 
 
 def kernel_distance(reference: np.ndarray, generated: np.ndarray) -> float:
-    """KID: the unbiased squared MMD of all vectors under (x . y / D + 1)^3; may be negative.
+    """KID: the unbiased squared MMD under the kernel (x . y / D + 1)^3; it may be negative.
 
-    Over all pairs at once, where other codes average subsets of 1,000: the same expectation and
-    less noise.
+    It uses all pairs of vectors at once. Other codes average over subsets of 1,000 vectors, which
+    has the same expectation and more noise.
 
     Raises:
-      UserError: less than 2 vectors on a side.
+      UserError: a side has fewer than 2 vectors.
     """
     if min(len(reference), len(generated)) < 2:
         raise UserError("KID needs at least 2 images on both sides")

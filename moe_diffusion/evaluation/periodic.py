@@ -1,4 +1,4 @@
-"""A few samples judged at intervals while a model trains, with features that cost nothing."""
+"""Judges a few samples at intervals while a model trains, with features that cost little."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _GRID = 4
 class PooledFeatures:
     """The mean colour in each cell of a 4x4 grid over the image: layout and colour, no detail.
 
-    It needs no weights, and takes latents as well as images. The distance made of it is no FID.
+    It needs no weights, and takes latents as well as images. Distances between these features are
+    not FIDs.
     """
 
     names = {
@@ -38,7 +39,7 @@ class PooledFeatures:
     note = {"network": "none: 4x4 means"}
 
     def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """f32[B, H, W, C] -> {"pool": f32[B, 16 C]}; less where a side has under four pixels."""
+        """f32[B, H, W, C] -> {"pool": f32[B, 16 C]}; fewer if a side has less than four pixels."""
         height, width = (min(_GRID, side) for side in batch.shape[1:3])
         rows = [part.mean(1) for part in np.array_split(batch, height, axis=1)]
         cells = [part.mean(1) for row in rows for part in np.array_split(row, width, axis=1)]
@@ -61,7 +62,7 @@ class EvaluationHook:
         self._cond = default_conditions(model, config.train.eval_samples, source)
         digits = config.data.source == "digits"
         self._extractor: Extractor = DigitsFeatures() if digits else PooledFeatures()
-        # Evenly over the source, which may be sorted by class.
+        # The records are spaced evenly, because the source may be sorted by class.
         count = min(_REFERENCE, len(source))
         records = np.arange(count) * len(source) // count
         images = np.stack([source[int(i)]["image"] for i in records])

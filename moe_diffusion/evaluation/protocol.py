@@ -1,6 +1,6 @@
-"""How a number was made: the settings of an evaluation, published ones by name, and its report.
+"""Protocols, the settings of an evaluation: defaults, published ones, and the report of a result.
 
-A protocol is a Python file `configs/eval_<name>.py` with `get_protocol(arg=None)`, which starts
+A published protocol is a Python file `configs/eval_<name>.py`. Its `get_protocol(arg=None)` starts
 from `default()` and sets what the paper and its code say.
 """
 
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "cfg": (),  # guidance scales, one result each; () = the run's config.sampling.cfg
     "resize": "tensorflow",  # see inception.resize_images
     "quantize": "round",  # see images.to_pixels
-    # What the numbers were published with; the result says what was used instead.
+    # What the published numbers were made with. A result reports what it used instead.
     "ema": "",  # decay
     "autoencoder": "",
     "reference": "",
@@ -42,14 +42,14 @@ LABELS = ("balanced", "random")
 
 
 def default() -> ConfigDict:
-    """A new protocol, locked but for `sampling`."""
+    """A new protocol. It takes no new keys, except in its section `sampling`."""
     protocol = ConfigDict(copy.deepcopy(DEFAULTS)).lock()
     protocol.sampling.unlock()
     return protocol
 
 
 def load(spec: str) -> ConfigDict:
-    """The protocol of a name or file, with an argument behind a colon: "dsmoe", "jit:size=l".
+    """Loads a protocol by its name or file. An argument may follow: "dsmoe", "jit:size=l".
 
     Raises:
       UserError: no such protocol (the known ones are listed), or its file fails.
@@ -89,9 +89,10 @@ def validate(protocol: ConfigDict) -> None:
 
 
 def deviations(protocol: ConfigDict, used: dict[str, Any]) -> list[str]:
-    """What an evaluation did otherwise than its protocol: "num_samples: 64 instead of 50000".
+    """Where an evaluation differs from its protocol, like "num_samples: 64 instead of 50000".
 
-    used: the conditions of a result; of what it does not tell (samples in a file), nothing is said.
+    Args:
+      used: the settings of a result. Those that it lacks, as for samples in a file, are skipped.
     """
     wanted = {key: protocol[key] for key in ("num_samples", "labels", "batch_size", "seed")}
     wanted |= {key: protocol[key] for key in ("resize", "quantize", "ema") if protocol[key]}
@@ -108,14 +109,14 @@ def deviations(protocol: ConfigDict, used: dict[str, Any]) -> list[str]:
 
 
 def make_labels(kind: str, num: int, num_classes: int, seed: int) -> np.ndarray:
-    """i32[num]: every class equally often and in order, or drawn uniformly."""
+    """Labels i32[num]: "balanced", every class equally often and in order; "random", uniform."""
     if kind == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num, dtype=np.int32)
     return spread(num, num_classes).astype(np.int32)
 
 
 def code_version() -> str:
-    """The package's version, with the commit where the code is a git checkout."""
+    """The package's version, and the commit if the code is a git checkout."""
     command = ["git", "-C", str(configs.ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -125,7 +126,7 @@ def code_version() -> str:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One line: the metrics, then everything that they depend on."""
+    """One line of text: the metrics, then everything that they depend on."""
     numbers = ", ".join(f"{name} {value:.5g}" for name, value in result["metrics"].items())
     conditions = [
         f"{key} {_text(value)}"

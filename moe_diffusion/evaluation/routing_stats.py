@@ -1,7 +1,7 @@
-"""What the experts do while images are drawn: C_infer per layer, per time and per class.
+"""Measures how a model routes while it draws images: C_infer per layer, per time and per class.
 
-C_infer is how many experts a token meets, on average. For routers with a fixed budget it is top_k
-or `capacity`. DiffMoE's predictor decides it token by token (2503.14487, section 3 and Fig. 1).
+C_infer is the average number of experts that a token uses. For routers with a fixed budget it is
+top_k or `capacity`. DiffMoE's predictor decides it token by token (2503.14487, section 3, Fig. 1).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _COUNTS, _DROPPED = "experts_per_token", "dropped"
 
 
 class RoutingObserver:
-    """A model that remembers how its routers decided; give it to `make_sampler` in its place.
+    """Wraps a model and remembers how its routers decide; pass it to `make_sampler` as the model.
 
-    It sees every evaluation of the network: conditional and unconditional ones, and the repetitions
-    that fill up a last batch. `stats` returns the averages, `reset` forgets.
+    It counts every evaluation of the network, conditional and unconditional, and also the
+    repetitions that fill up a last batch. `stats` returns the averages, `reset` clears them.
 
     Raises:
       UserError: the model has no experts.
@@ -50,7 +50,7 @@ class RoutingObserver:
 
     def reset(self) -> None:
         """Forgets what was seen."""
-        jax.effects_barrier()  # what is under way still belongs to the past
+        jax.effects_barrier()  # evaluations that have begun are forgotten, too
         self._by_time: dict[float, list] = defaultdict(list)
         self._by_class: dict[int, list] = defaultdict(list)
         self._dropped: list[float] = []
@@ -63,7 +63,7 @@ class RoutingObserver:
         cond: Mapping[str, jax.Array],
         train: bool,
     ) -> jax.Array:
-        """As the model's `apply`, for one time per call; tells the host what the routers did."""
+        """The model's `apply`, which also reports the routing; all samples have the same time t."""
         output, counts, dropped = observe(self._model, variables, x, t, cond, train)
         jax.debug.callback(self._note, t, cond.get(LABEL, ()), counts, dropped)
         return output
@@ -81,12 +81,12 @@ class RoutingObserver:
 
         Returns:
           c_infer_avg: experts per token over all evaluations.
-          dropped: the share of what DiffMoE's thresholds let pass that `max_capacity` refused; 0
-            for other routers.
+          dropped: of the assignments that DiffMoE's thresholds accept, the share that
+            `max_capacity` refuses; 0 for other routers.
           blocks: numbers of the MoE blocks.
           times: of the evaluations, ascending.
           per_layer [blocks], per_time [times], per_layer_and_time [blocks][times]: C_infer.
-          per_class: label -> C_infer, with "null" for "no label"; only of a model with labels.
+          per_class: label -> C_infer, with "null" for "no label"; only for a model with labels.
 
         Raises:
           UserError: nothing has been sampled.
@@ -124,7 +124,12 @@ def observe(
     cond: Mapping[str, jax.Array],
     train: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The model's output, its experts per token f32[layers, B], and the share that was dropped."""
+    """Applies a model and records its routing.
+
+    Returns:
+      The model's output, the experts per token f32[MoE layers, B], and the share of assignments
+      that was dropped, f32[].
+    """
     batch = x.shape[0]
 
     def count(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -164,9 +169,9 @@ def per_sample(used: jax.Array, token: jax.Array, x: jax.Array, batch: int) -> j
     """Experts per token of each sample, f32[B].
 
     Args:
-      used: bool[G, N], the assignments that count.
-      token: i32[G, N], their tokens inside the group.
-      x: [G, T, D], the tokens, of `batch` samples one after the other.
+      used: bool[G, N], which assignments count.
+      token: i32[G, N], the token of each assignment, numbered within its group.
+      x: [G, T, D], the tokens of `batch` samples, one sample after the other.
     """
     groups, tokens, _ = x.shape
     length = groups * tokens // batch

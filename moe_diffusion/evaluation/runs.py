@@ -1,4 +1,4 @@
-"""Images of a trained run, drawn batch by batch for an evaluation; latents are decoded."""
+"""Draws the images of a trained run for an evaluation, batch by batch, and decodes latents."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from moe_diffusion.sampling.load import load_workdir
 
 
 class RunImages:
-    """The images that a run's checkpoint draws under a protocol; a set as in `images`.
+    """The images that a run's checkpoint draws under a protocol; a set like those of `images`.
 
-    With several devices, each holds all weights and draws its part of every batch.
+    Every device holds all weights and draws its part of every batch.
 
     Args:
-      ema: decay as text, "none" or None for the run's first.
-      overrides: of the config, sampling included; see `config.load`.
+      overrides: changes to the run's config, sampling included; see `config.load`.
+      step: of the checkpoint; None takes the newest.
+      ema: decay of an average as text, or "none" for the live weights. None takes the run's first.
       vae: weights of the autoencoder; None takes the config's `data.autoencoder`.
 
     Raises:
       UserError: there is no such run or average, the batch cannot be split over the devices, the
-        autoencoder is missing or another than the run's, or the model takes no labels.
+        autoencoder is missing or not the run's, or the model takes no labels.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class RunImages:
         return self._protocol.num_samples
 
     def batches(self, size: int, num: int) -> Iterator[np.ndarray]:
-        """f32[b, H, W, C], in [-1, 1] but for overshoot.
+        """Yields f32[b, H, W, C], in [-1, 1] except for overshoot.
 
-        size: ignored; batches are as large as the protocol says.
+        Args:
+          size: ignored, because the protocol says how large the batches are.
+          num: number of images in all.
         """
         protocol = self._protocol
         labels = make_labels(protocol.labels, num, self._num_labels, protocol.seed)
@@ -112,7 +115,7 @@ class RunImages:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What the images depend on, for the result."""
+        """The settings that the images depend on, for the result."""
         protocol, vae = self._protocol, self._autoencoder
         sampling = self.config.sampling.to_dict()
         return {

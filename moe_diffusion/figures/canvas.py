@@ -1,4 +1,4 @@
-"""What the pictures made with matplotlib share."""
+"""Helpers that all pictures made with matplotlib share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MOST_TICKS = 12
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.Image]]:
-    """A figure of so many inches, and a function without arguments that makes an image of it.
+    """Makes a figure, `width` x `height` inches, and a function without arguments that draws it.
 
     The figure needs no display. It is freed like any object, unlike those that pyplot keeps.
     """
-    # Importing matplotlib takes a second, which only those who draw need to spend.
+    # Importing matplotlib takes a second, so only functions that draw import it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

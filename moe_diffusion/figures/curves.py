@@ -100,7 +100,7 @@ def threshold_picture(rows: Sequence[Mapping[str, Any]], target: float) -> Image
     Args:
       rows: as `evaluation.capacity_search.search` returns them. The row of the dynamic thresholds
         becomes dashed lines.
-      target: C of training, experts per token; a dotted line.
+      target: experts per token in training (C), drawn as a dotted line.
     """
     figure, draw = new_figure(7, 4)
     axes = figure.subplots()

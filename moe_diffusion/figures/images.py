@@ -30,8 +30,8 @@ def image_grid(
 
     Args:
       images: f32[N, H, W, C] in [-1, 1]; values beyond are clipped. One channel is shown in grey
-        and three in colour. Of any other number (latents) the first three are shown (of two: the
-        first), each stretched to its own range, and the title says so.
+        and three in colour. With another number of channels (latents), the first three are shown,
+        or the first of two. Each is stretched to its own range, and the title says so.
       captions: N values that print well, like labels; None for no text.
       columns: images in a row; by default the grid has about as many rows as columns.
       scale: screen pixels per pixel, a whole number; by default small images grow to about 64.

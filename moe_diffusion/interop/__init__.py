@@ -37,7 +37,7 @@ def import_state_dict(
 ) -> dict[str, dict[str, Any]]:
     """PyTorch's state dict (arrays) -> {"params": ..., "router_state": ...}, numpy leaves.
 
-    Parameters get the model's dtype (`model.param_dtype`), whatever the tensors have.
+    Parameters get the model's dtype (`model.param_dtype`), whatever dtype the tensors have.
 
     Raises:
       UserError: unknown family, or keys that are missing, unexpected or misshaped (all in one).
@@ -48,7 +48,7 @@ def import_state_dict(
 def export_state_dict(
     variables: Mapping[str, Any], model: nn.Module, family: str | None = None
 ) -> dict[str, np.ndarray]:
-    """The way back: a complete state dict under the authors' names, buffers included.
+    """Our variables -> a complete PyTorch state dict under the authors' names, buffers included.
 
     Tensors have the dtype of our leaves.
 
@@ -80,7 +80,7 @@ def load_torch(
     """Builds the model that `hparams` (the authors' names) describe and reads its weights.
 
     Args:
-      losses: auxiliary losses that the model is to return; needed to train it on.
+      losses: auxiliary losses that the model returns; needed to continue its training.
       weights: which state dict of a `.pt` file that holds several, for example "ema".
     """
     model = models.build(model_config_from_torch(family, hparams), losses=losses)
@@ -98,7 +98,7 @@ def save_torch(
 
 
 def family_of(model: nn.Module) -> str:
-    """The family that writes models of this kind: by its class, its router, the router's bias."""
+    """The family of a model, by the model's class, its router and the router's selection bias."""
     router = next(iter(model.routers().values()), None)
     if isinstance(model, JiT):
         return "jit" if router is None else "jitmoe"

@@ -26,12 +26,12 @@ from moe_diffusion.interop.tensors import lazy, without
 from moe_diffusion.models.autoencoder import Autoencoder, AutoencoderKL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # beside config.json in a folder of diffusers
-# Kinds that a bare weight file can be, with (z - shift) * scale as the papers' models see it.
+# The kinds of bare weight files. The papers' models see (z - shift) * scale.
 KINDS = {
     "sd": {"latent_channels": 4, "quant_conv": True, "scale": 0.18215, "shift": 0.0},
     "flux": {"latent_channels": 16, "quant_conv": False, "scale": 0.3611, "shift": 0.1159},
 }
-_IGNORED = ("loss.", "model_ema.")  # of training, in CompVis's own checkpoints
+_IGNORED = ("loss.", "model_ema.")  # tensors of the training, in CompVis's own checkpoints
 
 # Our layer -> native and diffusers' name. {side} is encoder or decoder; {l} counts levels from the
 # highest resolution, {r} from the lowest; {j} counts blocks from 0, {n} from 1.
@@ -65,7 +65,7 @@ _ATTENTION = {
         "norm": "group_norm", "q": "query", "k": "key", "v": "value", "out": "proj_attn",
     },
 }  # fmt: skip
-# A key that only one layout has.
+# Layout -> a key that only this layout has.
 _MARKS = {
     "native": "encoder.mid.attn_1.q.weight",
     "diffusers": "encoder.mid_block.attentions.0.to_q.weight",
@@ -80,10 +80,10 @@ def load(path: str | os.PathLike, kind: str = "auto") -> Autoencoder:
       path: a weight file (.safetensors, .pt, .pth), a folder of diffusers, or a whole pipeline with
         a subfolder `vae`. A config.json of diffusers beside the weights gives the network, scale
         and shift.
-      kind: "sd" | "flux" for a file without config.json; "auto" tells by the latent channels.
+      kind: "sd" | "flux" for a file without config.json; "auto" goes by the latent channels.
 
     Raises:
-      UserError: no such file, not an autoencoder, or keys that do not fit.
+      UserError: there is no such file, it is not an autoencoder, or its keys do not fit.
     """
     path = Path(path)
     if (path / "vae").is_dir():
@@ -103,11 +103,14 @@ def for_config(config: ConfigDict, path: str | None = None) -> Autoencoder | Non
     """The autoencoder that decodes what the config's model generates.
 
     Args:
-      path: weights; None takes `data.autoencoder`. Where that is "", None is returned.
+      path: weights; None takes `data.autoencoder`.
+
+    Returns:
+      The autoencoder, or None if the path is "".
 
     Raises:
       UserError: it cannot be read, does not fit the model's channels, or is not the one that made
-        the latents of `data.source` (looked up if they are here).
+        the latents of `data.source` (if those are on this machine).
     """
     path = config.data.autoencoder if path is None else path
     if not path:
@@ -131,7 +134,7 @@ def for_config(config: ConfigDict, path: str | None = None) -> Autoencoder | Non
 
 
 def save(autoencoder: Autoencoder, folder: str | os.PathLike) -> None:
-    """Writes a folder that diffusers' AutoencoderKL.from_pretrained reads, and `load`."""
+    """Writes a folder that `load` and diffusers' AutoencoderKL.from_pretrained read."""
     network, folder = autoencoder.network, Path(folder)
     levels = len(network.block_channels)
     config = {
@@ -194,7 +197,7 @@ def import_state_dict(state: Mapping[str, Any], network: AutoencoderKL) -> dict[
 def export_state_dict(
     params: Mapping[str, Any], network: AutoencoderKL, layout: str
 ) -> dict[str, np.ndarray]:
-    """The way back, under the names of `layout`: "native" | "diffusers" | "diffusers_old"."""
+    """params -> state dict under the names of "native" | "diffusers" | "diffusers_old"."""
     return keymap.export_tree({"params": params}, family(layout, network), network)
 
 
@@ -203,7 +206,7 @@ def family(layout: str, network: AutoencoderKL) -> Family:
     attention = CONV_1X1 if layout == "native" else LINEAR
     shortcut = {"shortcut": "nin_shortcut" if layout == "native" else "conv_shortcut"}
     levels, blocks = range(len(network.block_channels)), range(network.layers_per_block + 1)
-    rows = {}  # by our path: a layer without {l} and {j} is met again and again
+    rows = {}  # by our path, because a layer without {l} and {j} comes up several times
     for side, level, j in itertools.product(("encoder", "decoder"), levels, blocks):
         at = {"side": side, "l": level, "r": levels[-1] - level, "j": j, "n": j + 1}
         for ours, names in _LAYERS.items():
@@ -256,7 +259,7 @@ def _guess(state: Mapping[str, Any], kind: str, path: Path) -> AutoencoderKL:
 
 
 def _name(path: Path) -> str:
-    """What people call it: the folder of a diffusers file, or the file."""
+    """The name that people use: that of a diffusers folder, or of the file."""
     if path.name == WEIGHTS:
         folder = path.resolve().parent
         return folder.parent.name if folder.name == "vae" else folder.name

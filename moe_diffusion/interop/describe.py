@@ -1,9 +1,9 @@
-"""What model a weight file holds: its hyperparameters and its family.
+"""Finds out what model a weight file holds: its hyperparameters and its family.
 
 Hyperparameters come from a file that the user names, else from one beside the weights, else from
-the arguments that the weight file itself remembers. The shapes of the tensors fill in what these
-leave out. For DiT and SiT the shapes alone are enough; the other families have hyperparameters that
-no shape shows.
+the training arguments in the weight file itself. The shapes of the tensors fill in what these leave
+out. For DiT and SiT the shapes alone are enough; the other families have hyperparameters that no
+shape shows.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ _PLAIN = (".yaml", ".yml")
 def hyperparameters(
     family: Family, path: Path, weights: files.Weights, given: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """The authors' hyperparameters of a weight file, and in words where they are from.
+    """Finds the authors' hyperparameters of a weight file.
 
     Args:
       path: of the weight file.
-      given: path of a `.yaml` or `.json` file that says them.
+      given: path of a `.yaml` or `.json` file with the hyperparameters; None looks for them.
+
+    Returns:
+      The hyperparameters, and a text that says where they come from.
 
     Raises:
-      UserError: no such file, not readable, or nothing says them.
+      UserError: there is no such file, it is not readable, or hyperparameters are missing.
     """
     told = from_shapes(family, weights.state)
     source = Path(given) if given else _beside(path)
@@ -55,7 +58,7 @@ def hyperparameters(
 
 
 def untold(family: Family, told: Mapping[str, Any]) -> list[str]:
-    """Names ("section.key") of what must be known of this family, and is not."""
+    """Names ("section.key") of the hyperparameters that the family needs and `told` lacks."""
 
     def has(name: str) -> bool:
         *sections, key = name.split(".")
@@ -65,9 +68,13 @@ def untold(family: Family, told: Mapping[str, Any]) -> list[str]:
 
 
 def read_hparams(path: Path) -> dict[str, Any]:
-    """Hyperparameters of a file: its section `model`, in this `params`, or all of it.
+    """Reads hyperparameters from the section `model` or `params` of a file, or from all of it.
 
-    And `basic.rf`, where DiffMoE's and DSMoE's files say whether the model is a flow.
+    The innermost of these sections counts. The value `basic.rf` is added, where the files of
+    DiffMoE and DSMoE say whether the model is a flow.
+
+    Raises:
+      UserError: there is no such file, it is not valid, or it holds no table.
     """
     if not path.is_file():
         raise UserError(f"no hyperparameter file at {path}")
@@ -90,7 +97,10 @@ def read_hparams(path: Path) -> dict[str, Any]:
 
 
 def _beside(weights: Path) -> Path | None:
-    """The one hyperparameter file of the weights' folder, or of the one above `checkpoints`."""
+    """The hyperparameter file beside the weights or above their folder `checkpoints`, or None.
+
+    A file with the weights' name comes first; otherwise it must be the only one in its folder.
+    """
     for suffix in (*_PLAIN, ".json"):
         if weights.with_suffix(suffix).is_file():
             return weights.with_suffix(suffix)
@@ -110,7 +120,7 @@ def _beside(weights: Path) -> Path | None:
 
 
 def from_shapes(family: Family, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Those hyperparameters that the shapes of a state dict tell."""
+    """The hyperparameters that the shapes of a state dict show."""
     return family.from_shapes(
         {keymap.bare(k): v.shape for k, v in tensors.lazy(state).specs.items()}
     )
@@ -126,7 +136,7 @@ def merge(told: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contradictions(told: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Texts like "hidden_size is 64, but 32 in the file"."""
+    """Where `given` contradicts the file (`told`): "hidden_size is 64, but 32 in the file"."""
     texts = []
     for key in [key for key in told if key in given]:
         if isinstance(told[key], Mapping) and isinstance(given[key], Mapping):
@@ -137,7 +147,7 @@ def contradictions(told: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
 
 
 def likely_families(keys: Iterable[str]) -> list[str]:
-    """The families whose names fit a state dict best; several where they share all names."""
+    """The families whose names fit a state dict best; several if they share all names."""
     found = {_template(key) for key in keys}
     scores = {}
     for name, family in FAMILIES.items():
@@ -149,7 +159,7 @@ def likely_families(keys: Iterable[str]) -> list[str]:
 
 
 def strange_keys(family: Family, keys: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Rows of the family (some are alternatives) without a key, and keys without a row."""
+    """The family's rows that match no key (some rows are alternatives), and keys without a row."""
     known = _templates(family)
     found = {_template(key): key for key in keys}
     return (
@@ -163,5 +173,5 @@ def _templates(family: Family) -> dict[str, str]:
 
 
 def _template(key: str) -> str:
-    """A key without its numbers: of the block, of the expert."""
+    """A key with "#" in place of the numbers of its block and its expert."""
     return re.sub(r"(?<=\.)(\d+|\{[ie]\})(?=\.|$)", "#", keymap.bare(key))

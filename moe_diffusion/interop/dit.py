@@ -24,7 +24,7 @@ from moe_diffusion.models import blocks
 
 
 def linear(torch: str, ours: str, layout=LINEAR, bias=SAME, **when) -> tuple[Row, ...]:
-    """A linear layer; the bias row holds where our layer has one."""
+    """The rows of a linear layer; that of the bias applies only if our layer has a bias."""
     return (
         Row(f"{torch}.weight", f"{ours}/kernel", layout, **when),
         Row(f"{torch}.bias", f"{ours}/bias", bias, **when),
@@ -32,7 +32,7 @@ def linear(torch: str, ours: str, layout=LINEAR, bias=SAME, **when) -> tuple[Row
 
 
 def mlp(torch: str, ours: str) -> tuple[Row, ...]:
-    """Two layers are called fc1, fc2; a gated MLP has gate_proj, up_proj, down_proj."""
+    """The rows of an MLP: fc1 and fc2, or with a gate gate_proj, up_proj and down_proj."""
     gate = f"{ours}/gate/kernel"
     return (
         *linear(f"{torch}.fc1", f"{ours}/up", unless=gate),
@@ -44,7 +44,7 @@ def mlp(torch: str, ours: str) -> tuple[Row, ...]:
 
 
 def experts(torch: str, ours: str) -> tuple[Row, ...]:
-    """The same names for every expert {e}; our experts are stacked [layers, experts, ...]."""
+    """The rows of all experts {e}; ours are stacked as [layers, experts, ...]."""
     gate = f"{ours}/gate"
     return (
         Row(f"{torch}.fc1.weight", f"{ours}/up", LINEAR, unless=gate),
@@ -130,7 +130,7 @@ def _asked(*moe: str) -> tuple[str, ...]:
     return (*shapes.TRUNK, *(f"MoE_config.{name}" for name in ("num_experts", *moe)))
 
 
-# How a checkpoint tells its hyperparameters, and which it must.
+# How a checkpoint shows its hyperparameters, and which of them it must show.
 _DENSE = {
     "from_args": shapes.dense_from_args,
     "from_shapes": shapes.dense_from_shapes,

@@ -17,7 +17,7 @@ from moe_diffusion.interop.rows import FLAT, HEADS_IN, HEADS_OUT, LINEAR, SAME, 
 SIZES = {**shapes.SIZES, "G": (40, 1408, 16)}
 
 _ATTN = f"{BLOCK}/attn"
-_NORMED = f"{_ATTN}/q_norm/scale"  # there in the models that were trained with flash attention
+_NORMED = f"{_ATTN}/q_norm/scale"  # only models that were trained with flash attention have it
 
 _ROWS = (
     *(row for row in TRUNK if ".attn." not in row.torch),
@@ -56,8 +56,9 @@ _HPARAMS = {
 def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     """Sets `config` to a DiT-MoE and its training.
 
-    hparams: arguments of the authors' constructor, and `rf`, which no weight tells: whether it is a
-    rectified flow (the default) or a DDPM.
+    Args:
+      hparams: arguments of the authors' constructor, and `rf`: whether the model is a rectified
+        flow (the default) or a DDPM. No weight shows `rf`.
     """
     h = fill("model", _HPARAMS, hparams)
     model = config.model
@@ -94,7 +95,7 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
 
 
 def _from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Hyperparameters of what their train.py was called with: model, num_experts, rf, ..."""
+    """Hyperparameters from the arguments of the authors' train.py; None if of another program."""
     match = re.fullmatch(r"DiT-(S|B|L|XL|G)/(\d+)", str(args.get("model")))
     if not match or "num_experts" not in args:
         return None

@@ -21,14 +21,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(name: str) -> Family:
-    """The family of that name. Raises UserError with the known ones."""
+    """The family of that name. Raises UserError, which lists the known ones."""
     if name not in FAMILIES:
         raise UserError(f"unknown family '{name}'; choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A config (model, diffusion, sampling) of what `hparams`, in the authors' names, describe.
+    """Makes a config (model, diffusion, sampling) from hyperparameters in the authors' names.
 
     Raises:
       UserError: unknown family or key, a key without default left out, a value of the wrong kind,

@@ -1,7 +1,7 @@
 """Reading and writing PyTorch's weight files, one tensor at a time.
 
 `.safetensors` needs no PyTorch. `.pt` and `.pth` are read with `torch.load(weights_only=True)`,
-which runs no code of the file; of foreign classes only `argparse.Namespace` may occur in it.
+which runs no code of the file. `argparse.Namespace` is the only foreign class that it accepts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from moe_diffusion.interop.tensors import Lazy, Spec, joined, of_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 INDEX = ".safetensors.index.json"
-# Of safetensors, with their names there.
+# Name of a dtype in safetensors -> numpy's dtype.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?"}
 DTYPES |= {f"{sign}{8 * size}": f"<{sign.lower()}{size}" for sign in "IU" for size in (1, 2, 4, 8)}
-# Names of state dicts in the authors' checkpoints, the one that they evaluate first.
+# Names of state dicts in the authors' checkpoints. Of several averages, the authors evaluate the
+# one that comes first here.
 AVERAGES = ("ema", "ema_model_state_dict", "model_ema1", "model_ema", "ema_state_dict")
 LIVE = ("model", "model_state_dict", "state_dict", "module")
 
@@ -39,8 +40,8 @@ class Weights(NamedTuple):
 
     Attributes:
       state: tensor name -> numpy array.
-      entry: which of several state dicts in the file it is; None if the file is just one.
-      args: arguments of the training script, where the file holds them under "args".
+      entry: name of this state dict, if the file holds several; None if the file is just one.
+      args: arguments of the training script, if the file holds them under "args".
     """
 
     state: Lazy
@@ -49,11 +50,11 @@ class Weights(NamedTuple):
 
 
 def of_safetensors(*paths: str | os.PathLike) -> Lazy:
-    """One `.safetensors` file, or the shards of one state dict, mapped: tensors are views."""
+    """Maps one `.safetensors` file, or the shards of one state dict; the tensors are views."""
     specs, places = {}, {}
     for path in paths:
         with safetensors.safe_open(path, framework="numpy"):
-            pass  # it checks the header, and that the file is as long as it says
+            pass  # opening checks the header, and that the file is as long as it says
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
@@ -72,7 +73,7 @@ def of_safetensors(*paths: str | os.PathLike) -> Lazy:
         if not count:
             return np.empty(shape, dtype)
         aligned = begin - begin % mmap.PAGESIZE
-        # The disk starts now, not when the first byte is looked at.
+        # The disk starts to read now, not when the first byte is used.
         mapped.madvise(mmap.MADV_WILLNEED, aligned, begin + count * dtype.itemsize - aligned)
         return np.frombuffer(mapped, dtype, count, begin).reshape(shape)
 
@@ -91,12 +92,13 @@ def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights
       path: a file, the `.safetensors.index.json` of a sharded one, or a folder; see `find`. If only
         its subfolders hold weights, as in a pipeline of diffusers, the tensors of all of them are
         in one state dict under names like "transformer/proj_out.weight".
-      weights: for `.pt`/`.pth` files that hold several state dicts, the entry to take; "ema" also
+      weights: for `.pt`/`.pth` files that hold several state dicts, the entry to take. "ema" also
         stands for the first average and "model" for the live weights, whatever they are called.
-        None: the first average, else the live weights.
+        None takes the first average, or else the live weights.
 
     Raises:
-      UserError: no such file, unknown suffix, not readable, unsafe, or no such entry.
+      UserError: there is no such file or entry, the suffix is unknown, or the file is not readable
+        or unsafe.
     """
     path = find(path)
     if path.is_dir():
@@ -114,13 +116,16 @@ def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights
 
 
 def find(path: str | os.PathLike, subfolder: str = "") -> Path:
-    """The weight file that is meant by a path, which may be its folder.
+    """The weight file of a path, which may be the file or its folder.
 
     Args:
-      subfolder: taken where a folder has it, for example "transformer" of a diffusers pipeline.
+      subfolder: is used if the folder has it, for example "transformer" of a diffusers pipeline.
 
     Returns:
       A weight file, or a folder whose subfolders hold weight files.
+
+    Raises:
+      UserError: there is no weight file, or there are several.
     """
     path = Path(path)
     if subfolder and (path / subfolder).is_dir():
@@ -147,7 +152,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Those that hold `.safetensors`, as the parts of a diffusers pipeline do."""
+    """The subfolders that hold `.safetensors`, as in a diffusers pipeline."""
     inner = sorted(path for path in folder.iterdir() if path.is_dir())
     return [path for path in inner if any(p.suffix == SUFFIXES[0] for p in path.iterdir())]
 
@@ -183,7 +188,7 @@ def _torch_load(path: Path) -> Any:
 
 
 def _pick(path: Path, loaded: Any, weights: str | None) -> Weights:
-    """The one state dict that is meant."""
+    """Picks the state dict that `weights` stands for; see `open_weights`."""
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path.name} holds a {type(loaded).__name__}, not a state dict")
     if _is_state_dict(loaded) and weights is None:
@@ -219,10 +224,10 @@ def write_state_dict(state: Mapping[str, np.ndarray], path: str | os.PathLike) -
 
 @contextlib.contextmanager
 def safetensors_writer(path: str | os.PathLike, specs: Mapping[str, Spec]) -> Iterator[Any]:
-    """Yields write(key, array, axis=0, start=0), to be called for all of every tensor.
+    """Writes a `.safetensors` file part by part; a file at `path` is replaced only by a whole one.
 
-    `array` is the part of the tensor that begins at `start` of `axis`. Parts come in any order. A
-    file at `path` is replaced only by a complete one.
+    It yields write(key, array, axis=0, start=0): `array` is the part of tensor `key` that begins at
+    `start` of `axis`. Parts come in any order. Together they must cover every tensor.
 
     Args:
       specs: name -> shape and dtype of all tensors.

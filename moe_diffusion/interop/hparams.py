@@ -44,8 +44,8 @@ _DSMOE = {
     "use_kda": False,
     "kda_kwargs": None,
 }
-# Keys of MoE_config; `...` marks those without a default. Some do not shape the weights: how
-# the experts start, and schedules and fields that the code of that family never reads.
+# Keys of MoE_config; `...` marks those without a default. Some keys do not change the network: how
+# the experts are initialised, schedules, and fields that the family's code never reads.
 _TOKEN_OR_EXPERT_CHOICE = {
     "num_experts": ...,
     "capacity": ...,
@@ -83,15 +83,18 @@ _MOE_CONFIG = {
 def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     """Sets `config` to a network of the family dit | sit | dsmoe | tcdit | ecdit | diffmoe.
 
-    hparams: arguments of the authors' constructor under their names; left-out ones take the
-    authors' default. And `rf`, which no weight tells: true for a rectified flow, false for a DDPM;
-    left out, a dit is a DDPM and the others are flows. What no checkpoint says keeps our default:
-    `dtype`, `remat`, and for DiffMoE `router.max_capacity`, which is 0 (no bound) in the authors'
-    code.
+    Keys that no checkpoint shows keep our default: `dtype`, `remat`, and for DiffMoE
+    `router.max_capacity`, which is 0 (no bound) in the authors' code.
+
+    Args:
+      hparams: arguments of the authors' constructor under their names; those left out take the
+        authors' default. The further key `rf`, which no weight shows, is true for a rectified flow
+        and false for a DDPM. Without it a dit is a DDPM, and the other families are flows.
 
     Raises:
-      UserError: unknown key, a key without default left out, or an option without counterpart here.
-      TypeError: a value of the wrong kind.
+      UserError: a key is unknown, a key without default is left out, or an option has no
+        counterpart here.
+      TypeError: a value is of the wrong kind.
     """
     known = dict(_COMMON)
     if family in _MOE_CONFIG:
@@ -178,7 +181,7 @@ def _set_choice(model, h, moe, family) -> None:
         hidden_size=int(h["hidden_size"] * h["mlp_ratio"]), mlp=model.mlp, bias=model.mlp_bias
     )
     if moe["n_shared_experts"]:
-        # One shared MLP. DiffMoE's is a GELU MLP, 8 times as wide as the model, in any case.
+        # One shared MLP. DiffMoE's is always a GELU MLP, 8 times as wide as the model.
         wide = family == "diffmoe"
         model.moe.update(
             shared_hidden_size=h["hidden_size"] * (8 if wide else moe["n_shared_experts"]),
@@ -204,7 +207,14 @@ def _set_choice(model, h, moe, family) -> None:
 
 
 def fill(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` completed by the defaults of `known`; unknown and left-out keys are errors."""
+    """Completes `given` by the defaults of `known`.
+
+    Args:
+      where: name of the table, for messages.
+
+    Raises:
+      UserError: a key is unknown, or a key without default (`...`) is left out.
+    """
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]

@@ -1,6 +1,6 @@
 """Key maps and hyperparameters of JiT and JiTMoE.
 
-Their checkpoints are those of the `Denoiser` around the network, hence "net." before every name.
+Their checkpoints hold the `Denoiser` around the network, so every name begins with "net.".
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _linear(torch: str, ours: str, *layouts, **options) -> tuple[Row, ...]:
 
 def _swiglu(torch: str, ours: str) -> tuple[Row, ...]:
     return (
-        # w12 holds both: silu of the first half, times the second.
+        # w12 joins gate and up: silu(the first half) is multiplied by the second half.
         *_linear(f"{torch}.w12", f"{ours}/gate", along=0),
         *_linear(f"{torch}.w12", f"{ours}/up", along=0),
         *_linear(f"{torch}.w3", f"{ours}/down"),
@@ -147,7 +147,7 @@ _DENOISER = {
     "interval_min": 0.0,
     "interval_max": 1.0,
 }
-# Its arguments for the network: name, default, and the constructor's name.
+# Name on the command line -> default, and the constructor's name, of arguments of the network.
 _ARGS = {
     "img_size": (256, "input_size"),
     "class_num": (1000, "num_classes"),
@@ -162,8 +162,8 @@ SIZES = {
     "H": (32, 1280, 16, 256, 10),
     "G": (40, 1664, 16, 256, 10),
 }
-# size -> depth, width and dropout of an expert, of JiTMoE with 16 experts (model_jit.py); the rest
-# as above.
+# JiTMoE with 16 experts (model_jit.py): size -> depth, width of an expert, dropout of an expert.
+# The rest is as above.
 MOE_SIZES = {"B": (10, 1536, 0.0), "L": (20, 2048, 0.0), "H": (28, 2048, 0.2)}
 
 
@@ -197,9 +197,9 @@ def net_of(name: str) -> dict[str, Any]:
 
 
 def from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Hyperparameters of the command line of main_jit.py; None if `args` is of another program.
+    """Hyperparameters from the arguments of main_jit.py; None if `args` is of another program.
 
-    What says nothing about the network or how to sample from it is ignored.
+    Arguments that concern neither the network nor the sampling are ignored.
     """
     if not str(args.get("model")).startswith("JiT-"):
         return None
@@ -212,18 +212,19 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
 def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     """Sets `config` (model, diffusion, sampling) to a network of the family jit | jitmoe.
 
-    hparams: {"net": arguments of the network's constructor, "denoiser": of the Denoiser}, or what
-    `from_args` understands. What is left out takes the authors' default.
+    Args:
+      hparams: {"net": arguments of the network's constructor, "denoiser": those of the Denoiser},
+        or arguments that `from_args` reads. Those left out take the authors' default.
 
     Raises:
-      UserError: unknown key, model, or an option without counterpart here.
-      TypeError: a value of the wrong kind.
+      UserError: a key or the model is unknown, or an option has no counterpart here.
+      TypeError: a value is of the wrong kind.
     """
     hparams = fill("hyperparameters", {"net": ..., "denoiser": {}}, from_args(hparams) or hparams)
     net = fill("net", _NET, hparams["net"])
     _set_net(config.model, net)
     moe = fill("moe_config", _MOE_CONFIG, net["moe_config"]) if net["moe_config"] else None
-    # In the authors' code `interleave: false` leaves no expert anywhere.
+    # With `interleave: false` the authors' code makes no block with experts at all.
     if bool(moe and moe["interleave"]) != (family == "jitmoe"):
         other = "jit" if family == "jitmoe" else "jitmoe"
         raise UserError(f"these hyperparameters are of the family {other}, not {family}")
@@ -258,7 +259,7 @@ def _set_net(model: ml_collections.ConfigDict, net: Mapping[str, Any]) -> None:
 
 
 def _set_moe(model: ml_collections.ConfigDict, moe: Mapping[str, Any]) -> None:
-    """DSMoE's router and layer; experts with bias."""
+    """Sets the router and the layer of DSMoE, but with biases in the experts."""
     shared = moe["use_shared_expert"]
     model.moe.update(
         num_experts=moe["num_experts"],
@@ -302,8 +303,8 @@ def _set_denoiser(config: ml_collections.ConfigDict, denoiser: Mapping[str, Any]
     )
 
 
-# What shapes do not tell of these is asked for: where class tokens begin, how a token chooses, how
-# strong the noise is (2 for 512 pixels).
+# If shapes do not show one of these, the user is asked for it: where class tokens begin, how a
+# token chooses experts, how strong the noise is (2 for 512 pixels).
 _DEFAULTED = ("mlp_ratio", "attn_drop", "proj_drop", "moe_config")
 _ASKED = (*(f"net.{name}" for name in _NET if name not in _DEFAULTED), "denoiser.noise_scale")
 _ASKED_MOE = tuple(f"net.moe_config.{name}" for name, value in _MOE_CONFIG.items() if value is ...)

@@ -1,7 +1,8 @@
 """The engine of the key maps: reads a family's rows in both directions.
 
-Our leaves are stacked (layers of a scanned segment, experts of a layer), PyTorch's tensors are not:
-a row with {i} and {e} stands for all of them, and an `Entry` is that row at one block and expert.
+Our leaves stack the layers of a scanned segment and the experts of a layer; PyTorch has a tensor
+for each. So a row with {i} and {e} stands for all of these tensors, and an `Entry` is that row at
+one block and expert.
 """
 
 from __future__ import annotations
@@ -26,10 +27,16 @@ Abstract = Mapping[str, Any]  # path of a leaf, like "params/final/linear/bias" 
 
 
 class Entry(NamedTuple):
-    """A row at one block and expert.
+    """A row at one block and expert: which part of our leaf is which part of PyTorch's tensor.
 
-    `leaf[path][(*index, *part)]`, of shape `ours`, in PyTorch's layout has the shape `theirs`. It
-    is PyTorch's tensor `key`, or what follows `start` on its axis `axis`.
+    Attributes:
+      key: name of PyTorch's tensor.
+      path: of our leaf. Our part is leaf[(*index, *part)].
+      index: numbers of the layer and the expert, where the leaf is stacked.
+      part: slices of the other axes.
+      ours: shape of our part.
+      layout: turns one part into the other.
+      theirs: shape of PyTorch's part, which begins at `start` of axis `axis` of the tensor.
     """
 
     key: str
@@ -44,7 +51,7 @@ class Entry(NamedTuple):
 
     @property
     def place(self) -> tuple[slice, ...]:
-        """Where it lies in PyTorch's tensor."""
+        """The slices of PyTorch's tensor that are its part."""
         if not self.theirs:
             return ()
         stop = self.start + self.theirs[self.axis]
@@ -55,13 +62,13 @@ class Entry(NamedTuple):
 
 
 def abstract_variables(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Paths ("params/final/linear/bias", ...) and shapes of all variables, computing none."""
+    """Path ("params/final/linear/bias", ...) -> shape of every variable; computes none of them."""
     return flatten_dict(stack.abstract_variables(model), sep="/")
 
 
 def entries(family: Family, model: nn.Module, leaves: Abstract) -> Iterator[Entry]:
     """All entries of the family's rows that exist among `leaves`."""
-    ends: dict[str, int] = {}  # of the parts so far, by PyTorch's key; -1 for a whole tensor
+    ends: dict[str, int] = {}  # PyTorch's key -> where its parts end so far; -1: a whole tensor
 
     @functools.cache
     def in_torch(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,7 +116,7 @@ def _lengths(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 def constants(family: Family, model: nn.Module) -> dict[str, np.ndarray]:
-    """Key -> value of the entries that are no variables of ours."""
+    """PyTorch's key -> value of its tensors that are no variables of ours."""
     found = {}
     for constant in family.constants:
         value = constant.value(model)
@@ -125,7 +132,7 @@ def constants(family: Family, model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def entries_by_leaf(family: Family, model: nn.Module, leaves: Abstract) -> dict[str, list[Entry]]:
-    """Path of every leaf -> the entries that it is written to.
+    """Groups the entries by our leaf: path of every leaf -> its entries.
 
     Raises:
       UserError: the family has no name for some leaf, or for a part of it.
@@ -153,7 +160,7 @@ def entries_by_leaf(family: Family, model: nn.Module, leaves: Abstract) -> dict[
 def torch_specs(found: Iterable[Entry], leaves: Abstract) -> dict[str, Spec]:
     """PyTorch's key -> shape and dtype of its tensor, for entries of `leaves`.
 
-    A tensor that joins leaves of several dtypes has one that holds the values of all.
+    If a tensor joins leaves of several dtypes, its dtype is one that holds the values of all.
     """
     specs: dict[str, Spec] = {}
     for entry in found:
@@ -170,9 +177,9 @@ def torch_specs(found: Iterable[Entry], leaves: Abstract) -> dict[str, Spec]:
 
 
 def export_tree(tree: Mapping[str, Any], family: Family, model: nn.Module) -> dict[str, np.ndarray]:
-    """Any tree shaped like the variables (or some of their collections) under PyTorch's names.
+    """Exports a tree with the structure of the variables (or some collections) to PyTorch's names.
 
-    Serves gradients as well as weights; constants are not added.
+    The tree may hold gradients as well as weights. Constants are not added.
 
     Raises:
       UserError: the family has no name for some leaf.
@@ -190,9 +197,9 @@ def export_tree(tree: Mapping[str, Any], family: Family, model: nn.Module) -> di
 def import_tree(
     state: State, family: Family, model: nn.Module, abstract: Abstract | None = None
 ) -> dict[str, dict[str, Any]]:
-    """A complete state dict as our variables, {"params": ..., "router_state": ...}.
+    """A complete state dict -> our variables, {"params": ..., "router_state": ...}.
 
-    Floating tensors of any precision become the dtype of our leaves. See `import_leaves`.
+    Floating tensors of any precision are cast to the dtype of our leaves. See `import_leaves`.
     """
     leaves = {}
     for path, leaf in import_leaves(state, family, model, abstract).items():
@@ -213,16 +220,17 @@ def import_leaves(
 ) -> dict[str, Pieces]:
     """Path of every variable -> how to read it from a complete state dict.
 
-    Only shapes and constants are looked at here, so that nothing long begins before all fits.
-    Wrappers' prefixes (`WRAPPERS`) make no difference.
+    Only shapes and constants are read here, so errors come before any slow work. Prefixes of
+    wrappers (`WRAPPERS`) are ignored.
 
     Args:
       abstract: the variables' shapes; None takes `abstract_variables(model)`.
-      dtype: of all floating parameters: None is that of `abstract`; "file" the narrowest that holds
-        what is in the file, where float64 counts as float32. What routers keep stays as it is.
+      dtype: of all floating parameters. None takes that of `abstract`. "file" takes the narrowest
+        one that holds the file's values, where float64 counts as float32. Router states keep
+        theirs.
 
     Raises:
-      UserError: one error for all missing, unexpected and misshaped keys; or a constant (the
+      UserError: keys are missing, unexpected or misshaped (one error names all), or a constant (the
         position table) is not the one that our model computes.
     """
     abstract = abstract_variables(model) if abstract is None else abstract
@@ -261,7 +269,7 @@ def widest(dtypes: Iterable[np.dtype]) -> str:
 
 
 def bare(key: str) -> str:
-    """A key without what DDP, torch.compile or an enclosing module put in front of it."""
+    """A key without the prefixes of DDP, torch.compile or an enclosing module (`WRAPPERS`)."""
     while key.startswith(WRAPPERS):
         key = key.partition(".")[2]
     return key
@@ -297,14 +305,14 @@ def _matched(
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a 1 x 1 convolution as that of a linear layer, since files have either."""
+    """The shape, but a 1 x 1 convolution as a linear layer, because files may have either."""
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
 def _close(tensor: np.ndarray, value: np.ndarray) -> bool:
-    """Whether a file's constant, in whatever precision, is that of our model.
+    """Whether a file's constant, in any precision, equals that of our model.
 
-    Loose, because averaging a constant 10^5 times in an EMA lets its last bits drift.
+    The tolerance is wide, because an EMA averages a constant 10^5 times and its last bits drift.
     """
     rounding = jnp.finfo(tensor.dtype).eps if jnp.issubdtype(tensor.dtype, jnp.floating) else 0
     return np.allclose(np.asarray(tensor, np.float32), value, rtol=0, atol=1e-3 + rounding)

@@ -70,8 +70,10 @@ _MOE_CONFIG = {
 def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     """Sets `config` to a network of the family promoe_tc | promoe_ec and its training.
 
-    hparams: arguments of the authors' constructor, which is the same for both; or one of their yaml
-    files, whose section `DiT_<size>_config` leaves the sizes to their config.py.
+    Args:
+      hparams: arguments of the authors' constructor, which is the same for both families; or the
+        content of one of their yaml files. Its section `DiT_<size>_config` has no sizes, because
+        those are in the authors' config.py.
     """
     h = fill("model", _HPARAMS, _from_yaml(family, hparams))
     known = {**_MOE_CONFIG, "top_k": 2 if family == "promoe_tc" else 1}
@@ -97,8 +99,8 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
     )
     model.router.update(
         name=family,
-        top_k=moe["top_k"],  # of token choice; expert choice calls it
-        capacity=float(moe["top_k"]),
+        top_k=moe["top_k"],  # the name in token choice
+        capacity=float(moe["top_k"]),  # the name in expert choice
         group="sample",
         scores=moe["router_weight_mode"],
         null_expert=moe["use_uncond_expert"],
@@ -114,7 +116,7 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
 
 
 def _refuse(family: str, h: Mapping[str, Any], moe: Mapping[str, Any]) -> None:
-    """What no published model has and we have not either."""
+    """Raises a UserError for options that we do not support; no published model has them."""
     if h["use_swiglu"]:
         raise UserError("use_swiglu of ProMoE, which renames the dense MLPs, is not supported")
     if moe["init_MoeMLP"]:
@@ -134,7 +136,7 @@ def _refuse(family: str, h: Mapping[str, Any], moe: Mapping[str, Any]) -> None:
 
 
 def _from_yaml(family: str, hparams: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The constructor's arguments from a yaml file of the authors; others stay as they are."""
+    """The constructor's arguments from the authors' yaml file; returns other tables unchanged."""
     sections = [key for key in hparams if re.fullmatch(r"DiT_(S|B|L|XL)_config", key)]
     if len(sections) != 1:
         if "model_name" in hparams:  # one of the baselines that the authors compare with

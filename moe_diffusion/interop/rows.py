@@ -1,7 +1,7 @@
-"""What a key map is made of: which PyTorch tensor is which of our leaves, and how it lies there.
+"""The parts of a key map: which PyTorch tensor is which of our leaves, and in which layout.
 
-Nothing here computes: every layout is a transpose or a reshape, so importing and exporting a tensor
-gives back its bits. `keymap` reads the rows in both directions.
+Every layout is a transpose or a reshape, so a tensor that is imported and exported again has the
+same bits. `keymap` reads the rows in both directions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 
 class Layout(NamedTuple):
-    """How one tensor lies on either side.
+    """How a tensor is turned into our array and back.
 
     Attributes:
       to_torch: (our array, model) -> PyTorch's array.
@@ -36,12 +36,13 @@ FLAT = Layout(lambda w, m: w.reshape(-1), lambda w, s: w.reshape(s))
 LEADING_1 = Layout(lambda w, m: w[None], lambda w, s: w[0])
 # Linear weights are [out, in] in PyTorch and [in, out] here.
 LINEAR = Layout(lambda w, m: w.T, lambda w, s: w.T)
-# The same where our kernel splits its last axis into (3,) heads and head_dim, or its first one.
+# Linear weights of which our kernel splits one axis: the last into (3,) heads and head_dim, or the
+# first into heads and head_dim.
 HEADS_OUT = Layout(lambda w, m: w.reshape(w.shape[0], -1).T, lambda w, s: w.T.reshape(s))
 HEADS_IN = Layout(lambda w, m: w.reshape(-1, w.shape[-1]).T, lambda w, s: w.T.reshape(s))
 # A convolution: [out, in, rows, columns] in PyTorch, here [rows, columns, in, out].
 CONV = Layout(lambda w, m: w.transpose(3, 2, 0, 1), lambda w, s: w.transpose(2, 3, 1, 0))
-# A linear layer here that is a convolution of 1 x 1 in PyTorch.
+# A layer that is linear here and a 1 x 1 convolution in PyTorch.
 CONV_1X1 = Layout(lambda w, m: w.T[..., None, None], lambda w, s: w[..., 0, 0].T)
 # Patch embedding: a stride-p convolution [D, C, p_row, p_col], here [p_row * p_col * C, D].
 PATCHES = Layout(_patches_to_torch, lambda w, s: w.transpose(2, 3, 1, 0).reshape(s))
@@ -73,9 +74,9 @@ class Row(NamedTuple):
       layout: see `Layout`.
       needs, unless: path of a leaf that must or must not exist for the row to hold.
       part: which part of our leaf the row is about; None is all of it.
-      along: axis of PyTorch's tensor, where it joins several of our leaves: all rows of that
-        key have the same `along`, and follow each other on it in the order of the table.
-      kind: {i} runs over the blocks of this kind alone and counts only them.
+      along: axis of PyTorch's tensor along which it joins several of our leaves. All rows of that
+        key have the same `along`, and their parts lie on it in the order of the table.
+      kind: {i} counts only the blocks of this kind; None counts all.
     """
 
     torch: str
@@ -110,9 +111,10 @@ class Family(NamedTuple):
       from_args: arguments of the authors' training script, which their checkpoints may hold under
         "args" -> hyperparameters, or None if these arguments do not tell them.
       from_shapes: key -> shape of a state dict -> those hyperparameters that it tells.
-      asked: names of hyperparameters ("MoE_config.top_k" in a section) that no default stands in
-        for: with a state dict alone, its shapes must tell them.
-      subfolder: which holds the weights, where they are published as a folder of several networks.
+      asked: names of hyperparameters that have no default ("MoE_config.top_k" in a section). If
+        there is only a state dict, its shapes must show them.
+      subfolder: the one that holds the weights, if they are published as a folder of several
+        networks.
     """
 
     name: str

@@ -13,13 +13,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
-# What every DiT-like model is described by, and nothing else stands in for.
+# Hyperparameters that every DiT-like model needs and that have no default.
 TRUNK = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
 TRUNK += ("num_classes", "learn_sigma")
 
 
 def dense_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Hyperparameters of what DiT's or SiT's train.py was called with: model, image size, ..."""
+    """Hyperparameters from the arguments of DiT's or SiT's train.py; None if of another program."""
     match = re.fullmatch(r"[DS]iT-(S|B|L|XL)/(\d+)", str(args.get("model")))
     if not match or "num_experts" in args:
         return None
@@ -35,7 +35,7 @@ def dense_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def dense_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """As `trunk_from_shapes`, and the number of heads that DiTs of this width have."""
+    """The same as `trunk_from_shapes`, and the number of heads that DiTs of this width have."""
     found = trunk_from_shapes(shapes)
     usual = {hidden_size: num_heads for _, hidden_size, num_heads in SIZES.values()}
     if found.get("hidden_size") in usual:
@@ -44,7 +44,7 @@ def dense_from_shapes(shapes: Shapes) -> dict[str, Any]:
 
 
 def trunk_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """Hyperparameters of the parts that all DiT-like models have; those that the shapes tell."""
+    """The hyperparameters of the parts that all DiT-like models have, if the shapes show them."""
     found = _labels_and_depth(shapes)
     patch = shapes.get("x_embedder.proj.weight", ())
     if len(patch) == 4:
@@ -54,7 +54,8 @@ def trunk_from_shapes(shapes: Shapes) -> dict[str, Any]:
         if len(final) == 1:
             found["learn_sigma"] = final[0] == 2 * math.prod(patch[1:])
         found |= _input_size(shapes, side) | _heads(shapes, width)
-        # Where all blocks have experts, those of TC-DiT and its kin are as wide as a dense MLP.
+        # If all blocks have experts, an expert shows the ratio: those of TC-DiT and its kin are as
+        # wide as a dense MLP.
         key = first(shapes, r"blocks\.\d+\.mlp\.(experts\.0\.)?(fc1|gate_proj)\.weight")
         if key:
             ratio = shapes[key][0] / width
@@ -65,19 +66,19 @@ def trunk_from_shapes(shapes: Shapes) -> dict[str, Any]:
 
 
 def moe_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """As `trunk_from_shapes`, and the experts, for TC-DiT, EC-DiT and DiffMoE."""
+    """The same as `trunk_from_shapes`, and the experts of TC-DiT, EC-DiT and DiffMoE."""
     found = trunk_from_shapes(shapes)
     moe = _experts(shapes)
     gated = first(shapes, r"blocks\.\d+\.mlp\.shared_experts\.gate_proj\.weight")
     if gated:
         moe["n_shared_experts"] = shapes[gated][0] // shapes[gated][1]
     elif first(shapes, r"blocks\.\d+\.mlp\.shared_experts\.fc1\.weight"):
-        moe["n_shared_experts"] = 1  # DiffMoE's is equally wide for any number
+        moe["n_shared_experts"] = 1  # any number gives DiffMoE the same width
     return {**found, "MoE_config": moe}
 
 
 def dsmoe_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """As `trunk_from_shapes`, and what DSMoE's constructor is told about experts and attention."""
+    """The same as `trunk_from_shapes`, and the experts and the kind of attention of DSMoE."""
     found = trunk_from_shapes(shapes)
     moe = _experts(shapes)
     key = first(shapes, r"blocks\.\d+\.mlp\.experts\.blocks\.0\.up_proj\.weight")
@@ -94,7 +95,7 @@ def dsmoe_from_shapes(shapes: Shapes) -> dict[str, Any]:
 
 
 def dit_moe_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """As `trunk_from_shapes`, and the experts and the kind of attention of DiT-MoE."""
+    """The same as `trunk_from_shapes`, and the experts and the kind of attention of DiT-MoE."""
     found = trunk_from_shapes(shapes)
     found["use_flash_attn"] = "blocks.0.attn.Wqkv.weight" in shapes
     gate = shapes.get("blocks.0.moe.gate.weight", ())
@@ -105,7 +106,7 @@ def dit_moe_from_shapes(shapes: Shapes) -> dict[str, Any]:
 
 
 def promoe_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """As `trunk_from_shapes`, and ProMoE's experts and q/k norm."""
+    """The same as `trunk_from_shapes`, and ProMoE's experts and q/k norm."""
     found = trunk_from_shapes(shapes)
     found["qk_norm"] = "blocks.0.attn.q_norm.weight" in shapes
     moe = _experts(shapes)
@@ -137,7 +138,7 @@ def jit_from_shapes(shapes: Shapes) -> dict[str, Any]:
         context = shapes.get("in_context_posemb", (1, 0, width))
         net["in_context_len"] = context[1]
         if not context[1]:
-            net["in_context_start"] = 0  # no block is the first that sees them
+            net["in_context_start"] = 0  # without class tokens the number has no meaning
         packed = first(shapes, r"blocks\.\d+\.mlp\.w12\.weight")
         if packed:
             hidden = shapes[packed][0] // 2  # int(int(width * ratio) * 2 / 3)
@@ -162,12 +163,12 @@ def moe_blocks(shapes: Shapes) -> list[int]:
 
 
 def first(shapes: Shapes, pattern: str) -> str | None:
-    """The first key that is wholly of this pattern."""
+    """The first key that matches the whole pattern."""
     return next(filter(re.compile(pattern).fullmatch, shapes), None)
 
 
 def _experts(shapes: Shapes) -> dict[str, Any]:
-    """How many experts there are, and whether in odd blocks only; nothing where there are none."""
+    """How many experts there are, and whether only odd blocks have them; {} without experts."""
     numbers = _numbers(r"blocks\.\d+\.mlp\.experts\.(?:blocks\.)?(\d+)\.", shapes)
     if not numbers:
         return {}
@@ -179,7 +180,7 @@ def _labels_and_depth(shapes: Shapes) -> dict[str, Any]:
     found = {}
     labels = shapes.get("y_embedder.embedding_table.weight", ())
     if len(labels) == 2:
-        found["num_classes"] = labels[0] - 1  # one more for no label
+        found["num_classes"] = labels[0] - 1  # the last row stands for "no label"
     blocks = _numbers(r"blocks\.(\d+)\.", shapes)
     if blocks:
         found["depth"] = 1 + max(blocks)
@@ -187,13 +188,13 @@ def _labels_and_depth(shapes: Shapes) -> dict[str, Any]:
 
 
 def _input_size(shapes: Shapes, patch_size: int) -> dict[str, Any]:
-    """Of the position table, which models with rope do not have."""
+    """The input size from the position table; {} for models with rope, which have no table."""
     table = shapes.get("pos_embed", ())
     return {"input_size": math.isqrt(table[1]) * patch_size} if len(table) == 3 else {}
 
 
 def _heads(shapes: Shapes, width: int) -> dict[str, Any]:
-    """A norm of queries is as wide as a head; else nothing shows how many heads there are."""
+    """The number of heads from the norm of queries, which is as wide as a head; {} without it."""
     norm = shapes.get("blocks.0.attn.q_norm.weight", ())
     return {"num_heads": width // norm[0]} if len(norm) == 1 else {}
 

@@ -1,9 +1,9 @@
-"""Weights without a run around them, written and read array by array.
+"""Writes weights that come from no run, piece by piece.
 
-A folder that `write_weights` made looks like a workdir whose run keeps no averages. Hence all that
-reads the weights of a workdir reads it too: `sample`, `evaluate`, `train --config.init_from=`. An
-array may be larger than the memory, since every piece of it is a chunk of its own on the disk.
-Chunks are not compressed, so that writing costs what the disk costs.
+`write_weights` makes a folder like the workdir of a run that keeps no averages. So all commands
+that read the weights of a workdir read it, too: `sample`, `evaluate`, `train --config.init_from=`.
+An array may be larger than the memory, because each of its pieces is a separate chunk on disk.
+Chunks are not compressed, so that only the disk limits the speed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from flax.traverse_util import unflatten_dict
 from moe_diffusion.interop.tensors import Parts, Pieces
 
 _THREADS = 4  # each reads a chunk, arranges and writes it, and waits for the disk
-_TILE = 128  # columns of a transpose that are copied at once: what a cache holds
+_TILE = 128  # columns of a transpose that are copied at once, so that they fit into a cache
 
 
 class _PiecesHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Pieces` as what orbax reads back as any other array."""
+    """Writes `Pieces` so that orbax reads them back like any other array."""
 
     def memory_size(self, values: Sequence[_Boxed]) -> Sequence[tuple[int, int]]:
         return [(0, 0)] * len(values)
@@ -51,7 +51,7 @@ class _PiecesHandler(ocp.type_handlers.NumpyHandler):
 
 
 class _Boxed:
-    """Keeps `Pieces`, a tuple, from being taken for a subtree."""
+    """Wraps `Pieces`, so that orbax does not take the tuple for a subtree."""
 
     def __init__(self, pieces: Pieces, done: Callable[[int], None]):
         self.pieces = pieces
@@ -66,8 +66,9 @@ def write_weights(
     """Writes workdir/checkpoints/0 of arrays named "params/..." and "router_state/...".
 
     Args:
-      leaves: a piece may be a view of a mapped file: several threads read pieces at a time.
-      done: called with the bytes of each piece that is on its way to the disk.
+      leaves: name -> array. Several threads read pieces at a time, so a piece may be a view of a
+        mapped file that is not in memory yet.
+      done: called for each piece that is on its way to the disk, with its size in bytes.
     """
     step = Pieces((), np.dtype(np.int32), lambda: iter([((), [((), np.int32(0))])]))
     boxed = {"step": _Boxed(step, lambda size: None)}
@@ -92,21 +93,21 @@ def write_weights(
 
 
 def _write(boxed: _Boxed, path: str, writer: _ChunkWriter) -> None:
-    """Writes one zarr array in chunks of a piece each."""
+    """Writes one zarr array; each piece is one chunk."""
     pieces, created = boxed.pieces, False
     for index, parts in pieces.read():
         shape = pieces.shape[len(index) :]
         if not created:
             _create(pieces, path, (1,) * len(index) + shape)
             created = True
-        # A chunk is called by its place in the grid of chunks; an array without axes is chunk 0.
+        # A chunk is named by its place in the grid of chunks; an array without axes is chunk 0.
         place = ".".join(map(str, index + (0,) * len(shape))) or "0"
         writer.submit(os.path.join(path, place), shape, pieces.dtype, parts)
         boxed.done(math.prod(shape) * pieces.dtype.itemsize)
 
 
 class _ChunkWriter(contextlib.AbstractContextManager):
-    """Writes chunks as zarr has them uncompressed, in C order, several at a time."""
+    """Writes uncompressed zarr chunks, in C order, several at a time."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(_THREADS)
@@ -114,7 +115,7 @@ class _ChunkWriter(contextlib.AbstractContextManager):
         self._own = threading.local()
 
     def submit(self, path: str, shape: tuple[int, ...], dtype: np.dtype, parts: Parts) -> None:
-        """Waits while twice as many chunks as threads are on their way."""
+        """Queues a chunk to write; first waits while two chunks per thread are in the queue."""
         while len(self._flying) >= 2 * _THREADS:
             self._flying.popleft().result()
         self._flying.append(self._pool.submit(self._write, path, shape, dtype, parts))
@@ -140,17 +141,18 @@ class _ChunkWriter(contextlib.AbstractContextManager):
             os.fsync(file)
 
     def _buffer(self, size: int) -> np.ndarray:
-        """Bytes of this thread, used again and again, which begin with a page of memory."""
+        """A buffer that this thread uses again and again; it begins at a page, for O_DIRECT."""
         if len(getattr(self._own, "buffer", ())) < size:
             self._own.buffer = np.frombuffer(mmap.mmap(-1, size), np.uint8)
         return self._own.buffer[:size]
 
 
 def _write_directly(file: io.FileIO, data: memoryview) -> int:
-    """Writes whole pages past the page cache, which costs most of the time; how many bytes.
+    """Writes the whole pages of data past the page cache, which would cost most of the time.
 
-    Zero where the platform or the file system cannot, or where something is wrong with the disk:
-    an ordinary write tells.
+    Returns:
+      The number of bytes written. It is 0 if the platform or the file system cannot do this, or if
+      something is wrong with the disk; then an ordinary write shows the error.
     """
     whole = len(data) - len(data) % mmap.PAGESIZE
     if not whole or not hasattr(os, "O_DIRECT"):
@@ -172,7 +174,7 @@ def _create(pieces: Pieces, path: str, chunks: tuple[int, ...]) -> tensorstore.T
             "kvstore": {"driver": "file", "path": path + "/"},
             "dtype": pieces.dtype.name,
             "metadata": {"shape": pieces.shape, "chunks": chunks, "compressor": None},
-            # Or else the chunks of an array of zeros would be missing.
+            # Otherwise the chunks of an array of zeros would be missing.
             "store_data_equal_to_fill_value": True,
         },
         create=True,

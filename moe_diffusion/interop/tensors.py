@@ -1,7 +1,8 @@
 """State dicts whose tensors are read only when they are asked for.
 
 A state dict is any mapping of names to arrays. A lazy one also knows shapes and dtypes without
-reading anything, so that errors come first, and at most one tensor is in memory later.
+reading any tensor. So errors are found before anything is read, and afterwards at most one tensor
+is in memory.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Pieces(NamedTuple):
     """An array that exists only piece by piece.
 
     Attributes:
-      read: yields (index, parts) for every piece: array[index] is made of (slices, part), each
-        array[index][slices] = part. All indices are equally long, and every element is in one
-        piece. A piece is read when it is its turn.
+      read: yields (index, parts) for every piece. The piece is array[index], and each of its parts
+        is a pair (slices, part) with array[index][slices] = part. All indices have the same length,
+        and every element is in one piece. A piece is read when its turn comes.
     """
 
     shape: tuple[int, ...]
@@ -76,7 +77,7 @@ def lazy(state: State) -> Lazy:
 
 
 def of_torch(state: State) -> Lazy:
-    """PyTorch's tensors as numpy arrays, which share their memory; those of a mapped file too."""
+    """PyTorch's tensors as numpy arrays that share their memory, also that of a mapped file."""
     specs = {}
     for key, tensor in state.items():
         name = str(tensor.dtype).removeprefix("torch.")
@@ -96,14 +97,14 @@ def of_torch(state: State) -> Lazy:
 
 
 def adjusted(state: State, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> Lazy:
-    """A state dict of which some tensors are changed when they are read, for example by a LoRA.
+    """A state dict in which some tensors are changed when they are read, for example by a LoRA.
 
     Args:
       changes: tensor name -> function of that tensor. The result has the tensor's shape and is
         cast to its dtype; the tensor itself must not be written to.
 
     Raises:
-      UserError: a name is not in `state`; or, while reading, a result has another shape.
+      UserError: a name is not in `state`, or (when it is read) a result has another shape.
     """
     state = lazy(state)
     unknown = sorted(set(changes) - set(state))

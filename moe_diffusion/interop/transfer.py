@@ -1,4 +1,4 @@
-"""From a PyTorch file to a folder that our command lines take, and back: one tensor at a time."""
+"""Turns a PyTorch file into a folder that our command lines take, and back, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moe_diffusion.interop.streamed import write_weights
 from moe_diffusion.interop.tensors import Pieces, Spec, State, lazy, listed
 from moe_diffusion.training.checkpoint import StoredWeights, first_average
 
-DTYPES = ("file", "float32", "bfloat16", "float16")  # that `import_folder` can store
+DTYPES = ("file", "float32", "bfloat16", "float16")  # `import_folder` can store these
 
 
 def import_folder(
@@ -40,20 +40,21 @@ def import_folder(
     """Reads a PyTorch file into `folder`: config.json and checkpoints/0, with no averages.
 
     Args:
-      source: see `files.open_weights`; of a folder with the family's subfolder, that is taken.
-      weights: which state dict, where the file holds several.
+      source: see `files.open_weights`. If a folder has the family's subfolder, that is taken.
+      weights: which state dict to take, if the file holds several.
       hparams: file with the authors' hyperparameters; see `describe.hyperparameters`.
-      config: file of a named config ("configs/dsmoe_l.py:experts=16") instead of these.
-      dtype: one of `DTYPES`, of all floating parameters; it becomes `model.param_dtype`. None and
+      config: config file ("configs/dsmoe_l.py:experts=16") to use instead of hyperparameters.
+      dtype: of all floating parameters, one of `DTYPES`; it becomes `model.param_dtype`. None and
         "file" take the narrowest that loses nothing of the file; see `keymap.import_leaves`.
       change: the file's state dict -> the one to import, for example with `tensors.adjusted`.
 
     Returns:
-      {"family", "input", "output", "weights", "hparams" (where they are from), "dtype", "tensors",
+      {"family", "input", "output", "weights", "hparams" (where they come from), "dtype", "tensors",
       "bytes"}
 
     Raises:
-      UserError: before anything is written; nothing is left behind if writing fails later.
+      UserError: an argument or a file is wrong, which is known before anything is written; or
+        writing fails, which leaves nothing behind.
     """
     if "://" in os.fspath(folder):
         raise UserError(f"{folder} is remote: convert into a local folder and copy it there")
@@ -85,7 +86,7 @@ def import_folder(
             write_weights(partial_folder, leaves, t.update)
         configs.save_json(model_config, partial_folder / "config.json")
         os.replace(partial_folder, folder)
-    except (OSError, ValueError) as error:  # tensorstore's are ValueErrors
+    except (OSError, ValueError) as error:  # tensorstore raises ValueErrors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} could not be written: {reason}") from error
     finally:
@@ -120,7 +121,7 @@ def export_file(
       {"family", "input", "output", "step", "ema", "tensors", "bytes"}
 
     Raises:
-      UserError: no such checkpoint, or a family without names for this model.
+      UserError: there is no such checkpoint, or the family has no names for this model.
     """
     chosen, described = families.family(family), Path(workdir) / "config.json"
     if not described.is_file():
@@ -163,7 +164,7 @@ def export_file(
 def _slices(
     stored: StoredWeights, leaf: str, entries: list[keymap.Entry]
 ) -> Iterator[tuple[keymap.Entry, np.ndarray]]:
-    """Each entry with leaf[entry.index]; a stacked leaf is read some layers at a time."""
+    """Yields each entry with leaf[entry.index]; reads a stacked leaf some layers at a time."""
     if entries[0].index == ():
         array = stored.read({leaf: None})[leaf]
         yield from ((entry, array) for entry in entries)
@@ -178,7 +179,7 @@ def _slices(
 def _describe(
     family: Family, path: Path, opened: files.Weights, hparams: str | None, config: str | None
 ) -> tuple[dict[str, Any], str, ConfigDict]:
-    """(hyperparameters, where they are from, config of the model)."""
+    """(hyperparameters, text that says where they come from, config of the model)."""
     if config:
         return {}, config, configs.load(config)
     try:
@@ -209,7 +210,7 @@ def _leaves(
 
 
 def _other_family(family: Family, state: State) -> str:
-    """What to add to an error where the names in the file are rather another family's."""
+    """A hint to add to an error if the file's names fit another family better, else ""."""
     likely = describe.likely_families(state)
     if family.name in likely:
         return ""
@@ -230,7 +231,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], described: Path) -> None:
-    """The arrays of a checkpoint are those of the model that its config describes."""
+    """Checks that the arrays of a checkpoint are those of the model that its config describes."""
     names = wanted.keys() | {name for name in found if name.startswith("params/")}
     wrong = sorted(
         name

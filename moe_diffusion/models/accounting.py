@@ -1,8 +1,8 @@
-"""Parameters of a model, total and activated per token, and FLOPs of a forward pass, by kind.
+"""Counts the parameters of a model, total and activated per token, and the FLOPs of a forward pass.
 
-A multiply-add is two FLOPs; the "Gflops" of the DiT and JiT papers are multiply-adds. What counts
-is what a device spends its time on: products with weights, and the two products of attention.
-Left out are biases, norms, activations, softmax and rope (a few percent of XLA's own count).
+A multiply-add is two FLOPs; the "Gflops" of the DiT and JiT papers are multiply-adds. The counts
+have what a device spends its time on: products with weights, and the two products of attention.
+They leave out biases, norms, activations, softmax and rope (a few percent of XLA's own count).
 """
 
 from __future__ import annotations
@@ -26,21 +26,24 @@ BACKWARD = 2  # FLOPs of a backward pass / those of its forward pass
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of one kind; activated: what one token uses of them, on average."""
+    """Parameters of one kind, and how many of them one token uses on average (activated)."""
 
     total: int
     activated: int
 
 
 def parameter_counts(model: Model, experts_per_token: float | None = None) -> dict[str, Count]:
-    """Counts by kind, with a last row "total". Nothing is allocated.
+    """Counts parameters by kind, with a last row "total". Nothing is allocated.
 
-    Of the routed experts a token uses `experts_per_token`, by default what the router is built for:
-    top_k (token choice) or `capacity` (expert choice, DiffMoE, on average). For DiffMoE give what
-    `evaluation.routing_stats` measured: its activated parameters then follow 2503.14487, Eq. 40,
-    the experts times C_infer_avg / E and everything else whole (the paper leaves out the capacity
-    predictor, which has a row of its own here). The whole class table counts as used, as the papers
-    count it; a fixed position table is no parameter.
+    The activated parameters follow 2503.14487, Eq. 40: the experts times C_infer_avg / E, and
+    everything else whole. The paper leaves out DiffMoE's capacity predictor, which has its own row
+    here. The whole class table counts as used, as in the papers. A fixed position table is no
+    parameter.
+
+    Args:
+      experts_per_token: how many routed experts a token uses on average. None takes what the router
+        is built for: top_k (token choice) or `capacity` (expert choice, DiffMoE). For DiffMoE, give
+        what `evaluation.routing_stats` measured.
     """
     share = _used_shares(model, experts_per_token)
     counts: dict[str, Count] = {}
@@ -60,11 +63,14 @@ def forward_flops(
 ) -> dict[str, float]:
     """FLOPs of one forward pass over `batch` images, by kind, with a last row "total".
 
-    How often a weight is used is read off the shapes that reach its module when the model is traced
-    (a block's tokens, an image's condition), so this holds for every model made of these modules.
-    Routed experts count for the `experts_per_token` experts of a token (see `parameter_counts`),
-    whatever a backend of the dispatch makes of them. "attention maps" is q k^T and its product with
-    v, 4 S^2 D per layer. A training step costs `1 + BACKWARD` times as much.
+    The model is traced, and the shapes that reach a module (a block's tokens, an image's condition)
+    show how often its weights are used. So this holds for every model made of these modules. The
+    row "attention maps" is q k^T and its product with v, 4 S^2 D per layer. A training step costs
+    `1 + BACKWARD` times as much.
+
+    Args:
+      experts_per_token: see `parameter_counts`. The padding and copies that a backend of the
+        dispatch adds do not count.
     """
     parameters, rows, maps = _trace(model)
     share = _used_shares(model, experts_per_token)
@@ -99,14 +105,18 @@ def table(counts: dict[str, Count], flops: dict[str, float]) -> str:
 
 @functools.lru_cache(maxsize=1)  # counts and FLOPs are asked for one after the other
 def _trace(model: Model) -> tuple[dict, dict, dict]:
-    """What tracing the model for one image shows, by path: shapes of the parameters, how many rows
-    reach each module, and the FLOPs of an attention's two maps in one layer."""
+    """Traces the model for one image.
+
+    Returns:
+      Three tables by path: the shapes of the parameters, how many rows reach each module, and the
+      FLOPs of the two maps of an attention in one layer.
+    """
     rows: dict[str, int] = {}
     maps: dict[str, int] = {}
 
     def watch(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module, path = context.module, "/".join(context.module.path)
-        if isinstance(module, MoE):  # linen freezes modules; the reference is traced fastest
+        if isinstance(module, MoE):  # the reference is traced fastest; linen freezes its modules
             object.__setattr__(module, "backend", "reference")
         if context.method_name == "__call__" and args and hasattr(args[0], "shape"):
             shape = args[0].shape
@@ -122,7 +132,7 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
 
 
 def _used_shares(model: Model, experts_per_token: float | None) -> Callable[[str], float]:
-    """Path of a weight of routed experts -> the share of the experts that a token meets."""
+    """Path of a weight of routed experts -> the share of the experts that a token uses."""
     routers = model.routers()
 
     def share(path: str) -> float:

@@ -1,7 +1,7 @@
 """DiT: one class for DiT, SiT, TC-DiT, EC-DiT, DiffMoE, DSMoE, DiT-MoE and ProMoE.
 
-They differ in their config alone. A class-conditional transformer on patches of an image or a
-latent (2212.09748); in a pattern of blocks, experts take the place of the MLP.
+All of them are class-conditional transformers on patches of an image or a latent (2212.09748). In
+some blocks, experts take the place of the MLP. The models differ only in their config.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ def check(config: ConfigDict) -> None:
 class DiT(PatchTransformer):
     """Noisy image, time and label -> prediction; most fields are those of `PatchTransformer`.
 
-    reverse_time: the network's own time runs from data (0) to noise (1) and its velocity is noise -
-      data: it sees time_scale * (1 - t), and its velocity changes sign (not the second half of
-      learn_sigma).
+    Attributes:
+      reverse_time: the network's own time runs from data (0) to noise (1), and its own velocity is
+        noise - data. So it sees time_scale * (1 - t), and the sign of its velocity is changed. The
+        second half of the channels (learn_sigma) keeps its sign.
     """
 
     reverse_time: bool
 
     @nn.compact
     def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
-        """See `Model`. train only tells the routers; features are tokens [B, S, D]."""
+        """See `Model`. Only the routers use `train`; features are tokens [B, S, D]."""
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
         x = patchify(x.astype(dtype), self.patch_size)
         x = linear(width, (None, "embed"), name="patch_embed", dtype=dtype)(x)

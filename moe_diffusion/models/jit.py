@@ -1,25 +1,20 @@
 """JiT and JiTMoE: transformers on large patches of pixels that predict the image itself.
 
-"Just image Transformers" (2511.13720; with experts 2512.01252): DiT blocks with RMSNorm, q/k norm,
-SwiGLU and rope. Patches pass a bottleneck, and from some block on, copies of the class embedding
-stand before the image's tokens ("in context").
+"Just image Transformers" (2511.13720; with experts 2512.01252) are DiT blocks with RMSNorm, q/k
+norm, SwiGLU and rope. Patches pass through a bottleneck. From some block on, copies of the class
+embedding stand before the image's tokens ("in context").
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values, require
-from moe_diffusion.models.blocks import (
-    Dtype,
-    LabelEmbed,
-    TimeEmbed,
-    linear,
-    patchify,
-    sincos_table,
-)
+from moe_diffusion.models import blocks
 from moe_diffusion.models.patches import PatchTransformer, transformer
 
 FIELDS = {
@@ -57,26 +52,27 @@ class BottleneckPatchEmbed(nn.Module):
 
     bottleneck: int
     width: int
-    dtype: Dtype
+    dtype: blocks.Dtype
 
     @nn.compact
     def __call__(self, patches):
-        reduce = linear(
-            self.bottleneck, (None, None), name="reduce", dtype=self.dtype, use_bias=False
-        )
-        return linear(self.width, (None, "embed"), name="expand", dtype=self.dtype)(reduce(patches))
+        make = partial(blocks.linear, dtype=self.dtype)
+        x = make(self.bottleneck, (None, None), name="reduce", use_bias=False)(patches)
+        return make(self.width, (None, "embed"), name="expand")(x)
 
 
 class JiT(PatchTransformer):
     """Noisy image, time and label -> predicted image (diffusion.prediction=data).
 
-    Most fields are those of `PatchTransformer`. The sin-cos table is added to the tokens whatever
-    `positions` says, which is about rope.
+    Most fields are those of `PatchTransformer`. Here `positions` only chooses the kind of rope: the
+    sin-cos table is always added to the tokens.
 
-    bottleneck: width between pixels and tokens.
-    in_context_tokens: how many copies of the class embedding, each with a learned position, stand
-      before the image from block in_context_start on.
-    dropout: in training, of attention and dense MLPs in the middle half of the blocks.
+    Attributes:
+      bottleneck: width between pixels and tokens.
+      in_context_tokens: number of copies of the class embedding, each with a learned position, that
+        stand before the image's tokens.
+      in_context_start: the first block that sees these copies.
+      dropout: in training, of attention and dense MLPs in the middle half of the blocks.
     """
 
     bottleneck: int
@@ -86,7 +82,7 @@ class JiT(PatchTransformer):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Like "moe.context.dropout": what differs between blocks, so that no scan mixes them."""
+        """Like "moe.context.dropout": names all that differs, so that no scan mixes such blocks."""
         depth = len(self.moe_pattern)
 
         def kind(block: int, base: str) -> str:
@@ -104,14 +100,17 @@ class JiT(PatchTransformer):
 
     @nn.compact
     def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
-        """See `Model`. train tells the routers and turns dropout on, which draws from the random
-        stream "dropout". Features are tokens [B, S, D], with the class tokens where they are."""
+        """See `Model`. The routers use `train`, and it turns dropout on.
+
+        Dropout draws from the random stream "dropout". Features are tokens [B, S, D]; those of
+        blocks with class tokens begin with them.
+        """
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
         embed = BottleneckPatchEmbed(self.bottleneck, width, dtype, name="patch_embed")
-        x = embed(patchify(x.astype(dtype), self.patch_size))
-        x += jnp.asarray(sincos_table(self.grid, width), dtype)
-        embedded = LabelEmbed(self.num_classes, width, dtype, name="label_embed")(label)
-        c = TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + embedded
+        x = embed(blocks.patchify(x.astype(dtype), self.patch_size))
+        x += jnp.asarray(blocks.sincos_table(self.grid, width), dtype)
+        embedded = blocks.LabelEmbed(self.num_classes, width, dtype, name="label_embed")(label)
+        c = blocks.TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + embedded
 
         layers, is_null = self.layers(train), label == self.num_classes
         first = self.in_context_start if self.in_context_tokens else 0
@@ -123,7 +122,7 @@ class JiT(PatchTransformer):
         return (x, early | late) if capture else x
 
     def _in_context(self, embedded):
-        """Class tokens [B, in_context_tokens, D] of the class embedding [B, D]."""
+        """Class embedding [B, D] -> class tokens [B, in_context_tokens, D]."""
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
         shape = (self.in_context_tokens, self.hidden_size)
         positions = self.param("in_context_embed", init, shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""What architectures build from a config in the same way: dense MLPs, MoE layers, precision."""
+"""Parts that all architectures build from a config in the same way: MLPs, MoE layers, dtypes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from moe_diffusion.moe.layer import Experts, MoE
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """`float32`, `bfloat16`, or `auto`: bf16 on TPU and GPU, f32 on CPU, where bf16 is slower."""
+    """The dtype of a name; `auto` is bf16 on TPU and GPU, and f32 on CPU, where bf16 is slower."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def make_mlp(config: ConfigDict, width: int) -> partial:
-    """The MLP of a dense block, `width` hidden units, ready to be instantiated in a block.
+    """The MLP of a dense block, ready to be instantiated in a block.
 
-    config: the section `model` of a config.
+    Args:
+      config: the section `model` of a config.
+      width: number of hidden units.
     """
     return partial(
         MLP,
@@ -42,10 +44,10 @@ def make_moe(config: ConfigDict, losses: Sequence[str] = ()) -> partial | None:
 
     Args:
       config: the section `model` of a config.
-      losses: names of the auxiliary losses that the router shall return.
+      losses: names of the auxiliary losses that the router returns.
 
     Raises:
-      UserError: no such router, or a loss that the router does not have.
+      UserError: there is no such router, or the router does not have such a loss.
     """
     moe, dtype = config.moe, compute_dtype(config.dtype)
     kind = routers.find(config.router.name)
@@ -79,7 +81,7 @@ def make_moe(config: ConfigDict, losses: Sequence[str] = ()) -> partial | None:
         ),
         make_shared=shared,
         residual_input=moe.residual_input,
-        # Where the grouping does not matter, the devices' shards need no communication.
+        # If the grouping does not matter, use the devices' shards, which need no communication.
         group=config.router.group if kind.group_matters else "shard",
         backend=None if moe.backend == "auto" else moe.backend,
         transport=None if moe.transport == "auto" else moe.transport,

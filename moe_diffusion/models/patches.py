@@ -1,4 +1,4 @@
-"""What the class-conditional transformers on patches of an image, DiT and JiT, have in common."""
+"""What DiT and JiT share: both are class-conditional transformers on patches of an image."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from moe_diffusion.moe.router import Router
 
 
 class PatchTransformer(Model):
-    """The base class: fields, the condition, and the layers; see `models.build` for their values.
+    """The base class of DiT and JiT: fields, condition and layers. `models.build` fills the fields.
 
-    input_shape: (H, W, C) of the input, pixels or latents; H and W are multiples of patch_size.
-    num_classes: cond is {"label": i32[B]}, and label num_classes stands for "no label".
-    learn_sigma: twice the channels come out; a flow uses the first half.
-    positions: `sincos` (fixed table), or one of `blocks.ROPES`.
-    time_scale: multiplies t before its embedding.
-    moe_pattern: True where a block has experts.
-    remat, unroll: see `Stack`. attention: None or one of kernels/attention.py.
+    Attributes:
+      input_shape: (H, W, C) of the input, pixels or latents; H and W are multiples of patch_size.
+      num_classes: cond is {"label": i32[B]}, and label num_classes stands for "no label".
+      learn_sigma: twice the channels come out; a flow uses the first half.
+      positions: `sincos` (fixed table), or one of `blocks.ROPES`.
+      time_scale: multiplies t before its embedding.
+      moe_pattern: for each block, whether it has experts.
+      remat, unroll: see `Stack`.
+      attention: None, or one of kernels/attention.py.
     """
 
     input_shape: tuple[int, int, int]
@@ -73,12 +75,12 @@ class PatchTransformer(Model):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of the blocks: "moe" and "dense"."""
+        """The kind of every block: "moe" or "dense"."""
         return tuple("moe" if is_moe else "dense" for is_moe in self.moe_pattern)
 
     @nn.nowrap
     def layers(self, train: bool) -> Stack:
-        """The blocks. train: tells the routers, and turns dropout on."""
+        """The stack of blocks. `train` is passed to the routers and turns dropout on."""
         return Stack(self.kinds, partial(self.make_block, train=train), self.remat, self.unroll)
 
     @property
@@ -89,7 +91,9 @@ class PatchTransformer(Model):
     def make_block(self, kind: str, *, train: bool, context: int = 0, dropout: float = 0.0):
         """Factory of the blocks of a kind: (name=...) -> `TransformerBlock`.
 
-        context: tokens before those of the image. dropout: of attention and dense MLPs.
+        Args:
+          context: number of tokens before those of the image.
+          dropout: of attention and dense MLPs.
         """
         names = ("num_heads", "num_kv_heads", "qk_norm", "qk_norm_kind", "qk_norm_eps", "positions")
         options = {name: getattr(self, name) for name in (*names, "grid", "dtype")}
@@ -101,7 +105,7 @@ class PatchTransformer(Model):
 
     @nn.nowrap
     def to_image(self, tokens: jax.Array, c: jax.Array, norm: str = "layernorm") -> jax.Array:
-        """Tokens [B, S, D] and condition [B, D] -> f32[B, H, W, C or 2C]; inside `__call__`."""
+        """Tokens [B, S, D], condition [B, D] -> f32[B, H, W, C or 2C]; for use in `__call__`."""
         features = self.patch_size**2 * self.input_shape[-1] * (2 if self.learn_sigma else 1)
         x = FinalLayer(features, self.dtype, norm, name="final")(tokens, c)
         return unpatchify(x.astype(jnp.float32), self.patch_size, self.grid)
@@ -118,7 +122,7 @@ class PatchTransformer(Model):
 
 
 def moe_pattern(depth: int, interleave: bool, skip_first: int) -> tuple[bool, ...]:
-    """Which blocks have experts: all, or the odd ones; never the first `skip_first`."""
+    """Which blocks have experts: all or only the odd ones, but never the first `skip_first`."""
     layers = np.arange(depth)
     moe = (layers % 2 == 1) if interleave else (layers >= 0)
     return tuple(bool(v) for v in moe & (layers >= skip_first))

@@ -1,4 +1,4 @@
-"""What all models share: the questions that others ask of a model, and its stack of layers.
+"""What all models share: a base class that answers questions about a model, and stacks of layers.
 
 A model maps noisy samples x [B, H, W, C], times t f32[B] and a condition to a prediction. The
 condition `cond` is a dict of arrays [B, ...] whose fields the model names in `cond_spec`.
@@ -19,9 +19,10 @@ from moe_diffusion.moe.router import Router
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import platform
 
-_MOST_UNROLLED = {"cpu": 6, "cuda": 28, "gpu": 28}  # periods, by platform
+_MOST_UNROLLED = {"cpu": 6, "cuda": 28, "gpu": 28}  # platform -> periods
 COLLECTIONS = ("params", "router_state", "losses", "metrics", "router_stats", "intermediates")
-# What `cheap` keeps besides products: kernels, loops and orders, moved rows, attention's result.
+# Operations whose results `cheap` keeps besides those of products: kernels, loops, sorts, moves of
+# rows between places or devices, and named values (the result of attention).
 _EXPENSIVE = frozenset(
     ("pallas_call", "while", "scan", "cond", "sort", "top_k", "cumsum", "gather", "all_to_all")
     + ("ragged_all_to_all", "reduce_scatter", "name")
@@ -29,7 +30,11 @@ _EXPENSIVE = frozenset(
 
 
 def _is_expensive(primitive, *_, **params) -> bool:
-    """Not elementwise, and no product of attention, which has two batch dimensions."""
+    """Whether `cheap` keeps an operation's result instead of computing it again.
+
+    It does not keep elementwise operations and the products of attention, which are the products
+    with two batch dimensions.
+    """
     if primitive.name == "dot_general":
         _, (batch_dimensions, _) = params["dimension_numbers"]
         return len(batch_dimensions) < 2
@@ -42,6 +47,7 @@ REMAT = {
     "cheap": _is_expensive,
 }
 
+Shape = jax.ShapeDtypeStruct
 Segments = tuple[tuple[tuple[Hashable, ...], int], ...]
 
 
@@ -49,9 +55,9 @@ class Block(NamedTuple):
     """One layer of a model.
 
     Attributes:
-      path: of its parameters, like "layers_0/block_1"; repeated layers share one.
+      path: of its parameters, like "layers_0/block_1"; layers that are scanned together share it.
       index: its place on the leading axis of those parameters.
-      kind: as the model's stack names it.
+      kind: its kind in the model's `Stack`.
     """
 
     path: str
@@ -70,9 +76,9 @@ class Stack:
     Attributes:
       kinds: the kind of every layer, like ("dense", "moe") * 6.
       make: kind -> factory, which is called with a name and returns a module.
-      remat: what the backward pass computes again: `none`; `cheap`, elementwise operations,
-        attention weights and gathered weights; `dots`, all but products with dense weights;
-        `full`, everything.
+      remat: what the backward pass computes again. `none`: nothing. `cheap`: elementwise
+        operations, attention weights and gathered weights. `dots`: everything but products with
+        dense weights. `full`: everything.
       unroll: periods in one step of the scan; 0 takes `periods_at_once`.
     """
 
@@ -83,7 +89,7 @@ class Stack:
 
     @property
     def segments(self) -> Segments:
-        """What is scanned: (period, repeats) after (period, repeats), see `layer_segments`."""
+        """The scans, one after the other, each as (period, repeats); see `layer_segments`."""
         return layer_segments(self.kinds)
 
     def blocks(self) -> tuple[Block, ...]:
@@ -103,16 +109,16 @@ class Stack:
         start: int = 0,
         stop: int | None = None,
     ) -> tuple[Any, dict[int, Any]]:
-        """Applies layers start..stop-1, inside the compact method of a module, whose they are.
+        """Applies layers start..stop-1. A module calls this in its compact method and owns them.
 
         Args:
           carry: what every layer takes and returns.
           broadcast: arrays that every layer sees.
           capture: numbers of layers whose carry is returned as well.
-          start, stop: where segments begin; by default all layers.
+          start, stop: numbers of layers at which segments begin; by default all layers are applied.
 
         Returns:
-          The last carry, and number of a layer -> the carry after it.
+          The last carry, and {number of a captured layer: the carry after it}.
         """
         captured, first = {}, 0
         stop = len(self.kinds) if stop is None else stop
@@ -134,7 +140,8 @@ class Stack:
         unroll = min(repeats, self.unroll or periods_at_once(repeats, self.remat, platform()))
         body = _Period
         if self.remat != "none":
-            # A loop keeps what is computed again apart by itself, straight code does not.
+            # XLA must not merge the values that are computed again with the first ones. A loop
+            # prevents this by itself, unrolled code needs prevent_cse.
             body = nn.remat(_Period, policy=REMAT[self.remat], prevent_cse=unroll > 1)
         return nn.scan(
             body,
@@ -148,7 +155,7 @@ class Stack:
 
 
 class _Period(nn.Module):
-    """The layers of one scan step; returns the carries after those at `captured` too."""
+    """The layers of one period; it also returns the carries after the places in `captured`."""
 
     kinds: tuple[Hashable, ...]
     make: Callable[[Hashable], Callable[..., nn.Module]]
@@ -165,9 +172,10 @@ class _Period(nn.Module):
 
 
 def layer_segments(kinds: tuple[Hashable, ...]) -> Segments:
-    """Cuts kinds of layers into (period, repeats), to be scanned one after the other.
+    """Cuts the kinds of layers into segments (period, repeats), which are scanned one by one.
 
-    From the left, the period that covers most layers is taken, of several the shortest:
+    From the left, each segment takes the period whose repeats cover most layers; of several such
+    periods it takes the shortest:
     (d, m, d, m) -> (((d, m), 2),)          (d, d, m, m) -> (((d,), 2), ((m,), 2))
     """
     segments = []
@@ -187,13 +195,16 @@ def layer_segments(kinds: tuple[Hashable, ...]) -> Segments:
 
 
 def periods_at_once(repeats: int, remat: str, platform: str) -> int:
-    """How many periods a step of the scan holds by default.
+    """How many periods one step of the scan holds by default: all of them, or one.
 
-    XLA copies every layer's saved values into and out of stacked arrays, on CPU the weights too: an
-    eighth of a step of DSMoE-S there, and on a GPU a quarter of the bytes that a step of DSMoE-L or
-    DiT-XL moves. Hence all periods, as long as that makes the program at most six times as long,
-    or 28 on GPUs, where minutes of compiling matter less. Not if anything is to be computed again:
-    outside of a loop XLA:CPU keeps it instead. Not on TPU, whose stacked arrays need no filling.
+    In a scan, XLA copies the saved values of every layer into and out of stacked arrays, and on CPU
+    the weights, too. On CPU this costs an eighth of a step of DSMoE-S. On a GPU it is a quarter of
+    the bytes that a step of DSMoE-L or DiT-XL moves. Unrolling avoids the copies, but makes the
+    program longer. So all periods are unrolled if there are at most 6, or 28 on GPUs, where minutes
+    of compiling matter less.
+
+    Two cases are never unrolled. If the backward pass computes something again, XLA:CPU would keep
+    it instead, outside of a loop. On TPU the stacked arrays need no filling.
     """
     most = _MOST_UNROLLED.get(platform, 1)
     return repeats if remat == "none" and repeats <= most else 1
@@ -203,40 +214,41 @@ _QUESTIONS = frozenset(("cond_spec", "null", "blocks", "is_stacked", "kind_of", 
 
 
 class Model(nn.Module, kw_only=True):
-    """The base class of models. A model is apply(variables, x, t, cond, train, capture=()).
+    """The base class of models: apply(variables, x, t, cond, train, capture=()) -> prediction.
 
-    x [B, H, W, C], t f32[B] (0 noise, 1 data) and cond {field: [B, ...]} become f32[B, H, W, C or
-    2C]; with `capture`, numbers of layers, also {number: features after that layer}. A model has,
-    besides what is here:
+    x is [B, H, W, C], t is f32[B] (0 noise, 1 data) and cond is {field: [B, ...]}. The prediction
+    is f32[B, H, W, C or 2C]. If `capture` has numbers of layers, the result is the prediction and
+    {number: features after that layer}. Every model also defines:
 
       input_shape: (H, W, C) of the samples that it is trained on.
       cond_spec() -> {field: Field}, the fields of one sample's condition.
       null(cond) -> the cond that stands for "no condition".
 
-    dtype: to compute in; the kernels are chosen for it.
-    param_dtype: of the parameters, whatever `dtype` is.
-    preset: how its weights lie on the mesh (parallel/rules.py); None takes that of the run.
+    Attributes:
+      dtype: of computations; the kernels are chosen for it.
+      param_dtype: of the parameters, whatever `dtype` is.
+      preset: how the weights lie on the mesh (parallel/rules.py); None takes the run's preset.
     """
 
-    # Paths of parameters and what they are: names directly below the model, and names inside of a
-    # layer, of which the innermost counts.
+    # Name in the path of a parameter -> its kind. `parts` has names directly below the model,
+    # `layer_parts` names inside a layer, of which the innermost counts.
     parts = {}
     layer_parts = {}
-    stack = None  # a `Stack`, of a model that has one
+    stack = None  # the model's `Stack`, if it has one
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     preset: str | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Keeps linen from wrapping what answers questions: plain methods, not parts of a call."""
+        """Keeps linen from wrapping `_QUESTIONS`: plain methods that are not part of a call."""
         for name in _QUESTIONS & cls.__dict__.keys():
             nn.nowrap(getattr(cls, name))
         super().__init_subclass__(**options)
 
     @nn.nowrap
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """linen's `apply`, with the layout of the weights that `preset` says."""
+        """linen's `apply`, with the weights laid out as `preset` says."""
         with rules.use_preset(self.preset):
             return super().apply(*args, **kwargs)
 
@@ -275,11 +287,13 @@ class Model(nn.Module, kw_only=True):
 def next_router_state(
     routers: Mapping[str, Router], state: Mapping[str, Any], stats: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """router_state after an optimizer step that saw `stats`, by the rule of each path's router.
+    """The router_state after an optimizer step: each router updates the state at its path.
 
     Args:
       routers: of `Model.routers`.
-      state, stats: nested by the parts of those paths; a router that saw nothing keeps its state.
+      state: nested by the parts of those paths.
+      stats: what the routers saw in the step, nested likewise. A router that saw nothing keeps its
+        state.
     """
 
     def update(path: str, state: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,13 +305,11 @@ def next_router_state(
     return update("", state, stats)
 
 
-def abstract_inputs(
-    model: Model, *lead: int
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_inputs(model: Model, *lead: int) -> tuple[Shape, Shape, dict[str, Shape]]:
     """Shapes of x, t and cond of a batch with leading axes `lead`, like (B,) or (A, B / A)."""
 
-    def make(field: Field) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, *field.shape), jnp.dtype(field.dtype))
+    def make(field: Field) -> Shape:
+        return Shape((*lead, *field.shape), jnp.dtype(field.dtype))
 
     cond = {name: make(field) for name, field in model.cond_spec().items()}
     return make(Field(tuple(model.input_shape), "float32")), make(Field((), "float32")), cond

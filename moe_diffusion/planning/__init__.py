@@ -1,1 +1,1 @@
-"""Does a run fit, what does it cost: programs compiled for accelerators that need not be there."""
+"""Tells whether a run fits on accelerators and what it costs there, without having them."""

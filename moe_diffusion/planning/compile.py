@@ -1,4 +1,4 @@
-"""The program that `train` or `sample` would run, compiled for devices that need not exist.
+"""Compiles the program that `train` or `sample` would run, for devices that need not exist.
 
 Nothing is allocated: the arguments are shapes with shardings.
 """
@@ -37,7 +37,13 @@ class Compiled:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The compiler's refusal: bytes that the program needs on a device (None: it did not say)."""
+    """The compiler's refusal of a program that needs more memory than a device has.
+
+    Attributes:
+      bytes_needed: on one device; None if the compiler did not say.
+      message: the first line of its message.
+      seconds: the time that it took.
+    """
 
     bytes_needed: int | None
     message: str
@@ -62,7 +68,7 @@ def compile_program(
 
 
 def lower_train(config: ConfigDict, devices: Sequence[Any]) -> Any:
-    """The training step of `training.loop`, with its shardings, lowered."""
+    """Lowers the training step of `training.loop` with its shardings."""
     run, accumulate = prepare_run(config, devices=devices), config.optim.accumulate
     lead = (accumulate,) if accumulate > 1 else ()
     batch = run.batch(*lead, config.data.batch_size // accumulate)
@@ -71,7 +77,7 @@ def lower_train(config: ConfigDict, devices: Sequence[Any]) -> Any:
 
 
 def lower_sample(config: ConfigDict, devices: Sequence[Any]) -> Any:
-    """The whole loop of the sampler over a batch of `data.batch_size` images, lowered."""
+    """Lowers the whole loop of the sampler for a batch of `data.batch_size` images."""
     run = prepare_run(config, devices=devices)
     params = merge(run.state.params, run.untrained)
     variables = {"params": params, "router_state": run.state.router_state}
@@ -89,9 +95,9 @@ def _on_absent_devices(run: Run) -> Iterator[None]:
 
 
 def state_bytes(config: ConfigDict, what: str, devices: Sequence[Any]) -> int:
-    """Bytes of a device below which no program for `config` can stay: its part of the state.
+    """Bytes that the state alone takes on one device; every program for `config` needs more.
 
-    For "train" with the gradients, which are as many as the parameters; for "sample" the weights.
+    For "train" this is the training state and the gradients, for "sample" it is the weights.
     """
     run = prepare_run(config, devices=devices)
     if what == "sample":
@@ -114,5 +120,5 @@ def _key(mesh: Any) -> jax.ShapeDtypeStruct:
 
 
 def _keys(mesh: Any, number: int) -> jax.ShapeDtypeStruct:
-    """One key for every image, beside it."""
+    """One random key for each image, on the device that holds the image."""
     return jax.ShapeDtypeStruct((number,), _key(mesh).dtype, sharding=rules.batch_sharding(mesh))

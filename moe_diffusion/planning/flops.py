@@ -10,10 +10,13 @@ from moe_diffusion.models.accounting import BACKWARD, forward_flops
 
 
 def flops_per_run(model: nn.Module, config: ConfigDict, what: str, chips: int) -> float | None:
-    """FLOPs of one chip in a training step ("train") or while it draws a batch ("sample").
+    """FLOPs that one chip spends on a training step ("train") or on drawing a batch ("sample").
 
-    Both over `data.batch_size` images, split evenly. With model.remat = full the forward pass
-    counts twice, since the chip does it twice. None where the sampler chooses its own steps.
+    The `data.batch_size` images are split evenly over the chips. With model.remat = full the
+    forward pass counts twice, because the chip runs it twice.
+
+    Returns:
+      The FLOPs, or None if the sampler chooses its own steps.
     """
     passes = 1.0 + BACKWARD + (config.model.remat == "full")
     if what == "sample":
@@ -25,7 +28,7 @@ def flops_per_run(model: nn.Module, config: ConfigDict, what: str, chips: int) -
 
 
 def network_evaluations(config: ConfigDict) -> float | None:
-    """Forward passes for one image, two for a guided one; None for adaptive steps."""
+    """Forward passes that one image takes; a guided one counts twice. None for adaptive steps."""
     sampling = config.sampling
     steps, sampler = sampling.steps, sampling.sampler
     if sampler == "dopri5":

@@ -1,4 +1,4 @@
-"""What XLA's GPU compiler must know of a GPU that is not there."""
+"""Descriptions of GPUs, with which XLA's compiler compiles for a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from typing import NamedTuple
 
 
 class _GPU(NamedTuple):
-    """By NVIDIA's data sheets of the SXM modules; memory: bytes, as the driver reports them.
+    """One kind of GPU, by NVIDIA's data sheets of the SXM modules.
 
-    bandwidth: bytes per second. fpus: of f32, in each of the cores. clock: GHz. l2: bytes.
-    shared: KiB of a core, of which one less is the most that a block of threads can have.
+    Attributes:
+      memory: bytes, as the driver reports them.
+      bandwidth: bytes per second.
+      capability: the compute capability, as text of the proto.
+      fpus: f32 units in each core.
+      clock: GHz.
+      l2: bytes.
+      shared: KiB of shared memory in each core; a block of threads can have one KiB less.
     """
 
     name: str
@@ -39,7 +45,7 @@ def memory_bytes(kind: str) -> int:
 
 
 def target_config(kind: str) -> str:
-    """XLA's `GpuTargetConfigProto` of a kind, as text."""
+    """XLA's `GpuTargetConfigProto` of an "a100", "h100" or "h200", as text."""
     gpu = _GPUS[kind]
     device = {
         "name": f'"{gpu.name}"',
@@ -66,7 +72,7 @@ def target_config(kind: str) -> str:
         "block_dim_limit_y": 65535,
         "block_dim_limit_z": 65535,
         "device_address_bits": 64,
-        # Of the toolkit and cuDNN that jax[cuda12] comes with, or older.
+        # These versions are not newer than the toolkit and cuDNN that jax[cuda12] comes with.
         "driver_version": '"12.8.0"',
         "runtime_version": '"12.8.0"',
         "compile_time_toolkit_version": '"12.8.0"',

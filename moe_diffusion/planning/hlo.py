@@ -1,8 +1,8 @@
-"""What a compiled program tells in XLA's text form: bytes of its collectives, kernels it calls.
+"""Reads a compiled program in XLA's text form: the bytes that its collectives send, its kernels.
 
-XLA's own cost analysis counts the body of a loop once. Here the program is walked from its entry,
-and what stands in a loop counts as often as the loop runs; of the branches of a conditional the
-one that moves most counts.
+XLA's own cost analysis counts the body of a loop once. This module walks the program from its entry
+and counts the body of a loop as often as the loop runs. Of the branches of a conditional it counts
+the one that sends most.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: its result's type, what it does to which operands, and the whole text."""
+    """One instruction of a program.
+
+    Attributes:
+      name: without the leading "%".
+      shape: type of the result, like "f32[8,4]{1,0}" or a tuple of types.
+      opcode: what it does, like "all-gather".
+      operands: names of the instructions whose results it takes.
+      text: everything after "name =".
+    """
 
     name: str
     shape: str
@@ -44,7 +52,7 @@ class Instruction:
 
 @dataclass
 class Program:
-    """Computations by name, each a table of its instructions in order."""
+    """A program: its computations by name, each a table of instructions in order."""
 
     entry: str = ""
     computations: dict[str, dict[str, Instruction]] = field(default_factory=dict)
@@ -66,9 +74,9 @@ def parse(text: str) -> Program:
 
 
 def collective_bytes(program: Program) -> dict[str, int]:
-    """Kind of collective -> bytes that a device sends in one run of the program.
+    """Bytes that each device sends in one run of the program, by kind of collective.
 
-    Of n devices in a ring each sends (n - 1) / n of the whole array for an all-gather, a
+    In a ring of n devices, each device sends (n - 1) / n of the whole array for an all-gather, a
     reduce-scatter or an all-to-all, twice that for an all-reduce, and all of it for a permute.
     """
     sent = _traffic(program, program.entry, {})
@@ -76,7 +84,7 @@ def collective_bytes(program: Program) -> dict[str, int]:
 
 
 def kernels(program: Program) -> dict[str, int]:
-    """Kernel of ours -> calls that stand in the program (loops not counted)."""
+    """How often the program calls each of our kernels; a call inside a loop counts once."""
     counts: Counter[str] = Counter()
     for body in program.computations.values():
         for instruction in body.values():
@@ -84,14 +92,14 @@ def kernels(program: Program) -> dict[str, int]:
             if target and target[1] in FUNCTIONS:
                 counts[target[1]] += 1
             is_pallas = target and any(kind in target[1] for kind in PALLAS_CALLS)
-            # XLA makes kernels of its own; those carry no name of ours.
+            # XLA also generates kernels itself. Their text has neither of these words.
             if is_pallas and re.search("pallas_call|kernel_name", instruction.text):
                 counts[re.sub(r"[.\d]+$", "", instruction.name)] += 1
     return dict(counts)
 
 
 def _traffic(program: Program, name: str, known: dict[str, Counter]) -> Counter:
-    """Bytes by kind that one run of a computation sends."""
+    """Bytes that one run of a computation sends, by kind of collective."""
     if name in known:
         return known[name]
     body = program.computations[name]
@@ -118,15 +126,15 @@ def _traffic(program: Program, name: str, known: dict[str, Counter]) -> Counter:
 
 
 def trip_count(program: Program, body: dict[str, Instruction], loop: Instruction) -> int:
-    """How often a loop runs: XLA's note, or the constant that its condition compares with.
+    """How often a loop runs, by XLA's note or else by the constant in the loop's condition.
 
-    1 where neither tells; then the loop depends on data.
+    A loop without either depends on data; it counts as 1.
     """
     if note := re.search(r"known_trip_count\W+n\W+(\d+)", loop.text):
         return int(note[1])
     condition = program.computations[re.search(r"condition=%?([\w.-]+)", loop.text)[1]]
     *_, root = condition.values()
-    if root.opcode == "fusion":  # the comparison alone, its operands in the same order
+    if root.opcode == "fusion":  # it holds only the comparison, with operands in the same order
         inner = program.computations[_CALLED.search(root.text)[1]]
         direction = next((i for i in inner.values() if i.opcode == "compare"), root)
     else:
@@ -155,9 +163,9 @@ def _branches(text: str) -> list[str]:
 def _sent_in_fusion(program: Program, fusion: Instruction) -> Counter:
     """Bytes of the collectives that the TPU compiler has put into a fusion.
 
-    It writes a reduce-scatter as an all-reduce of which a part is taken. Other collectives it runs
-    in pieces beside other work: the start, each piece and the end stand in a fusion of their own
-    and look like the whole, so only the start counts.
+    The compiler writes a reduce-scatter as an all-reduce of which it takes a part. It splits other
+    collectives into pieces that run beside other work. The start, each piece and the end are
+    separate fusions, and each looks like the whole collective, so only the start counts.
     """
     name = _CALLED.search(fusion.text)[1]
     if fusion.name.startswith("async-collective-done") or name.startswith("async_collective_"):
@@ -179,19 +187,19 @@ def _sent(instruction: Instruction) -> Counter:
     kind = instruction.opcode.removesuffix("-start")
     arrays = _bytes_of_arrays(instruction.shape)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        arrays = arrays[len(arrays) // 2 :]  # operands first, then results
+        arrays = arrays[len(arrays) // 2 :]  # the operands come first, then the results
     size, devices = sum(arrays), group_size(instruction.text)
     share = (devices - 1) / devices
     factor = {
         "all-reduce": 2 * share,
-        "reduce-scatter": devices - 1,  # of the result, which is one part
+        "reduce-scatter": devices - 1,  # times the result, which is one part of the array
         "collective-permute": 1,
     }.get(kind, share)
     return Counter({kind: size * factor})
 
 
 def group_size(text: str) -> int:
-    """Devices that exchange with one another, from `replica_groups` in any of its spellings."""
+    """How many devices exchange data with one another, by `replica_groups` in any spelling."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'?([\w.-]+)'?=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'?([\w.-]+)'?", mesh[2]))
@@ -199,11 +207,11 @@ def group_size(text: str) -> int:
         return int(iota[2])
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return listed[1].count(",") + 1
-    return 2  # of a permute, which names pairs
+    return 2  # a permute, which names pairs instead
 
 
 def _bytes_of_arrays(shape: str) -> list[int]:
-    """Bytes of every array of a type, without the scalars that a start hands to its done."""
+    """Bytes of each array in a type, without the scalars that a start passes on to its done."""
     found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
     if len(found) > 1:
         found = [(kind, dims) for kind, dims in found if not (kind == "u32" and not dims)]
@@ -213,12 +221,12 @@ def _bytes_of_arrays(shape: str) -> list[int]:
 
 
 def _bits(kind: str) -> int:
-    """Of an element: 16 for bf16, 8 for f8e4m3fn and for pred."""
+    """Bits of one element: 16 for bf16, 8 for f8e4m3fn and for pred."""
     digits = re.search(r"\d+", kind)
     return int(digits[0]) if digits else 8
 
 
 def _files(text: str) -> tuple[str, ...]:
-    """The table of Python files that stands at the head of the text."""
+    """The Python files in the table at the head of the text."""
     table = re.search(r"^FileNames\n((?:\d+ \".*\"\n)+)", text, re.MULTILINE)
     return tuple(re.findall(r'"(.*)"', table[1])) if table else ()

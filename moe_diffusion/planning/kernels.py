@@ -1,4 +1,4 @@
-"""Which backends of the dispatch a model takes and why, and which a compiled program holds."""
+"""Which dispatch backends a model chooses and why, and which ones a compiled program contains."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from moe_diffusion.planning.hlo import Program, kernels
 
 @dataclass(frozen=True)
 class Dispatch:
-    """The dispatch in a compiled program.
+    """The dispatch backends in a compiled program, beside those that the model chose.
 
-    backend: found in the program; wanted: chosen for it, because of `why`. Several are joined by
-    commas; None: a dense model.
-    kernels: calls in the program's text, by kernel of ours.
+    Attributes:
+      backend: found in the program. Several are joined by commas; None for a dense model.
+      wanted: chosen by the model, in the same form.
+      kernels: our kernel -> how often the program's text calls it.
+      why: the reason for `wanted`.
     """
 
     backend: str | None
@@ -46,10 +48,16 @@ class Dispatch:
 def backends_of(
     model: Model, config: ConfigDict, platform: str, train: bool = True
 ) -> dict[str, str]:
-    """The backends that the layers of a model (`config.model`) take on a platform, and why.
+    """The dispatch backends that the layers of a model choose on a platform.
 
-    Returns name -> why, see `dispatch.choose_backend`; {} for a dense model. Raises UserError if
-    the backend that the config names does not suit.
+    Args:
+      config: the section `model` of the model's config.
+
+    Returns:
+      Backend -> why it was chosen (see `dispatch.choose_backend`); {} for a dense model.
+
+    Raises:
+      UserError: the backend that the config names does not suit.
     """
     dtype, dropout = jnp.dtype(model.dtype).name, train and config.moe.dropout > 0
     name = None if config.moe.backend == "auto" else config.moe.backend
@@ -58,7 +66,7 @@ def backends_of(
 
 
 def dispatch_line(model: Model, config: ConfigDict, platform: str) -> str:
-    """One line on how a model that trains on a platform dispatches, and why."""
+    """One line that says how a model dispatches when it trains on a platform, and why."""
     found = backends_of(model, config, platform)
     return f"dispatch of experts: {_text(found) or 'none, a dense model'}"
 
@@ -66,10 +74,10 @@ def dispatch_line(model: Model, config: ConfigDict, platform: str) -> str:
 def dispatch_of(
     program: Program, model: Model, config: ConfigDict, what: str, platform: str
 ) -> Dispatch:
-    """Compares the backends that a program ("train" or "sample") holds with the chosen ones.
+    """Compares the backends in a compiled program ("train" or "sample") with the chosen ones.
 
-    A backend is recognised by its files (`Backend.source`) among those that the program's
-    operations come from.
+    The program lists the Python files that its operations come from. A backend is in the program
+    if one of its own files (`Backend.source`) is listed.
     """
     wanted = backends_of(model, config, platform, train=what == "train")
     if not wanted:
@@ -88,7 +96,7 @@ def _text(backends: dict[str, str]) -> str:
 
 
 def _routing(router: Router, train: bool) -> Routing:
-    """The kind of routing that a router makes; nothing is computed."""
+    """The shapes of the routing that a router returns; nothing is computed."""
     tokens = 64 * router.num_experts  # enough for at least one slot of every expert
     x = jax.ShapeDtypeStruct((1, tokens, 8), "float32")
     is_null = jax.ShapeDtypeStruct((1, tokens), "bool")

@@ -12,7 +12,7 @@ import jax
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device by kind. `aliased` outputs take the place of consumed arguments."""
+    """Bytes on one device by kind; `aliased` outputs reuse the memory of donated arguments."""
 
     arguments: int
     outputs: int
@@ -22,7 +22,7 @@ class Memory:
 
     @classmethod
     def of(cls, analysis: Any) -> Memory:
-        """From XLA's `memory_analysis()`."""
+        """Reads the result of XLA's `memory_analysis()`."""
         return cls(
             arguments=analysis.argument_size_in_bytes,
             outputs=analysis.output_size_in_bytes,
@@ -36,7 +36,7 @@ class Memory:
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
     def times(self, devices: int) -> dict[str, int]:
-        """By kind, for a chip of several devices."""
+        """Bytes by kind on a chip that has several devices."""
         return {kind: devices * value for kind, value in asdict(self).items()}
 
 
@@ -53,7 +53,7 @@ def sharded_bytes(arrays: Any) -> int:
 
 
 def batch_sizes() -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ...: steps of at most a half, so that few are tried."""
+    """1, 2, 3, 4, 6, 8, 12, 16, 24, ...: two sizes for each power of two, so that few are tried."""
     yield 1
     for power in count(1):
         yield 2**power
@@ -63,8 +63,12 @@ def batch_sizes() -> Iterator[int]:
 def largest_batch(needed: Callable[[int], int | None], limit: int) -> int:
     """The largest of `batch_sizes` that needs at most `limit` bytes; 0 if not even 1 does.
 
-    needed(batch) compiles, which is dear, so the next size to try is guessed from a line through
-    the last two. It grows with the batch; None says too much without saying how much.
+    Every call of `needed` compiles a program, which is slow. So the next size to try is guessed
+    from a line through the last two results.
+
+    Args:
+      needed: batch size -> bytes, which grow with it; None if too many, without a number.
+      limit: bytes.
     """
     sizes = batch_sizes()
     ladder = [next(sizes) for _ in range(40)]

@@ -1,4 +1,4 @@
-"""Which sharding preset to use: the one that sends least among those that fit."""
+"""Recommends a sharding preset: of those that fit, the one that sends the fewest bytes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 ORDER = ("dp", "zero1", "fsdp", "fsdp_ep")  # from simple to involved
-CLOSE = 0.02  # less than this share more sent is no reason for a more involved preset
+CLOSE = 0.02  # a simpler preset may send this share more than the best one
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a preset comes to on a chip: bytes needed (None: unknown, too many) and bytes sent.
+    """What one preset costs on one chip.
 
-    sent is None where nothing was compiled because the state alone is too large. note: a key that
-    the preset needs besides, or why it does not fit.
+    Attributes:
+      needed: bytes of memory; None if they are unknown, because the preset does not fit.
+      sent: bytes in one run of the program; None if nothing was compiled.
+      note: a config key that the preset also needs, or why it does not fit.
     """
 
     fits: bool

@@ -1,4 +1,4 @@
-"""The plan of a run: does it fit, what does it cost, which preset; as a table and as JSON."""
+"""Plans a run: whether it fits, what it costs, which preset suits it; as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ Say = Callable[[str], None]
 
 @dataclass
 class Plan:
-    """What compiling one config for one topology told. Bytes and FLOPs are those of one chip.
+    """What compiling one config for one topology showed. Bytes and FLOPs are those of one chip.
 
-    needed: bytes; None where the compiler refused without a number. memory, collectives and
-    dispatch are empty where it refused. flops: of a step, or of drawing a batch; None where the
-    sampler chooses its own steps.
+    Attributes:
+      needed: bytes; None if the compiler refused and gave no number.
+      memory, collectives, dispatch: empty if the compiler refused.
+      flops: of one step, or of drawing one batch; None if the sampler chooses its own steps.
+      seconds: the time that compiling took.
     """
 
     name: str
@@ -143,11 +145,12 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
 
 
 def compare_presets(plan: Plan, config: ConfigDict, say: Say) -> None:
-    """Fills in the plan's outcomes, recommendation and reason, compiling for other presets."""
+    """Compiles for the other presets; fills in the plan's outcomes, recommendation and reason."""
     plan.outcomes[plan.preset] = _outcome(plan)
     for preset in _candidates(config, plan):
         other, note = with_keys(config, parallel__preset=preset), ""
-        if preset == "fsdp_ep" and not config.parallel.expert:  # all, if that divides the experts
+        if preset == "fsdp_ep" and not config.parallel.expert:
+            # As many devices share the experts as can do so evenly.
             sharing = math.gcd(config.model.moe.num_experts, len(plan.topology.devices))
             other, note = with_keys(other, parallel__expert=sharing), f"parallel.expert={sharing}"
         state = state_bytes(other, plan.what, plan.topology.devices)
@@ -168,7 +171,7 @@ def compare_presets(plan: Plan, config: ConfigDict, say: Say) -> None:
 
 
 def search_batch(plan: Plan, config: ConfigDict, say: Say) -> None:
-    """Fills in the largest number of images on a chip at a time, in the steps of `batch_sizes`."""
+    """Fills in how many images a chip can take at a time: the largest of `memory.batch_sizes`."""
     if plan.limit is None:
         raise UserError(
             f"--search-batch needs a memory limit, and {plan.topology.devices[0].device_kind} has "
@@ -179,7 +182,7 @@ def search_batch(plan: Plan, config: ConfigDict, say: Say) -> None:
     def needed(images: int) -> int | None:
         size = images * len(plan.topology.devices) * accumulate
         tried = make_plan(with_keys(config, data__batch_size=size), plan.what, plan.topology, say)
-        # A refusal may only name a part of what is needed.
+        # A compiler that refuses may name only a part of the bytes that are needed.
         says_enough = tried.fits or (tried.needed or 0) > plan.limit
         return tried.needed if says_enough else None
 
@@ -211,7 +214,7 @@ def _outcome(plan: Plan) -> Outcome:
 
 
 def _candidates(config: ConfigDict, plan: Plan) -> list[str]:
-    """Presets that could make a difference, besides the plan's own."""
+    """The other presets that could make a difference."""
     if len(plan.topology.devices) == 1:
         return []
     names = [name for name in ORDER if name in rules.PRESETS and name != plan.preset]

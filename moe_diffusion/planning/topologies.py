@@ -1,8 +1,8 @@
 """Which accelerators a program can be compiled for, what they can do, and their devices.
 
 A topology is written `<kind>:<shape>`: `v5e:4x4` and `v5p:4x4x4` are slices of TPU chips, `h100:8`
-is a host of eight GPUs (`h100:64` eight such hosts), and `local` is what this process sees. None
-but `local` needs the hardware: the devices only describe it, and nothing can run on them.
+is a host of eight GPUs (`h100:64` eight such hosts), and `local` is what this process sees. Only
+`local` needs the hardware: the devices of the others describe chips, and nothing can run on them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ GPUS_PER_HOST = 8
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip can do, by its maker's data sheet and by what its compiler grants a program.
+    """What one chip can do, by its maker's data sheet and by what its compiler lets a program use.
 
-    device_kind: how jax's name of it begins. flops: dense bf16 FLOP per second. hbm_bytes: what
-    the compiler lets one device use (less than what is soldered on). dims: axes of a slice's
-    shape. devices: jax devices to a chip.
+    Attributes:
+      platform: "tpu" or "cuda".
+      device_kind: how jax's name of the device begins.
+      flops: dense bf16 FLOP per second.
+      hbm_bytes: memory that the compiler lets one device use, which is less than the chip has.
+      dims: number of axes of a slice's shape.
+      devices: jax devices in one chip.
+      examples: names of topologies, separated by spaces.
     """
 
     platform: str
@@ -43,7 +48,7 @@ class Chip:
 
 
 def _of_gpu(kind: str) -> int:
-    """Three quarters of its memory, which is what jax takes unless told otherwise."""
+    """Bytes that jax takes of a GPU's memory unless told otherwise: three quarters."""
     return memory_bytes(kind) * 3 // 4
 
 
@@ -62,15 +67,18 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """What is known of a device that jax calls this; GPUs have their memory in their names."""
+    """The chip that jax calls `device_kind`; None if it is unknown.
+
+    Only the beginning of the name is compared, because the names of GPUs end with their memory.
+    """
     known = [chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)]
-    # "TPU v5 lite" is no "TPU v5".
+    # The longest match counts, because "TPU v5 lite" also begins with "TPU v5".
     return max(known, key=lambda chip: len(chip.device_kind), default=None)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A named set of chips; `chip` is None where nothing is known of the local devices."""
+    """A named set of chips; `chip` is None if the local devices are of an unknown kind."""
 
     name: str
     chip: Chip | None
@@ -91,7 +99,7 @@ class Topology:
 
     @property
     def hbm_bytes_per_chip(self) -> int | None:
-        """None where the platform has no fixed limit (a CPU)."""
+        """Bytes that a program can use on one chip; None without a fixed limit, as on a CPU."""
         if self.name != "local":
             return self.chip.hbm_bytes * self.devices_per_chip
         limit = (self.devices[0].memory_stats() or {}).get("bytes_limit")
@@ -99,7 +107,11 @@ class Topology:
 
 
 def describe(name: str) -> Topology:
-    """The topology of a name. Raises UserError: unknown, impossible, or its compiler is missing."""
+    """The topology of a name.
+
+    Raises:
+      UserError: the name is unknown, there is no such slice, or its compiler is missing.
+    """
     if name == "local":
         devices = tuple(jax.devices())
         return Topology(name, chip_of(devices[0].device_kind), (len(devices),), devices)
@@ -113,7 +125,11 @@ def describe(name: str) -> Topology:
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
-    """("v5e", (16, 16)) of "v5e:16x16". Raises UserError, naming what is known."""
+    """Splits a name into kind and shape: "v5e:16x16" -> ("v5e", (16, 16)).
+
+    Raises:
+      UserError: the kind is unknown, or the shape is none of that kind.
+    """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match or match[1] not in CHIPS:
         raise UserError(f"--topology {name!r} is unknown; known are local and shapes of {known()}")
@@ -139,7 +155,7 @@ def _tpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
             "(a TPU is not needed)"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU VM's metadata
-    # libtpu warns without these two, but goes by the name of the topology.
+    # libtpu warns without these two variables, although it uses only the topology's name.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     options: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Writes a folder of latents shard by shard; a run that was killed can be continued.
 
-A shard is written whole or not at all. The numbers of its records do not depend on the processes,
-so the folder is the same however many there are. A finished shard has a note `<shard>.json` beside
-it. When all shards have one, `finish` writes the manifest and deletes the notes.
+A shard is written whole or not at all. Its records do not depend on the number of processes, so
+any number of them writes the same folder. A finished shard has a note `<shard>.json` beside it.
+When all shards have one, `finish` writes the manifest and deletes the notes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from moe_diffusion.data.latents import (
 from moe_diffusion.data.sources import check_batch, stack
 from moe_diffusion.errors import UserError, check_writable
 
-# Every record is a group of its own, for random access. fp16 noise does not compress.
+# Each record is a separate group, for random access. Nothing is compressed, because f16 latents
+# are too noisy for it.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
@@ -39,8 +40,8 @@ class Job:
     """What to encode, how, and where to.
 
     Attributes:
-      source: of images and conditions; see `sources`. It may have `read(i)`, which returns None
-        for a broken image.
+      source: of images and conditions; see `data/sources.py`. It may have `read(i)`, which returns
+        None for a broken image.
       moments: images f32[B, H, W, C] -> f32[B, h, w, 2c], always called with `batch` images.
       batch: images that are encoded at once.
       folder: where the latents go.
@@ -95,7 +96,7 @@ def begin(job: Job) -> bool:
 
 
 def write_shards(job: Job, process_index: int, process_count: int) -> None:
-    """Writes those shards of this process that are not there yet, and shows the progress."""
+    """Writes the shards of this process that are still missing, and shows the progress."""
     mine = range(process_index, len(job.shards), process_count)
     todo = [n for n in mine if not job.note(n).is_file()]
     total = sum(len(job.shards[n]) for n in mine)
@@ -151,10 +152,10 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
     finally:
         writer.close()
     with part.open("rb") as file:
-        os.fsync(file.fileno())  # a note must not outlive its shard in a power cut
+        os.fsync(file.fileno())  # after a power cut there must be no note without its shard
     os.replace(part, path)
     note = {"file": path.name, "count": count, "bytes": path.stat().st_size, "skipped": skipped}
-    # Image by image until here: the number of devices must not change the rounding.
+    # The sums are per image until here, because the number of devices must not change the rounding.
     total = np.concatenate(sums).sum(0).tolist() if sums else 0
     _write_json(job.note(number), note | {"sums": total})
 
@@ -197,7 +198,7 @@ def _encode(job: Job, indices: list[int], image: np.ndarray) -> np.ndarray:
 
 
 def _sums(job: Job, latents: np.ndarray) -> np.ndarray:
-    """Sums of every channel and of its square over an image.
+    """The sum of every channel, and of its square, over each image.
 
     Args:
       latents: f16[B, F, h, w, k], unscaled.

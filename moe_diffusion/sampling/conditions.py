@@ -1,4 +1,4 @@
-"""Conditions to draw images for where the user names none, and how to caption them."""
+"""The conditions that images are drawn for if the user names none, and captions for the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def default_conditions(model: Model, num: int, source: Any = None) -> dict[str, 
     other fields come from records of the source that are spaced evenly.
 
     Args:
-      source: of the model's data, see `data/sources.py`; read only if a field needs it.
+      source: a data source, see `data/sources.py`; it is read only if a field needs it.
 
     Raises:
       UserError: a field needs a source, and there is none.
@@ -53,14 +53,14 @@ def conditions_of_run(config: ConfigDict, model: Model, num: int) -> dict[str, n
 
 
 def captions(model: Model, cond: Mapping[str, np.ndarray]) -> list[str] | None:
-    """What to write beside each image: the fields with a known number of values; None without."""
+    """The text beside each image: its fields with a known number of values; None without any."""
     named = [name for name, field in model.cond_spec().items() if _is_discrete(field)]
     rows = zip(*(cond[name] for name in named), strict=True)
     return [" ".join(map(str, row)) for row in rows] or None
 
 
 def spread(num: int, num_values: int) -> np.ndarray:
-    """`num` of the values 0..num_values-1 as evenly as possible, in order: i64 0 0 .. 1 1 .."""
+    """Spreads `num` items evenly over the values 0..num_values-1, in order: i64[num] 0 0 .. 1 1."""
     return np.arange(num) * min(num, num_values) // num
 
 

@@ -1,4 +1,4 @@
-"""Images from a sampler: batches of a fixed shape, and noise of its own for every image."""
+"""Draws images with a sampler, in batches of a fixed shape, with separate noise for each image."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def generate_batches(
 ) -> Iterator[np.ndarray]:
     """Yields samples f32[b, H, W, C] batch by batch, for more images than fit into memory.
 
-    Image i starts from noise of its own, fold_in(key(seed), i), and has a key of its own for the
-    noise of stochastic samplers. So neither N nor batch_size changes it. An exception are routers
-    that pool a batch, like DiffMoE's: there the images of a batch compete for experts.
+    Image i starts from its own noise, drawn with fold_in(key(seed), i). Stochastic samplers draw
+    from a second key of image i. So neither N nor batch_size changes image i. Routers that pool a
+    batch, like DiffMoE's, are an exception: there the images of a batch compete for experts.
 
     Args:
       sampler: of `make_sampler`.
@@ -83,7 +83,7 @@ def generate_batches(
             index = np.arange(start, start + batch_size)
             wanted = {name: jnp.asarray(values[index % num]) for name, values in cond.items()}
             noise, keys = randomness(jnp.asarray(index))
-            # The mesh is set while the sampler runs, and not while its batch is judged.
+            # The mesh is set only here, because the caller may use another between two batches.
             with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
                 batch = sampler(variables, place(noise), place(wanted), place(keys))
             kept = min(batch_size, num - start)

@@ -1,4 +1,4 @@
-"""A hook of the training loop that draws images, so that one sees the model learn."""
+"""A hook of the training loop that draws images, so that people see the model learn."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from moe_diffusion.training.state import TrainState
 class SampleHook:
     """Draws `train.samples` images from the same noise and conditions at every call.
 
-    Each call writes workdir/samples/<step>.png, from the first average or else the live weights.
+    Each call writes workdir/samples/<step>.png. It draws with the first average, or with the live
+    weights if the run keeps no average.
 
     Args:
       source: where conditions come from, see `default_conditions`.
-      decode: makes images of latents.
+      decode: turns latents into images; None if the model makes images.
     """
 
     def __init__(

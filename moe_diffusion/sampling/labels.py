@@ -15,7 +15,7 @@ def num_labels(model: Model, asked_by: str) -> int:
     """How many labels a model knows.
 
     Args:
-      asked_by: what needs labels, like "--labels", to begin the error with.
+      asked_by: what needs labels, like "--labels". The error begins with it.
 
     Raises:
       UserError: the model takes no labels.

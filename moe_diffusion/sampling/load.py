@@ -36,7 +36,7 @@ def load_workdir(
     """Loads a trained run: config, model, variables, and a note {"step", "ema"} on the variables.
 
     Args:
-      overrides: of the config, see `config.load`.
+      overrides: changes to the run's config, see `config.load`.
       step: of the checkpoint; None takes the newest.
       ema: decay of an average as text. None takes the first that the run keeps, "none" takes the
         live weights.
@@ -47,8 +47,8 @@ def load_workdir(
         `parallel.preset`.
 
     Raises:
-      UserError: a file is missing, damaged or of another model. No weights are read before that
-        is known.
+      UserError: a file is missing, damaged or of another model. This is known before any weights
+        are read.
     """
     path = Path(workdir) / "config.json"
     if not path.exists():

@@ -35,6 +35,7 @@ from moe_diffusion.training.step import Frozen, Metrics, large_constants
 
 Tree = Any
 _LARGEST_CONSTANT = 100 << 20  # bytes; tables of positions are smaller
+# (step, state) -> images for TensorBoard, name -> [H, W, C], and numbers for the metrics
 Hook = Callable[[int, TrainState], "dict[str, np.ndarray | float] | None"]
 
 
@@ -54,16 +55,13 @@ def train(
     run ends with the numbers of an undisturbed one. SIGTERM or SIGINT saves and returns early.
 
     Args:
-      model: see `models.stack.Model`.
-      loss_fn: see `step.make_train_step`.
-      iterator_fn: makes this process's iterator over batches of numpy arrays [B, ...], where all
-        processes' batches together are `data.batch_size` images; with `get_state() -> dict` (JSON,
-        the same on every process), `set_state` and `close`; see `data.pipeline`.
-      hooks: called as hook(step, state) every `train.sample_every` steps on every process; the
-        state has the untrained parameters, too. A hook may return images for TensorBoard,
-        name -> [H, W, C], and numbers for the metrics.
-      frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights. They are not
-        saved. Those that lie on the run's mesh stay as they are; others go whole to every device.
+      model, loss_fn: see `models.stack.Model` and `step.make_train_step`.
+      iterator_fn: makes this process's iterator over batches of numpy arrays, which all processes'
+        together are `data.batch_size` images, with the methods of `data.pipeline.BatchIterator`.
+      hooks: called as hook(step, state) every `train.sample_every` steps on every process; state
+        has the untrained parameters, too. See `Hook`.
+      frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights; not saved.
+        Those that lie on the run's mesh stay as they are; others go whole to every device.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -96,13 +94,10 @@ def train(
         place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
         held = Frozen(untrained, on_every_device(run.mesh, frozen))
         batch, train_step = place(first), run.step()
-        # A wrong loss fails here, before anything is written.
-        _check_constants(train_step.trace(state, batch, key, held))
+        _check_constants(train_step.trace(state, batch, key, held))  # nothing is written yet
         writer = opened(_open_workdir(run, workdir, start))
         checkpoints.save_untrained(untrained)
-        verb = "resuming after" if start else "starting at"
-        progress.write(f"{verb} step {start} of {num_steps}")
-        _tell_trainable(run, progress)
+        _tell_start(run, start, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
             state, metrics = train_step(state, batch, key, held)
@@ -114,16 +109,12 @@ def train(
                     checkpoints.save(step, state, iterator.get_state())
             if stopping:
                 checkpoints.wait()
-                progress.write(
-                    f"stopped by {stop.name} after step {step} of {num_steps}, which is saved; "
-                    "run the same command again to resume"
-                )
+                progress.write(stop.farewell(step, num_steps))
                 break
             if config.train.sample_every and step % config.train.sample_every == 0:
                 monitor.finish()
                 with progress.paused():
-                    for hook in hooks:
-                        writer.write_outputs(step, hook(step, whole(state, untrained)) or {})
+                    _call_hooks(hooks, step, whole(state, untrained), writer)
             if step < num_steps:
                 # After the checkpoint, which keeps the iterator where batch step + 1 begins.
                 batch = place(next(iterator))
@@ -201,6 +192,13 @@ class StopSignal:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received
 
+    def farewell(self, step: int, num_steps: int) -> str:
+        """What to tell the user once the state of `step` is saved."""
+        return (
+            f"stopped by {self.name} after step {step} of {num_steps}, which is saved; "
+            "run the same command again to resume"
+        )
+
 
 def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None:
     """Raises a UserError for what would fail later; writes nothing."""
@@ -219,8 +217,15 @@ def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None
         warm_start.check(config, model)
 
 
-def _tell_trainable(run: Run, progress: Progress) -> None:
-    """Says what each pattern of `optim.trainable` matches, if some parameters are not trained."""
+def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: MetricWriter) -> None:
+    for hook in hooks:
+        writer.write_outputs(step, hook(step, state) or {})
+
+
+def _tell_start(run: Run, start: int, progress: Progress) -> None:
+    """Says where training begins, and what each pattern of `optim.trainable` matches, if any."""
+    verb = "resuming after" if start else "starting at"
+    progress.write(f"{verb} step {start} of {run.config.train.num_steps}")
     if not run.untrained:
         return
     leaves = flatten_dict(run.state.params, sep="/")

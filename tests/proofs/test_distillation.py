@@ -37,6 +37,7 @@ from moe_diffusion.training.step import Frozen, large_constants
 from tests import cli
 from tests.training import toy
 
+FLOW = configs.default().diffusion
 LEAST = 2048  # bytes of a large constant; the largest weights have more, tables of positions less
 BOTH = {"model__depth": 2, "model__hidden_size": 32, "optim__trainable": "*"}
 STUDENT = BOTH | {
@@ -78,20 +79,19 @@ def lay_out(params, model: Model, mesh, preset: str):
     return jax.device_put(params, rules.shardings_of(mesh, table, params, axes))
 
 
-def distillation_loss(student: Model, teacher: Model, config: ConfigDict, closed_over=None):
-    """||student - teacher||^2 + ||features - features||^2 + losses of the routers.
+def distillation_loss(student: Model, teacher: Model, weights: dict, closed_over=None):
+    """||student - teacher||^2 + 1/2 ||features - features||^2 + losses of the routers.
 
     The features are those after layer 1 of both.
     closed_over: takes the place of what is frozen, which is a mistake.
     """
 
     def loss_fn(params, router_state, batch, key, frozen):
-        image, cond = batch["image"], cond_of(batch)
-        draws = draw(key, image.shape, config.diffusion)
+        image, cond, draws = batch["image"], cond_of(batch), draw(key, batch["image"].shape, FLOW)
         x_t = paths.interpolate(image, draws.noise, draws.t)
         frozen = frozen if closed_over is None else closed_over
         wanted, target = teacher.apply({"params": frozen}, x_t, draws.t, cond, False, capture=(1,))
-        (output, features), sown = student.apply(
+        (output, features), collections = student.apply(
             {"params": params, "router_state": router_state},
             *(x_t, draws.t, cond, True),
             capture=(0, 1),
@@ -99,9 +99,8 @@ def distillation_loss(student: Model, teacher: Model, config: ConfigDict, closed
         )
         assert set(features) == {0, 1}
         mse = jnp.mean(jnp.square(output - wanted))
-        distance = jnp.mean(jnp.square(features[1] - target[1]))
-        loss = mse + 0.5 * distance
-        return with_router_losses(loss, sown, config.loss_weights, mse=mse, features=distance)
+        distance = 0.5 * jnp.mean(jnp.square(features[1] - target[1]))
+        return with_router_losses({"mse": mse, "features": distance}, collections, weights)
 
     return loss_fn
 
@@ -138,7 +137,8 @@ def lesson(preset: str = "dp", teachers: str | None = None, closed: bool = False
     weights = some_weights(teacher)
     if teachers:
         weights = lay_out(weights, teacher, make_mesh(config.parallel), teachers)
-    loss_fn = distillation_loss(student, teacher, config, weights if closed else None)
+    loss_weights = dict(config.loss_weights)
+    loss_fn = distillation_loss(student, teacher, loss_weights, weights if closed else None)
     return Lesson(config, student, weights, loss_fn)
 
 
