@@ -137,12 +137,11 @@ def diffusion_loss(
 
     Args:
       batch: "image" [B, H, W, C] in [-1, 1], and the fields of the condition.
-      loss_weights: name -> weight; the names must be those that the routers return.
+      loss_weights: see `with_router_losses`.
 
     Returns:
-      The scalar loss, and the report. Its metrics are "loss" (that scalar), the errors ("mse"; DDPM
-      also has "vb"), every router's loss (unweighted, summed over layers) and the routers' metrics
-      (mean over layers).
+      The scalar loss, and the report of `with_router_losses`. The error of a flow is "mse"; DDPM
+      has "mse" and "vb".
     """
     objective = (_ddpm if diffusion.path == "ddpm" else _flow)(batch["image"], draws, diffusion)
     output, collections = model.apply(
@@ -160,9 +159,20 @@ def diffusion_loss(
 def with_router_losses(
     errors: Mapping[str, jax.Array], collections: Mapping[str, Any], loss_weights: dict[str, float]
 ) -> tuple[jax.Array, LossAux]:
-    """The sum of some errors and of the weighted losses that the routers sowed, and the report.
+    """Adds up errors and the weighted losses of the routers, and reports them.
 
-    collections: what `model.apply` returned beside the output.
+    Args:
+      errors: {name: scalar}, each minimised with weight 1.
+      collections: what `model.apply` returned beside the output: the collections "losses",
+        "metrics" and "router_stats" that the routers sowed.
+      loss_weights: name -> weight; the names must be those that the routers return.
+
+    Returns:
+      The scalar loss, and the report. Its metrics are "loss" (that scalar), the errors, every
+      router's loss (unweighted, summed over layers) and the routers' metrics (mean over layers).
+
+    Raises:
+      UserError: `loss_weights` has other names.
     """
     losses = sown.sum_by_name(collections.get("losses", {}))
     loss = sum(errors.values()) + sown.weigh(losses, loss_weights)
