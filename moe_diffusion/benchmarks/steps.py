@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_diffusion import config as configs
@@ -13,10 +14,7 @@ from moe_diffusion.benchmarks.timing import medians, peak_flops
 from moe_diffusion.conditions import IMAGE, cond_of
 from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.models import build
 from moe_diffusion.models.accounting import BACKWARD, forward_flops
-from moe_diffusion.models.stack import abstract_variables
-from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.training.run import prepare_run
 from moe_diffusion.training.step import Frozen
 
@@ -46,20 +44,16 @@ def bench_train(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, 
 def bench_sample(spec: str, overrides: Sequence[str], repeats: int) -> dict[str, Any]:
     """One batch of the config's sampler with untrained weights; the time counts all its steps."""
     config = configs.load(spec, ["data.source=synthetic", *overrides])
-    model = build(config.model)
-    mesh = make_mesh(config.parallel, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        variables = jax.tree.map(
-            lambda x: jax.numpy.full(x.shape, 0.02, x.dtype), abstract_variables(model)
-        )
-        batch = _batch(config, model)
+    run = prepare_run(config, devices=jax.devices()[:1])
+    batch, sampler = _batch(config, run.model), make_sampler(run.model, config)
+    with run.on_mesh():
+        variables = jax.tree.map(lambda x: jnp.full(x.shape, 0.02, x.dtype), run.variables)
         keys = jax.random.split(jax.random.key(0), config.data.batch_size)
-        sampler = make_sampler(model, config)
         image, cond = batch[IMAGE], cond_of(batch)
         call = {"sample": lambda: sampler(variables, image, cond, keys)}
         seconds = medians(call, repeats)["sample"]
     sampling = config.sampling
-    return _report(config, model, seconds, flops=None) | {
+    return _report(config, run.model, seconds, flops=None) | {
         "sampler": sampling.sampler, "steps": sampling.steps, "cfg": sampling.cfg,
     }  # fmt: skip
 
@@ -73,7 +67,7 @@ def _report(config, model, seconds: float, flops: float | None) -> dict[str, Any
     report = {
         "config": config.name,
         "batch": config.data.batch_size,
-        "dtype": str(jax.numpy.dtype(model.dtype)),
+        "dtype": str(jnp.dtype(model.dtype)),
         "seconds": seconds,
         "images_per_sec": config.data.batch_size / seconds,
     }

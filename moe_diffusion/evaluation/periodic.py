@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.evaluation.compare import compare
 from moe_diffusion.evaluation.digits import DigitsFeatures
 from moe_diffusion.evaluation.features import Extractor, FeatureSet
 from moe_diffusion.evaluation.metrics import gaussian_of
 from moe_diffusion.models.stack import Model
-from moe_diffusion.sampling.conditions import default_conditions
-from moe_diffusion.sampling.generate import generate
-from moe_diffusion.sampling.load import averaged_variables
+from moe_diffusion.sampling.hooks import FixedSamples
 from moe_diffusion.training.state import TrainState
 
 _REFERENCE = 2048  # records of the training source to compare with
@@ -57,9 +54,7 @@ class EvaluationHook:
     """
 
     def __init__(self, config: ConfigDict, model: Model, source: Any):
-        self._config, self._shape = config, model.input_shape
-        self._sampler = make_sampler(model, config)
-        self._cond = default_conditions(model, config.train.eval_samples, source)
+        self._samples = FixedSamples(config, model, config.train.eval_samples, source, _BATCH)
         digits = config.data.source == "digits"
         self._extractor: Extractor = DigitsFeatures() if digits else PooledFeatures()
         # The records are spaced evenly, because the source may be sorted by class.
@@ -69,15 +64,8 @@ class EvaluationHook:
         self._reference = self._features("training data", images)
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
-        images = generate(
-            self._sampler,
-            averaged_variables(self._config, state),
-            self._cond,
-            self._shape,
-            seed=self._config.seed,
-            batch_size=min(_BATCH, self._config.train.eval_samples),
-        )
-        found, _ = compare(self._features("samples", images), self._reference, self._extractor)
+        drawn = self._features("samples", self._samples.draw(state))
+        found, _ = compare(drawn, self._reference, self._extractor)
         return {f"eval/{name}": value for name, value in found.items()}
 
     def _features(self, name: str, images: np.ndarray) -> FeatureSet:

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import save_png
 from moe_diffusion.figures.routing import routing_picture
-from moe_diffusion.models.stack import Block, Model
+from moe_diffusion.models.stack import Model
 from moe_diffusion.moe.router import Router
 from moe_diffusion.sampling.labels import LABEL
 
@@ -146,23 +146,28 @@ def observe(
     with nn.intercept_methods(count):
         output, sown = model.apply(variables, x, t, cond, train, mutable=["intermediates"])
     flat = flatten_dict(sown["intermediates"], sep="/")
-    blocks = [model.blocks()[number] for number in moe_blocks(model)]
+    routed = _routed(model).values()
 
     def by_layer(name: str) -> jax.Array:
-        return jnp.stack([flat[f"{_router(b)}/{name}"][0][b.index] for b in blocks])
+        return jnp.stack([flat[f"{router}/{name}"][0][index] for router, index in routed])
 
     return output, by_layer(_COUNTS), by_layer(_DROPPED).mean()
 
 
 def moe_blocks(model: Model) -> list[int]:
     """Numbers of the blocks with experts, from 0."""
+    return list(_routed(model))
+
+
+def _routed(model: Model) -> dict[int, tuple[str, int]]:
+    """Number of a block with experts -> (path of its router, its place on the layer axis)."""
     routers = model.routers()
-    return [number for number, block in enumerate(model.blocks()) if _router(block) in routers]
-
-
-def _router(block: Block) -> str:
-    """Path of the router of a block with experts."""
-    return f"{block.path}/moe/router"
+    return {
+        number: (router, block.index)
+        for number, block in enumerate(model.blocks())
+        for router in routers
+        if router.startswith(f"{block.path}/")
+    }
 
 
 def per_sample(used: jax.Array, token: jax.Array, x: jax.Array, batch: int) -> jax.Array:

@@ -133,7 +133,12 @@ def export_file(
     check_writable(Path(path).parent)
     with StoredWeights(workdir, ema=None if ema == "none" else ema) as stored:
         wanted = keymap.abstract_variables(model)
-        _check_same(stored.shapes, wanted, described)
+        misfits = stored.misfits(wanted)
+        if misfits:
+            raise UserError(
+                f"the checkpoint is of another model than {described} describes; {len(misfits)} "
+                f"arrays differ: {listed(list(misfits))}"
+            )
         found = keymap.entries_by_leaf(chosen, model, wanted)
         flat = [entry for group in found.values() for entry in group]
         specs = keymap.torch_specs(flat, stored.shapes)
@@ -227,19 +232,4 @@ def _check_room(folder: Path, needed: int) -> None:
     if free < needed * 1.01:
         raise UserError(
             f"{folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room"
-        )
-
-
-def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], described: Path) -> None:
-    """Checks that the arrays of a checkpoint are those of the model that its config describes."""
-    names = wanted.keys() | {name for name in found if name.startswith("params/")}
-    wrong = sorted(
-        name
-        for name in names
-        if getattr(wanted.get(name), "shape", None) != getattr(found.get(name), "shape", None)
-    )
-    if wrong:
-        raise UserError(
-            f"the checkpoint is of another model than {described} describes; {len(wrong)} arrays "
-            f"differ: {listed(wrong)}"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -315,9 +316,28 @@ def abstract_inputs(model: Model, *lead: int) -> tuple[Shape, Shape, dict[str, S
     return make(Field(tuple(model.input_shape), "float32")), make(Field((), "float32")), cond
 
 
+def init_variables(model: Model, key: jax.Array, batch: int = 1) -> dict[str, Any]:
+    """New params and router_state (if there is one) with their metadata.
+
+    batch: samples of the inputs, which only give shapes. On a mesh, one for every device.
+    """
+    inputs = abstract_inputs(model, batch)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    variables = model.init(key, *zeros, False)
+    return {name: variables[name] for name in ("params", "router_state") if name in variables}
+
+
+def abstract_weights(model: Model, batch: int = 1) -> tuple[dict[str, Any], Any]:
+    """Shapes of params and router_state, and the logical axes of params; nothing is allocated.
+
+    The axes are a tree like params with a PartitionSpec of names (or None) for every parameter.
+    batch: see `init_variables`.
+    """
+    init = partial(init_variables, model, batch=batch)
+    variables = jax.eval_shape(init, jax.random.key(0))
+    return nn.meta.unbox(variables), nn.get_partition_spec(variables["params"])
+
+
 def abstract_variables(model: Model) -> dict[str, Any]:
     """Shapes of params and router_state (if there is one), as trees of ShapeDtypeStruct."""
-    init = lambda key, *inputs: model.init(key, *inputs, False)  # noqa: E731
-    shapes = jax.eval_shape(init, jax.random.key(0), *abstract_inputs(model, 1))
-    variables = nn.meta.unbox(shapes)
-    return {name: tree for name, tree in variables.items() if name in ("params", "router_state")}
+    return abstract_weights(model)[0]

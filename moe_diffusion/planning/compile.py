@@ -5,10 +5,9 @@ Nothing is allocated: the arguments are shapes with shardings.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,7 @@ from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import first_line
 from moe_diffusion.parallel import rules
 from moe_diffusion.planning.memory import sharded_bytes
-from moe_diffusion.training.run import Run, prepare_run
-from moe_diffusion.training.state import merge
+from moe_diffusion.training.run import prepare_run, tracing_for
 from moe_diffusion.training.step import Frozen
 
 
@@ -72,26 +70,17 @@ def lower_train(config: ConfigDict, devices: Sequence[Any]) -> Any:
     run, accumulate = prepare_run(config, devices=devices), config.optim.accumulate
     lead = (accumulate,) if accumulate > 1 else ()
     batch = run.batch(*lead, config.data.batch_size // accumulate)
-    with _on_absent_devices(run):
+    with tracing_for(run.mesh, config.parallel.preset):
         return run.step().lower(run.state, batch, _key(run.mesh), Frozen(run.untrained))
 
 
 def lower_sample(config: ConfigDict, devices: Sequence[Any]) -> Any:
     """Lowers the whole loop of the sampler for a batch of `data.batch_size` images."""
     run = prepare_run(config, devices=devices)
-    params = merge(run.state.params, run.untrained)
-    variables = {"params": params, "router_state": run.state.router_state}
     batch, keys = run.batch(config.data.batch_size), _keys(run.mesh, config.data.batch_size)
-    with _on_absent_devices(run):
+    with tracing_for(run.mesh, config.parallel.preset):
         sampler = make_sampler(run.model, config)
-        return sampler.lower(variables, batch[IMAGE], cond_of(batch), keys)
-
-
-@contextlib.contextmanager
-def _on_absent_devices(run: Run) -> Iterator[None]:
-    mesh, preset = run.mesh.abstract_mesh, run.config.parallel.preset
-    with jax.sharding.use_abstract_mesh(mesh), rules.use_preset(preset):
-        yield
+        return sampler.lower(run.variables, batch[IMAGE], cond_of(batch), keys)
 
 
 def state_bytes(config: ConfigDict, what: str, devices: Sequence[Any]) -> int:

@@ -20,21 +20,9 @@ from moe_diffusion.parallel.rules import batch_sharding
 _NO_IMAGE = 2**32 - 1  # never the number of an image
 
 
-def generate(
-    sampler: Sampler,
-    variables: Mapping[str, Any],
-    cond: Mapping[str, np.ndarray],
-    image_shape: tuple[int, int, int],
-    *,
-    seed: int,
-    batch_size: int,
-    progress: bool = False,
-    mesh: Mesh | None = None,
-) -> np.ndarray:
-    """All images of `generate_batches` in one array f32[N, H, W, C]."""
-    options = {"seed": seed, "batch_size": batch_size, "progress": progress, "mesh": mesh}
-    batches = generate_batches(sampler, variables, cond, image_shape, **options)
-    return np.concatenate(list(batches))
+def generate(*args: Any, **options: Any) -> np.ndarray:
+    """All images of `generate_batches`, which takes the same arguments, as f32[N, H, W, C]."""
+    return np.concatenate(list(generate_batches(*args, **options)))
 
 
 def generate_batches(

@@ -20,14 +20,38 @@ from moe_diffusion.sampling.load import averaged_variables
 from moe_diffusion.training.state import TrainState
 
 
+class FixedSamples:
+    """The same images at every call: from the same noise and conditions, with other weights.
+
+    They are drawn with the first average, or with the live weights if the run keeps no average.
+
+    Args:
+      num: how many images.
+      source: where conditions come from, see `default_conditions`.
+      batch_size: images at a time; None draws all at once.
+    """
+
+    def __init__(
+        self, config: ConfigDict, model: Model, num: int, source: Any, batch_size: int | None = None
+    ):
+        self._config, self._shape = config, model.input_shape
+        self._sampler = make_sampler(model, config)
+        self.cond = default_conditions(model, num, source)
+        self._options = {"seed": config.seed, "batch_size": min(batch_size or num, num)}
+
+    def draw(self, state: TrainState) -> np.ndarray:
+        """f32[num, H, W, C]."""
+        variables = averaged_variables(self._config, state)
+        return generate(self._sampler, variables, self.cond, self._shape, **self._options)
+
+
 class SampleHook:
     """Draws `train.samples` images from the same noise and conditions at every call.
 
-    Each call writes workdir/samples/<step>.png. It draws with the first average, or with the live
-    weights if the run keeps no average.
+    Each call writes workdir/samples/<step>.png.
 
     Args:
-      source: where conditions come from, see `default_conditions`.
+      source: see `FixedSamples`.
       decode: turns latents into images; None if the model makes images.
     """
 
@@ -39,21 +63,12 @@ class SampleHook:
         source: Any = None,
         decode: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
-        self._config, self._folder = config, Path(workdir) / "samples"
-        self._decode, self._shape = decode, model.input_shape
-        self._sampler = make_sampler(model, config)
-        self._cond = default_conditions(model, config.train.samples, source)
-        self._captions = captions(model, self._cond)
+        self._folder, self._decode = Path(workdir) / "samples", decode
+        self._samples = FixedSamples(config, model, config.train.samples, source)
+        self._captions = captions(model, self._samples.cond)
 
     def __call__(self, step: int, state: TrainState) -> dict[str, np.ndarray]:
-        images = generate(
-            self._sampler,
-            averaged_variables(self._config, state),
-            self._cond,
-            self._shape,
-            seed=self._config.seed,
-            batch_size=self._config.train.samples,
-        )
+        images = self._samples.draw(state)
         images = self._decode(images) if self._decode else images
         picture = image_grid(images, self._captions, title=f"step {step}")
         if is_main_process():

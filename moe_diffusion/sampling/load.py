@@ -15,10 +15,9 @@ from ml_collections import ConfigDict
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
-from moe_diffusion.models.stack import Model
+from moe_diffusion.models.stack import Model, abstract_weights
 from moe_diffusion.parallel import rules
 from moe_diffusion.training.checkpoint import StoredWeights, first_average
-from moe_diffusion.training.run import abstract_weights
 from moe_diffusion.training.state import TrainState, weights
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -61,7 +60,14 @@ def load_workdir(
         model = model.clone(preset=preset or config.parallel.preset)
     variables, axes = abstract_weights(model)
     with StoredWeights(workdir, step, None if ema == "none" else ema) as stored:
-        _check_fits(flatten_dict(variables, sep="/"), stored.shapes, path)
+        misfits = stored.misfits(flatten_dict(variables, sep="/"))
+        if misfits:
+            name, (found, wanted) = next(iter(misfits.items()))
+            raise UserError(
+                f"the checkpoint is of another model than {path} and --config describe; "
+                f"{len(misfits)} arrays differ: {name} is {found}, should be {wanted}: use the "
+                "config that it was trained with"
+            )
         loaded = stored.read_tree(_shardings(stored.shapes, axes, mesh, model.preset))
         return config, model, loaded, {"step": stored.step, "ema": ema}
 
@@ -82,21 +88,3 @@ def _shardings(
     tree = unflatten_dict(dict(shapes), sep="/")
     placed = rules.shardings_of(mesh, params, tree, axes)
     return flatten_dict(placed, sep="/")
-
-
-def _check_fits(wanted: Shapes, found: Shapes, path: Path) -> None:
-    """Raises a UserError unless the arrays are those of the model that `path` describes."""
-    # A checkpoint may hold the state of a router which this model's router does not keep.
-    names = wanted.keys() | {name for name in found if name.startswith("params/")}
-
-    def shape(arrays: Shapes, name: str) -> Any:
-        return tuple(arrays[name].shape) if name in arrays else "absent"
-
-    wrong = sorted(name for name in names if shape(wanted, name) != shape(found, name))
-    if wrong:
-        first = wrong[0]
-        raise UserError(
-            f"the checkpoint is of another model than {path} and --config describe; {len(wrong)} "
-            f"arrays differ: {first} is {shape(found, first)}, should be {shape(wanted, first)}: "
-            "use the config that it was trained with"
-        )

@@ -47,8 +47,6 @@ class Checkpointer:
             leftovers = [*self.folder.glob(_UNFINISHED), *self.folder.parent.glob(_UNFINISHED)]
             for leftover in leftovers:
                 leftover.rmtree()
-        # Beside the error that orbax raises, asyncio logs one for every array.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         keep = [checkpoint_managers.LatestN(checkpoint_config.keep_last)]
         if checkpoint_config.keep_every:
             keep.append(checkpoint_managers.EveryNSteps(checkpoint_config.keep_every))
@@ -164,7 +162,7 @@ class StoredWeights(contextlib.AbstractContextManager):
         folder, untrained = _folder(workdir), _folder(workdir, "untrained")
         if not folder.is_dir():
             raise UserError(f"{workdir} holds no checkpoints: train into it first, or name another")
-        self._steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+        self._steps = sorted(ocp.utils.checkpoint_steps(folder))
         if not self._steps or (step is not None and step not in self._steps):
             raise UserError(
                 f"{folder} has no checkpoint{'' if step is None else f' of step {step}'};"
@@ -192,6 +190,21 @@ class StoredWeights(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: Any) -> None:
         self._handler.close()
+
+    def misfits(self, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Path -> (shape here, shape wanted or "absent") of every array that is not as wanted.
+
+        The checkpoint may hold the state of a router which the model's router does not keep.
+
+        wanted: path -> an array of the model's variables, or its ShapeDtypeStruct.
+        """
+        names = wanted.keys() | {name for name in self.shapes if name.startswith("params/")}
+
+        def shape(arrays: Mapping[str, Any], name: str) -> Any:
+            return tuple(arrays[name].shape) if name in arrays else "absent"
+
+        pairs = {name: (shape(self.shapes, name), shape(wanted, name)) for name in sorted(names)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def read(self, shardings: Mapping[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
         """Reads the arrays that are named onto the devices of their sharding.
@@ -278,6 +291,8 @@ def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()
       folder: of a checkpoint, or `untrained`.
       steps: of all checkpoints.
     """
+    # Beside the error that orbax raises, asyncio logs one for every array.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     reason = ""

@@ -83,8 +83,8 @@ class MetricWriter:
         """
         text = textwrap.indent(json.dumps(dict(hparams), indent=4, default=str), "    ")
         self._events.add_text("hparams", text + "\n", 0)
-        table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
         if is_main_process():
+            table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
             (self._folder / "parameters.txt").write_text(table + "\n")
 
     def close(self) -> None:

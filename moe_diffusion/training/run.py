@@ -22,7 +22,13 @@ from ml_collections import ConfigDict
 from moe_diffusion.conditions import IMAGE
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.models import build
-from moe_diffusion.models.stack import Model, abstract_inputs, next_router_state
+from moe_diffusion.models.stack import (
+    Model,
+    abstract_inputs,
+    abstract_weights,
+    init_variables,
+    next_router_state,
+)
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh, num_batch_shards
 from moe_diffusion.training.optim import init_emas, make_optimizer, make_schedule
@@ -75,8 +81,8 @@ class Run:
         if variables is not None:
             return jit(begin, donate_argnums=0)(variables)
         with self.on_mesh():
-            create = jit(lambda key: begin(nn.meta.unbox(init_variables(self.model, key))))
-            return create(jax.random.key(seed))
+            init = partial(init_variables, self.model, batch=num_batch_shards())
+            return jit(lambda key: begin(nn.meta.unbox(init(key))))(jax.random.key(seed))
 
     def step(self) -> TrainStep:
         """The compiled training step, see `make_train_step`."""
@@ -112,8 +118,8 @@ def prepare_run(
     model = model or build(config.model, losses=sorted(config.loss_weights))
     loss_fn = loss_fn or make_loss(model, config)
     optimizer = make_optimizer(config.optim, model.is_stacked)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), rules.use_preset(preset):
-        variables, axes = abstract_weights(model)
+    with tracing_for(mesh, preset):
+        variables, axes = abstract_weights(model, num_batch_shards())
         begin = partial(initial_state, optimizer, config)
         state, untrained = jax.eval_shape(begin, variables)
 
@@ -127,24 +133,11 @@ def prepare_run(
     return Run(config, model, mesh, optimizer, state, untrained, grads, loss_fn)
 
 
-def abstract_weights(model: Model) -> tuple[dict[str, Any], Tree]:
-    """Shapes of params and router_state, and the logical axes of params; nothing is allocated.
-
-    The axes are a tree like params with a PartitionSpec of names (or None) for every parameter.
-    """
-    variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-    return nn.meta.unbox(variables), nn.get_partition_spec(variables["params"])
-
-
-def init_variables(model: Model, key: jax.Array) -> dict[str, Any]:
-    """New params and router_state (if there is one) with their metadata.
-
-    The inputs of the model only give shapes: they have one sample for every device.
-    """
-    inputs = abstract_inputs(model, num_batch_shards())
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-    variables = model.init(key, *zeros, False)
-    return {name: variables[name] for name in ("params", "router_state") if name in variables}
+@contextmanager
+def tracing_for(mesh: Mesh, preset: str) -> Iterator[None]:
+    """What is traced inside is for this mesh, whose devices need not exist; nothing can run."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), rules.use_preset(preset):
+        yield
 
 
 def initial_state(

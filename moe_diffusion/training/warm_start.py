@@ -31,17 +31,9 @@ def check(config: ConfigDict, model: Model) -> None:
       UserError: it is of another model; the message lists the differences.
     """
     there = _config(config)
-    variables = flatten_dict(abstract_variables(model), sep="/")
-    wanted = {name: array.shape for name, array in variables.items()}
     with StoredWeights(config.init_from, ema=first_average(there)) as stored:
-        found = {name: array.shape for name, array in stored.shapes.items()}
-    # A checkpoint may hold the state of a router which this model's router does not keep.
-    names = wanted.keys() | {name for name in found if name.startswith("params/")}
-    arrays = [
-        f"{name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
-        for name in sorted(names)
-        if found.get(name) != wanted.get(name)
-    ]
+        misfits = stored.misfits(flatten_dict(abstract_variables(model), sep="/"))
+    arrays = [f"{name}: {found} there, {ours} here" for name, (found, ours) in misfits.items()]
     ours, theirs = (flatten_dict(c.model.to_dict(), sep=".") for c in (config, there))
     differences = [
         f"model.{key}: {theirs.get(key)} there, {ours[key]} here"

@@ -13,6 +13,7 @@ from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.evaluation import periodic
 from moe_diffusion.evaluation.periodic import PooledFeatures
 from moe_diffusion.models import build
+from moe_diffusion.sampling import hooks
 from tests import cli
 
 
@@ -53,11 +54,11 @@ def test_other_data_is_judged_in_the_model_s_space(monkeypatch):
     config.data.source = "synthetic"
     source = Synthetic((8, 8, 4), {"label": Field((), "int32", 1000)}, size=5000)
     noise = np.random.default_rng(0).standard_normal((64, 8, 8, 4))
-    monkeypatch.setattr(periodic, "averaged_variables", lambda *_: {})
+    monkeypatch.setattr(hooks, "averaged_variables", lambda *_: {})
     hook = periodic.EvaluationHook(config, build(config.model), source)
 
     def judge(images):
-        monkeypatch.setattr(periodic, "generate", lambda *_, **__: images)
+        monkeypatch.setattr(hooks, "generate", lambda *_, **__: images)
         return hook(1, None)
 
     real = judge(source.take(np.arange(0, 5000, 79))["image"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ SOME = ("up/*", "*/bias")  # up/bias twice; leaves out odd and down/kernel
 
 def train(workdir, hooks=(), model=None, frozen=None, loss_fn=toy.loss_fn, **overrides):
     config = toy.make_config(**{"optim__trainable": SOME, **overrides})
-    make = lambda: toy.Batches(config.data.batch_size)  # noqa: E731
+    make = partial(toy.Batches, config.data.batch_size)
     model = model or toy.Toy()
     return loop.train(config, model, loss_fn, make, workdir, hooks=hooks, frozen=frozen)
 
