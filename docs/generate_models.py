@@ -9,19 +9,18 @@ Run it when a config changes or a new one comes: a test fails while docs/models.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from docs import pages
 from docs.published import PUBLISHED, VARIANTS, Published
 from moe_diffusion import config as configs
-from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.errors import UserError
+from moe_diffusion.cli import exits_on_user_error
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts
 
-BEGIN, END = "<!-- begin: written by docs.generate_models -->", "<!-- end -->"
+BEGIN = "<!-- begin: written by docs.generate_models -->"
 COLUMNS = (
     "config",
     "total, 10^6",
@@ -104,30 +103,9 @@ def table() -> str:
     return "\n".join([*head, *map(row, sorted(specs(), key=place))])
 
 
-def renewed(text: str) -> str:
-    """The text of a page with the table between its marks renewed."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"the page has no place for the table: a line {BEGIN} and a line {END}")
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
-
-
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("generate_models", __doc__)
-    parser.prog = "python -m docs.generate_models"
-    parser.add_argument("--write", metavar="PAGE", help="renew the table in this page")
-    args = parser.parse_args(argv)
-    if not args.write:
-        print(table())
-        return
-    page = Path(args.write)
-    if not page.is_file():
-        raise UserError(f"{page} is not there: name the page that holds the table")
-    part = page.with_name(f".{page.name}.part")
-    part.write_text(renewed(page.read_text()))
-    os.replace(part, page)
+    pages.main("generate_models", __doc__, BEGIN, table, argv)
 
 
 if __name__ == "__main__":

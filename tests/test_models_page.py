@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from docs import generate_models
+from docs import generate_models, pages
 from docs.published import PUBLISHED, VARIANTS
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
@@ -86,7 +86,7 @@ def test_the_page_is_not_stale():
     page = configs.ROOT / "docs" / "models.md"
     text = page.read_text()
     remedy = "run python -m docs.generate_models --write docs/models.md"
-    assert generate_models.renewed(text) == text, remedy
+    assert pages.renewed(text, generate_models.BEGIN, generate_models.table()) == text, remedy
 
 
 def test_every_config_is_in_the_table():
@@ -110,7 +110,7 @@ def test_published_figures_are_explained(spec):
 def test_write(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generate_models, "specs", lambda: ["configs/dsmoe_s.py"])
     page = tmp_path / "models.md"
-    page.write_text(f"before\n{generate_models.BEGIN}\nold\n{generate_models.END}\nafter\n")
+    page.write_text(f"before\n{generate_models.BEGIN}\nold\n{pages.END}\nafter\n")
     generate_models.main(["--write", str(page)])
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
@@ -127,7 +127,7 @@ def test_write(tmp_path, capsys, monkeypatch):
 
 def test_a_page_without_place(tmp_path, capsys):
     with pytest.raises(UserError, match="no place for the table"):
-        generate_models.renewed("no marks")
+        pages.renewed("no marks", generate_models.BEGIN, "")
     with pytest.raises(SystemExit):
         generate_models.main(["--write", str(tmp_path / "missing.md")])
     assert "is not there" in capsys.readouterr().err

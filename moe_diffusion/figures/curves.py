@@ -25,16 +25,14 @@ def loss_curve(jsonl_path: str | os.PathLike, out_path: str | os.PathLike) -> Pa
     Raises:
       UserError: the file is not there, another line is not JSON, or no line holds a loss.
     """
-    losses = _read_losses(Path(jsonl_path))
+    losses = read_losses(Path(jsonl_path))
     steps = np.array(sorted(losses))
     values = np.array([losses[step] for step in steps], np.float64)
     figure, draw = new_figure(7, 4)
     axes = figure.subplots()
-    span = max(1, len(values) // 40)
+    span, middle, mean = _running_mean(steps, values)
     axes.plot(steps, values, color=PALE_BLUE if span > 1 else BLUE, linewidth=1)
     if span > 1:
-        mean = np.convolve(values, np.ones(span) / span, mode="valid")
-        middle = steps[(span - 1) // 2 :][: len(mean)]  # centred: the mean does not lag behind
         axes.plot(middle, mean, color=BLUE, linewidth=1.6)
         axes.legend(["loss", f"mean of {span} logged values"], frameon=False)
     axes.set_xlabel("step")
@@ -43,8 +41,15 @@ def loss_curve(jsonl_path: str | os.PathLike, out_path: str | os.PathLike) -> Pa
     return save_png(draw(), out_path)
 
 
-def _read_losses(path: Path) -> dict[int, float]:
-    """Step -> loss."""
+def _running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Window (a fortieth of all values), steps, and means; centred, so that they do not lag."""
+    span = max(1, len(values) // 40)
+    mean = np.convolve(values, np.ones(span) / span, mode="valid")
+    return span, steps[(span - 1) // 2 :][: len(mean)], mean
+
+
+def read_losses(path: Path) -> dict[int, float]:
+    """Step -> loss, of a metrics.jsonl; raises what `loss_curve` raises."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -62,6 +67,29 @@ def _read_losses(path: Path) -> dict[int, float]:
     if not losses:
         raise UserError(f"no line of {path} holds a step and a loss")
     return losses
+
+
+def comparison_picture(
+    curves: Mapping[str, Mapping[int, float]], metric: str, title: str
+) -> Image.Image:
+    """One curve for each run over the steps of training.
+
+    Args:
+      curves: label of a run -> {step: value}. With more than 40 values, a running mean is drawn.
+      metric: name of the values.
+    """
+    figure, draw = new_figure(7, 4.2)
+    axes = figure.subplots()
+    for label, values in curves.items():
+        steps = np.array(sorted(values))
+        _, middle, mean = _running_mean(steps, np.array([values[step] for step in steps]))
+        axes.plot(middle, mean, marker="o" if len(mean) < 12 else None, markersize=4, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel(metric)
+    axes.set_title(title, fontsize=10, wrap=True)
+    axes.legend(frameon=False, fontsize=8)
+    make_plain(axes)
+    return draw()
 
 
 def sweep_picture(results: Sequence[Mapping[str, Any]]) -> Image.Image:

@@ -136,9 +136,9 @@ def first_average(config: Any) -> str | None:
     return str(config.ema.decays[0]) if config.ema.decays else None
 
 
-def is_started(workdir: str | os.PathLike) -> bool:
-    """Whether a run with this workdir would resume."""
-    return any(path.name.isdigit() for path in _folder(workdir).glob("*"))
+def saved_steps(workdir: str | os.PathLike) -> list[int]:
+    """The steps of a run's whole checkpoints, ascending; what is being written is none of them."""
+    return sorted(int(path.name) for path in _folder(workdir).glob("*") if path.name.isdigit())
 
 
 class StoredWeights(contextlib.AbstractContextManager):

@@ -27,7 +27,7 @@ from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.training import warm_start
-from moe_diffusion.training.checkpoint import Checkpointer, is_started
+from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
 from moe_diffusion.training.logging import MetricWriter, Progress
 from moe_diffusion.training.run import Run, on_every_device, prepare_run, shardings
 from moe_diffusion.training.state import TrainState, matches, whole
@@ -213,7 +213,7 @@ def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None
             )
     if "://" not in os.fspath(workdir):
         check_writable(workdir)
-    if config.init_from and not is_started(workdir):
+    if config.init_from and not saved_steps(workdir):
         warm_start.check(config, model)
 
 

@@ -1,0 +1,100 @@
+"""Tables in Markdown: our numbers beside the paper's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_diffusion import config as configs
+from moe_diffusion.models import build
+from moe_diffusion.models.accounting import parameter_counts
+from moe_diffusion.reproduction.commands import Options, judging
+from moe_diffusion.reproduction.items import Item, Row
+
+NAMES = {
+    "fid": "FID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "activated": "activated, 10^6",
+}
+
+
+def compared(item: Item, options: Options, results: dict[str, list[dict[str, Any]]]) -> str:
+    """A line for each judged row; cells are "ours (the paper's)". "" if no row is judged.
+
+    The columns are the paper's, or else all that was measured.
+    """
+    measured = {}
+    for step in judging(item, options):
+        if step.row:
+            measured[step.row.label] = _by_guidance(results[str(step)])
+    if not measured:
+        return ""
+    rows = [row for row in item.rows if row.label in measured]
+    columns = dict.fromkeys(key for row in rows for key in row.published)
+    columns = list(columns or dict.fromkeys(key for line in measured.values() for key in line))
+    lines = []
+    for row in rows:
+        ours = measured[row.label] | {"activated": _activated(row, options)}
+        lines.append([row.label, *(_cell(ours.get(c), row.published.get(c)) for c in columns)])
+    found = [line for step in judging(item, options) for line in results.get(str(step), ())]
+    return _page(item, ["model", *map(_title, columns)], lines, _deviations(found))
+
+
+def counted(item: Item) -> str:
+    """Parameters of the rows' configs by kind of module, in millions."""
+    counts = {
+        row.label: parameter_counts(build(configs.load(row.config).model)) for row in item.rows
+    }
+    kinds = dict.fromkeys(kind for kind_of in counts.values() for kind in kind_of)
+    lines = []
+    for row in item.rows:
+        ours = counts[row.label]
+        total = ours["total"]
+        cells = [_cell(total.activated / 1e6, row.published.get("activated"))]
+        for kind in kinds:
+            value = ours[kind].total / 1e6 if kind in ours else None
+            cells.append(_cell(value, row.published.get(kind)))
+        lines.append([row.label, *cells])
+    return _page(item, ["model", "activated, 10^6", *(f"{kind}, 10^6" for kind in kinds)], lines)
+
+
+def _by_guidance(results: list[dict[str, Any]]) -> dict[str, float]:
+    """{"fid@1.5": ...} of the results of one protocol."""
+    return {
+        f"{name}@{result['cfg']:g}": value
+        for result in results
+        for name, value in result["metrics"].items()
+    }
+
+
+def _activated(row: Row, options: Options) -> float:
+    """Activated parameters in millions, at the capacity of training."""
+    config = (
+        configs.load(row.config) if row.config else configs.load_json(f"{options.run}/config.json")
+    )
+    return parameter_counts(build(config.model))["total"].activated / 1e6
+
+
+def _title(column: str) -> str:
+    metric, _, cfg = column.partition("@")
+    return NAMES.get(metric, metric) + (f", guidance {cfg}" if cfg else "")
+
+
+def _cell(ours: float | None, paper: float | None) -> str:
+    text = "-" if ours is None else f"{ours:,.2f}"
+    return text if paper is None else f"{text} ({paper:g})"
+
+
+def _deviations(results: list[dict[str, Any]]) -> str:
+    """One sentence on what differs from the protocols; "" if nothing does."""
+    texts = (text for result in results for text in result["protocol"]["deviations"])
+    different = list(dict.fromkeys(texts))
+    return f"Not as published: {'; '.join(different)}." if different else ""
+
+
+def _page(item: Item, head: list[str], lines: list[list[str]], note: str = "") -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    notes = "Ours; the paper's number in parentheses."
+    return "\n\n".join(filter(None, [f"# {item.title}", table, notes, item.note, note])) + "\n"

@@ -1,0 +1,49 @@
+"""Makes any config small enough to train in seconds, so that every command can be tried."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+# Flags of `evaluate` for a tiny run. A protocol's own values would take hours.
+EVALUATE = ("--num", "8", "--batch", "4", "--steps", "2", "--config.sampling.pool=4")
+
+_IMAGE, _PATCH, _WIDTH = 16, 4, 32
+
+
+def shrink(config: ConfigDict) -> tuple[str, ...]:
+    """Overrides that shrink a config: 2 layers of width 32, 16x16 generated images, 2 steps.
+
+    Router, number of experts, positions and objective stay what they are. The images have three
+    channels, so that samples can be judged without a decoder.
+    """
+    model = config.model
+    values = {
+        "model.image_size": _IMAGE,
+        "model.image_width": 0,
+        "model.channels": 3,
+        "model.patch_size": _PATCH,
+        "model.num_classes": 10,
+        "model.depth": 2,
+        "model.hidden_size": _WIDTH,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 1 if model.num_kv_heads else 0,
+        "model.moe.hidden_size": _WIDTH // 2,
+        "model.moe.shared_hidden_size": _WIDTH // 2 if model.moe.shared_hidden_size else 0,
+        "model.dtype": "float32",
+        "data.source": "synthetic",
+        "data.autoencoder": "",
+        "data.batch_size": 8,
+        "optim.mu_dtype": "float32",
+        "train.num_steps": 2,
+        "train.log_every": 1,
+        "train.sample_every": 0,
+        "train.eval_samples": 0,
+        "checkpoint.every": 2,
+        "checkpoint.keep_every": 0,
+        "parallel.preset": "dp",
+        "sampling.steps": 2,
+    }
+    if model.architecture == "jit":
+        small = {"bottleneck": 8, "in_context_start": 1, "in_context_tokens": 2}
+        values |= {f"model.jit.{key}": value for key, value in small.items()}
+    return tuple(f"--config.{key}={value}" for key, value in values.items())
