@@ -88,13 +88,10 @@ def test_the_steps_of_a_table(tmp_path):
     start = "python -m moe_diffusion.evaluate --workdir"
     ema = files.format("sd-vae-ft-ema")
     assert a == f"{start} {workdir} --protocol dit {ema} --config.seed=1"
-    assert (
-        b
-        == f"{start} {workdir} --protocol dit {ema} --config.model.router.threshold=off --config.seed=1"
-    )  # noqa: E501
-    assert (
-        c == f"{start} runs/mine --protocol dsmoe {files.format('sd-vae-ft-mse')} --config.seed=1"
-    )
+    change = "--config.model.router.threshold=off"
+    assert b == f"{start} {workdir} --protocol dit {ema} {change} --config.seed=1"
+    mse = files.format("sd-vae-ft-mse")
+    assert c == f"{start} runs/mine --protocol dsmoe {mse} --config.seed=1"
 
 
 def test_a_cell_has_our_number_and_the_papers(tmp_path):
