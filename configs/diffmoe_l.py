@@ -3,6 +3,9 @@
     python -m moe_diffusion.train --config configs/diffmoe_l.py:experts=8 --workdir runs/diffmoe_l
 
 Arguments: experts=16 | 8 | 4 | 2 (published: all four, figure 9), objective=flow | ddpm.
+Equal training (families/settings.py): setting=diffmoe_table2 | diffmoe_table2_ddpm | diffmoe_table3
+| diffmoe_table5 | diffmoe_table8 | diffmoe_table11 | diffmoe_figure8 | diffmoe_figure9 |
+diffmoe_figure11 | dsmoe_table2 | promoe.
 """
 
 from __future__ import annotations
@@ -10,11 +13,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.diffmoe import diffmoe
-from configs.families.dit import OBJECTIVES
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    choices = {"experts": (2, 4, 8, 16), "objective": OBJECTIVES}
-    arg = parse_arg(arg, choices=choices, experts=16, objective="flow")
-    return diffmoe("l", arg.experts, arg.objective)
+    return diffmoe("l", arg)

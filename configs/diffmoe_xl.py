@@ -3,6 +3,7 @@
     python -m moe_diffusion.train --config configs/diffmoe_xl.py:experts=8 --workdir runs/diffmoe_xl
 
 Arguments: experts=16 | 8 | 4 | 2 (published: 16), objective=flow | ddpm.
+Equal training (families/settings.py): setting=diffmoe_table5 | promoe.
 """
 
 from __future__ import annotations
@@ -10,11 +11,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.diffmoe import diffmoe
-from configs.families.dit import OBJECTIVES
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    choices = {"experts": (2, 4, 8, 16), "objective": OBJECTIVES}
-    arg = parse_arg(arg, choices=choices, experts=16, objective="flow")
-    return diffmoe("xl", arg.experts, arg.objective)
+    return diffmoe("xl", arg)

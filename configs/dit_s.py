@@ -3,16 +3,15 @@
     python -m moe_diffusion.train --config configs/dit_s.py --workdir runs/dit_s
 
 Argument: objective=ddpm (DiT) | flow (Dense-DiT-S-Flow of arXiv 2503.14487).
+Equal training (families/settings.py): setting=diffmoe_figure8 | diffmoe_figure11.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families.dit import OBJECTIVES, dit
-from moe_diffusion.config import parse_arg
+from configs.families.dit import dit
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, choices={"objective": OBJECTIVES}, objective="ddpm")
-    return dit("s", arg.objective)
+    return dit("s", arg)

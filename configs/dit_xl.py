@@ -3,16 +3,16 @@
     python -m moe_diffusion.train --config configs/dit_xl.py --workdir runs/dit_xl
 
 Argument: objective=ddpm (DiT) | flow (Dense-DiT-XL-Flow of arXiv 2503.14487).
+Equal training (families/settings.py): setting=diffmoe_table2 | diffmoe_table2_ddpm | diffmoe_table3
+| diffmoe_table5 | diffmoe_table8 | diffmoe_table11 | promoe.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families.dit import OBJECTIVES, dit
-from moe_diffusion.config import parse_arg
+from configs.families.dit import dit
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, choices={"objective": OBJECTIVES}, objective="ddpm")
-    return dit("xl", arg.objective)
+    return dit("xl", arg)

@@ -3,16 +3,15 @@
     python -m moe_diffusion.train --config configs/dit_xxxl.py --workdir runs/dit_xxxl
 
 Argument: objective=flow (as published) | ddpm. Depth and width are not published: see SIZES.
+Equal training (families/settings.py): setting=diffmoe_table5.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families.dit import OBJECTIVES, dit
-from moe_diffusion.config import parse_arg
+from configs.families.dit import dit
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, choices={"objective": OBJECTIVES}, objective="flow")
-    return dit("xxxl", arg.objective)
+    return dit("xxxl", arg, objective="flow")

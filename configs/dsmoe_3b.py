@@ -3,7 +3,8 @@
     python -m moe_diffusion.train --config configs/dsmoe_3b.py --workdir runs/dsmoe_3b
 
 Argument: experts=16, the only one published (965M activated parameters, 2^20 to the M).
-Ablations: positions=rope1d | sincos, shared=false, interleave=false, gqa=true.
+Ablations: ablation=s0a3 | gqa | no_interleave | ape | rope1d (section 4.3).
+Equal training (families/settings.py): setting=dsmoe_table2.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 Argument: experts=48 | 16 (436M and 465M activated parameters as the paper counts, 2^20 to the M).
 48 is the default: with fewer parameters in all, it also trains on a machine of 24 GB.
-Ablations: positions=rope1d | sincos, shared=false, interleave=false, gqa=true.
+Ablations: ablation=s0a3 | gqa | no_interleave | ape | rope1d (section 4.3; s0a6 with experts=48).
+Equal training (families/settings.py): setting=dsmoe_table2 | dsmoe_table3.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
     python -m moe_diffusion.train --config configs/dsmoe_s.py:experts=48 --workdir runs/dsmoe_s
 
 Argument: experts=16 | 48 (33M and 30M activated parameters as the paper counts, 2^20 to the M).
-Ablations: positions=rope1d | sincos, shared=false, interleave=false, gqa=true.
+Ablations: ablation=s0a3 | gqa | no_interleave | ape | rope1d (section 4.3; s0a6 with experts=48).
+Equal training (families/settings.py): setting=dsmoe_table2 | dsmoe_table5 | dsmoe_figure3 |
+dsmoe_figure5.
 """
 
 from __future__ import annotations

@@ -8,9 +8,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.jit import jit
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    parse_arg(arg)
-    return jit("B", 32)
+    return jit("B", 32, arg)

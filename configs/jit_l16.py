@@ -1,6 +1,8 @@
 """JiT-L/16 (arXiv 2511.13720, Table 9) on ImageNet at 256 x 256 pixels.
 
-python -m moe_diffusion.train --config configs/jit_l16.py --workdir runs/jit_l16
+    python -m moe_diffusion.train --config configs/jit_l16.py --workdir runs/jit_l16
+
+Equal training (families/settings.py): setting=dsmoe_table4.
 """
 
 from __future__ import annotations
@@ -8,9 +10,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.jit import jit
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    parse_arg(arg)
-    return jit("L", 16)
+    return jit("L", 16, arg)

@@ -4,6 +4,7 @@
 
 Arguments: routing=token_choice | expert_choice, objective=flow | ddpm.
 1,567.4M parameters, 675.0M of them activated.
+Equal training (families/settings.py): setting=promoe.
 """
 
 from __future__ import annotations
@@ -11,10 +12,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.promoe import promoe
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    choices = {"routing": ("token_choice", "expert_choice"), "objective": ("flow", "ddpm")}
-    arg = parse_arg(arg, choices=choices, routing="token_choice", objective="flow")
-    return promoe("xl", arg.routing, arg.objective)
+    return promoe("xl", arg)

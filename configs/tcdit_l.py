@@ -3,6 +3,8 @@
     python -m moe_diffusion.train --config configs/tcdit_l.py:experts=8 --workdir runs/tcdit_l
 
 Arguments: experts=16 | 8 | 4 | 2 (published: 16), objective=flow | ddpm (its table 11).
+Equal training (families/settings.py): setting=diffmoe_table3 | diffmoe_table8 | diffmoe_table11 |
+promoe.
 """
 
 from __future__ import annotations
@@ -10,11 +12,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.diffmoe import diffmoe
-from configs.families.dit import OBJECTIVES
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    choices = {"experts": (2, 4, 8, 16), "objective": OBJECTIVES}
-    arg = parse_arg(arg, choices=choices, experts=16, objective="flow")
-    return diffmoe("l", arg.experts, arg.objective, router="tcdit")
+    return diffmoe("l", arg, router="tcdit")

@@ -11,11 +11,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.diffmoe import diffmoe
-from configs.families.dit import OBJECTIVES
-from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    choices = {"experts": (2, 4, 8, 16), "objective": OBJECTIVES}
-    arg = parse_arg(arg, choices=choices, experts=16, objective="flow")
-    return diffmoe("s", arg.experts, arg.objective, router="tcdit")
+    return diffmoe("s", arg, router="tcdit")

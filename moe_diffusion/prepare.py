@@ -1,18 +1,19 @@
 """Encodes images into a folder of latents to train from; run the same command again to continue.
 
   python -m moe_diffusion.prepare --source folder:/data/imagenet/train --size 256 \\
-      --vae sd-vae-ft-ema/ --flip --out data/imagenet256_latents
+      --vae sd-vae-ft-ema/ --out data/imagenet256_latents
   python -m moe_diffusion.prepare --source tfds:imagenet2012:5.1.0 --size 256 \\
       --vae ae.safetensors --kind flux --out data/imagenet256_flux
 
 On several hosts, start it on each, as for train; --out must be a folder that all of them see. Then
-train with --config.data.source=latents:<out>. After --flip, add --config.data.augment=flip.
+train with --config.data.source=latents:<out>. After --no-flip, add --config.data.augment=none.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--vae", required=True, help="the autoencoder: a weight file or a folder of diffusers")
     add("--kind", default="auto", help="sd or flux, for weights without config.json (%(default)s)")
     add("--out", required=True, help="folder of the latents")
-    add("--flip", action="store_true", help="encode the mirrored images, too")
+    flip = "encode the mirrored images, too, for data.augment=flip (the default)"
+    add("--flip", action=BooleanOptionalAction, default=True, help=flip)
     add("--samples", action="store_true", help="store one sample an image, in half the space")
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--shard-size", type=int, default=8192, help="records in a file (%(default)s)")

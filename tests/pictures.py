@@ -45,8 +45,8 @@ def write_autoencoder(folder: Path, seed: int = 0) -> Path:
 
 
 def prepare_args(pictures: Path, autoencoder: Path, out: Path) -> list[str]:
-    """Of `prepare`: 10 shards, mirrored images, too."""
+    """Of `prepare`: 10 shards, mirrored images, too (the default)."""
     return [
         *("--source", f"folder:{pictures}", "--size", str(SIDE), "--vae", str(autoencoder)),
-        *("--flip", "--shard-size", "20", "--workers", "2", "--out", str(out)),
+        *("--shard-size", "20", "--workers", "2", "--out", str(out)),
     ]

@@ -142,6 +142,10 @@ def test_other_settings_and_autoencoders_are_refused(inputs, undisturbed, tmp_pa
     assert "was written with moments = True, now it is False" in cli.refused(
         capfd, prepare.main, [*args, "--samples"]
     )
+    assert "was written with flip = True, now it is False" in cli.refused(
+        capfd, prepare.main, [*args, "--no-flip"]
+    )
+    prepare.main([*args, "--flip"])  # what had to be said in earlier versions
     assert cli.contents(undisturbed) == before
 
 
@@ -153,7 +157,7 @@ def test_a_broken_image_stops_the_run_or_is_left_out(inputs, tmp_path, capfd):
             (tmp_path / "pictures" / f"class_{label}" / name).write_bytes(bits)
     (tmp_path / "pictures" / "class_1" / "a.png").write_bytes(bits[:100])
     args = pictures.prepare_args(tmp_path / "pictures", inputs[1], tmp_path / "out")
-    args.remove("--flip")
+    args.append("--no-flip")
     capfd.readouterr()
     with pytest.raises(SystemExit):
         prepare.main(args)
@@ -163,4 +167,5 @@ def test_a_broken_image_stops_the_run_or_is_left_out(inputs, tmp_path, capfd):
     captured = capfd.readouterr()
     assert "3 latents in 1 files" in captured.out and "skipped: " in captured.err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert not manifest["flip"] and not Latents(str(tmp_path / "out")).mirrored
     assert manifest["count"] == 3 and manifest["skipped"][0].endswith("class_1/a.png")

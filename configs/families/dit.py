@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from configs.families import settings
 from moe_diffusion import config as configs
 
 # size -> depth, width, heads. S to XL: arXiv 2212.09748, table 1. Of its two larger dense models,
@@ -42,6 +43,7 @@ def imagenet_latents(name: str, size: str, objective: str) -> ConfigDict:
     # AdamW(0.9, 0.999), constant 1e-4, no decay, no clipping, EMA 0.9999, label dropout 0.1 and
     # uniform times are the defaults.
     config.data.source = "latents:data/imagenet256_latents"
+    config.data.augment = "flip"
     config.checkpoint.keep_every = 50_000
     config.parallel.preset = "dp" if size in ("s", "b") else "fsdp"
 
@@ -55,9 +57,23 @@ def imagenet_latents(name: str, size: str, objective: str) -> ConfigDict:
     return config
 
 
-def dit(size: str, objective: str) -> ConfigDict:
-    """Dense DiT (arXiv 2212.09748), or DiffMoE's baseline Dense-DiT-Flow."""
-    config = imagenet_latents(f"dit_{size}", size, objective)
+def dit(size: str, arg: str | None, objective: str = "ddpm") -> ConfigDict:
+    """Dense DiT (arXiv 2212.09748), or DiffMoE's baseline Dense-DiT-Flow.
+
+    Args:
+      size: of SIZES.
+      arg: of the config file: objective=ddpm | flow, setting= one of `settings.SETTINGS`.
+      objective: the default.
+    """
+    choices = {"objective": OBJECTIVES}
+    chosen = settings.parse(f"dit_{size}", arg, choices=choices, objective=objective)
+    config = _dense(f"dit_{size}", size, chosen.objective)
+    settings.apply(config, chosen.setting)
+    return config
+
+
+def _dense(name: str, size: str, objective: str) -> ConfigDict:
+    config = imagenet_latents(name, size, objective)
     config.data.batch_size = 256
     config.train.num_steps = 7_000_000
     return config
@@ -65,7 +81,7 @@ def dit(size: str, objective: str) -> ConfigDict:
 
 def sit(size: str) -> ConfigDict:
     """SiT (arXiv 2401.08740): DiT as a flow, sampled by the SDE with w(t) = 1 - t."""
-    config = dit(size, "flow")
+    config = _dense(f"sit_{size}", size, "flow")
     config.name = f"sit_{size}"
     # The SDE gives SiT's best published FID, 2.06. The ODE (--sampler dopri5) gives 2.15.
     config.sampling.sampler = "sde"

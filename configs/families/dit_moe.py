@@ -48,6 +48,7 @@ def dit_moe(size: str, experts: int, objective: str, qk_norm: bool = False) -> C
     # the defaults. The batch size is from the commands in the authors' README, which has none for
     # xl and g.
     config.data.source = "latents:data/imagenet256_latents"
+    config.data.augment = "flip"
     config.data.batch_size = 256 if size == "s" else 1024
     config.checkpoint.keep_every = 50_000
     config.parallel.preset = "dp" if size == "s" else "fsdp"

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from configs.families import settings
+from configs.families.settings import STEPS_PER_EPOCH
 from moe_diffusion import config as configs
 from moe_diffusion.interop.jit import configure
-
-STEPS_PER_EPOCH = 1_281_167 // 1024
 
 # size -> guidance scale of the authors' example command. The authors search it between 1 and 4 for
 # every model. They publish none for L and G, which have that of the nearest size here.
 _CFG = {"B": 2.9, "L": 2.9, "H": 2.2, "G": 2.2}
 
 
-def jit(size: str, patch_size: int, experts: int = 0) -> ConfigDict:
+def jit(size: str, patch_size: int, arg: str | None, experts: int = 0) -> ConfigDict:
     """JiT for ImageNet at 256 (patches of 16) or 512 pixels (patches of 32).
 
     Args:
       size: "B" | "L" | "H" | "G" (2511.13720, Table 9; numbers in interop/jit.py).
+      arg: of the config file: setting=dsmoe_table4, where B and L with patches of 16 have a place.
       experts: 16 = JiTMoE (2512.01252), which exists in B, L and H with patches of 16; 0 = dense.
     """
     config = configs.default()
     family = "jitmoe" if experts else "jit"
     config.name = f"{family}_{size.lower()}{patch_size}"
+    chosen = settings.parse(config.name, arg)
     args = {
         "model": f"JiT-{size}/{patch_size}" + (f"-E{experts}" if experts else ""),
         "img_size": 16 * patch_size,
@@ -50,4 +52,5 @@ def jit(size: str, patch_size: int, experts: int = 0) -> ConfigDict:
     config.train.num_steps = (200 if experts else 600) * STEPS_PER_EPOCH
     config.checkpoint.keep_every = 100 * STEPS_PER_EPOCH
     config.parallel.preset = "dp" if size == "B" else "fsdp"
+    settings.apply(config, chosen.setting)
     return config

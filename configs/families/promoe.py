@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from configs.families import settings
 from moe_diffusion import config as configs
 
 # Size -> depth, width, heads. From config.py and configs/004_ProMoE_*.yaml, which the authors
@@ -16,17 +17,21 @@ _SIZES = {
 }
 
 
-def promoe(size: str, routing: str, objective: str) -> ConfigDict:
+def promoe(size: str, arg: str | None) -> ConfigDict:
     """ProMoE for ImageNet 256x256 in latent space (arXiv 2510.24711).
 
     Args:
       size: "s" | "b" | "l" | "xl".
-      routing: "token_choice" (all sizes were published), or "expert_choice" (L was).
-      objective: "flow" (all were published), or "ddpm", for which the authors recommend
-        expert choice.
+      arg: of the config file: routing=token_choice (all sizes were published) | expert_choice (L
+        was); objective=flow (all were published) | ddpm, for which the authors recommend expert
+        choice; setting= one of `settings.SETTINGS`.
     """
+    choices = {"routing": ("token_choice", "expert_choice"), "objective": ("flow", "ddpm")}
+    chosen = settings.parse(
+        f"promoe_{size}", arg, choices=choices, routing="token_choice", objective="flow"
+    )
     config = configs.default()
-    config.name = f"promoe_{size}_{routing}_{objective}"
+    config.name = f"promoe_{size}_{chosen.routing}_{chosen.objective}"
 
     model = config.model
     model.depth, model.hidden_size, model.num_heads = _SIZES[size]
@@ -41,7 +46,7 @@ def promoe(size: str, routing: str, objective: str) -> ConfigDict:
     model.moe.hidden_size = model.moe.shared_hidden_size = 2 * model.hidden_size
     model.moe.mlp = model.moe.shared_mlp = "gelu"
     model.moe.bias = model.moe.shared_bias = True
-    model.router.name = {"token_choice": "promoe_tc", "expert_choice": "promoe_ec"}[routing]
+    model.router.name = {"token_choice": "promoe_tc", "expert_choice": "promoe_ec"}[chosen.routing]
     model.router.scores = "identity"
     model.router.top_k, model.router.capacity = 1, 1.0  # one of the two is a field of the router
     model.router.kernel_init = "normal_0.02"
@@ -49,12 +54,13 @@ def promoe(size: str, routing: str, objective: str) -> ConfigDict:
 
     # AdamW(0.9, 0.999), constant 1e-4, no decay, EMA 0.9999 and label dropout 0.1 are the defaults.
     config.data.source = "latents:data/imagenet256_latents"
+    config.data.augment = "flip"
     config.data.batch_size = 256
     config.optim.clip_norm = 0.5
     config.train.num_steps = 500_000
     config.checkpoint.keep_every = 50_000
     config.parallel.preset = "dp" if size in ("s", "b") else "fsdp"
-    if objective == "ddpm":
+    if chosen.objective == "ddpm":
         config.diffusion.path = "ddpm"
         config.sampling.update(sampler="ddpm", cfg_channels=3)
     else:
@@ -63,4 +69,5 @@ def promoe(size: str, routing: str, objective: str) -> ConfigDict:
         config.sampling.sampler = "euler"
     # The protocol of the published FIDs: 250 steps, guidance 1.0 and 1.5.
     config.sampling.steps, config.sampling.cfg = 250, 1.5
+    settings.apply(config, chosen.setting)
     return config

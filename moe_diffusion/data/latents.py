@@ -73,7 +73,8 @@ class Latents:
     """The source of a prepared folder.
 
     `take` returns the means (or the stored samples) as the model sees them, (z - shift) * scale,
-    and never mirrors. A training batch is made by `take_stored` and `draw`.
+    and never mirrors. A training batch is made by `take_stored` and `draw`. `mirrored` says whether
+    the mirrored images are stored, too.
     """
 
     def __init__(self, folder: str):
@@ -83,7 +84,8 @@ class Latents:
         self._scale, self._shift = self.manifest["scale"], self.manifest["shift"]
         shards = self.manifest["shards"]
         self._files = [Path(folder) / shard["file"] for shard in shards]
-        self._ends = np.cumsum([shard["count"] for shard in shards])
+        self._starts = np.cumsum([0, *(shard["count"] for shard in shards)])[:-1]
+        self.mirrored: bool = self.manifest["flip"]
         self._readers: dict[int, Any] = {}
         for path, shard in zip(self._files, shards, strict=True):
             size = path.stat().st_size if path.is_file() else "no"
@@ -94,7 +96,7 @@ class Latents:
                 )
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self.manifest["count"]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: values[0] for name, values in self.take(np.array([index])).items()}
@@ -110,21 +112,20 @@ class Latents:
 
     def take_stored(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"image": f16[B, F, h, w, k] as stored, **cond} of the records `indices`."""
-        shards = np.searchsorted(self._ends, indices, side="right")
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
         table = np.empty(len(indices), self._record)
         for shard in np.unique(shards).tolist():
             mine = shards == shard
-            first = self._ends[shard - 1] if shard else 0
-            records = self._read(shard, (indices[mine] - first).tolist())
+            records = self._read(shard, (indices[mine] - self._starts[shard]).tolist())
             table[mine] = np.frombuffer(b"".join(records), self._record)
         return {name: np.ascontiguousarray(table[name]) for name in self._record.names}
 
     def draw(self, stored: np.ndarray, positions: range, seed: int, flip: bool) -> np.ndarray:
         """Draws the latents of a training batch.
 
-        A draw chooses one of the two images (if `flip`) and a sample of the Gaussian (if moments
-        are stored). It is a function of the seed and of the record's position in the global batch,
-        so a process need not draw for the others.
+        A draw chooses one of the two images (if `flip`, and if both are stored) and a sample of the
+        Gaussian (if moments are stored). It is a function of the seed and of the record's position
+        in the global batch, so a process need not draw for the others.
 
         Args:
           stored: f16[B, F, h, w, k].
@@ -135,14 +136,14 @@ class Latents:
         Returns:
           f32[B, h, w, c], scaled.
         """
-        channels = self.image_shape[-1]
+        flip = flip and self.mirrored
         image = np.empty((len(stored), *self.image_shape), np.float32)
         for i, position in enumerate(positions):
             rng = np.random.Generator(np.random.Philox(key=[seed, position]))
             latent = stored[i, int(rng.random() < 0.5) if flip else 0].astype(np.float32)
             if self.manifest["moments"]:
-                noise = rng.standard_normal(self.image_shape, np.float32)
-                latent = latent[..., :channels] + np.exp(0.5 * latent[..., channels:]) * noise
+                mean, logvar = np.split(latent, 2, axis=-1)
+                latent = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
             image[i] = latent
         return (image - np.float32(self._shift)) * np.float32(self._scale)
 

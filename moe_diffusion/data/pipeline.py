@@ -9,6 +9,7 @@ grain supplies the seeded random map, the prefetching and the worker processes.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from moe_diffusion.checks import divides
 from moe_diffusion.data.sources import Batch, Source, check_batch, stack
 from moe_diffusion.errors import UserError
 
@@ -34,7 +36,8 @@ def make_iterator(
     Args:
       source: the records; see `sources`.
       data: `config.data`; reads `batch_size` (G, of the global batch), `augment`
-        (`AUGMENTATIONS`), `num_workers` (processes that read; 0 = threads of this one) and
+        (`AUGMENTATIONS`; "flip" of latents without mirrored images warns and does nothing),
+        `num_workers` (processes that read; 0 = threads of this one) and
         `prefetch` (batches made ahead; 0 = none).
       seed: of the order and of the augmentation; any integer.
       process_index: this process, 0..process_count-1.
@@ -50,18 +53,17 @@ def make_iterator(
         or a value is out of range.
     """
     augment, size = data.augment, data.batch_size // process_count
-    if data.batch_size % process_count:
-        raise UserError(
-            f"data.batch_size = {data.batch_size} cannot be split over {process_count} processes: "
-            "make it a multiple"
-        )
+    remedy = "make the batch a multiple"
+    divides("number of processes", process_count, "data.batch_size", data.batch_size, remedy)
     if augment not in AUGMENTATIONS:
-        known = ", ".join(AUGMENTATIONS)
-        raise UserError(f"data.augment={augment!r} is unknown; known: {known}")
+        raise UserError(f"data.augment={augment!r} is unknown; known: {', '.join(AUGMENTATIONS)}")
     if augment == "dequantize" and getattr(source, "levels", None) is None:
         raise UserError("data.augment=dequantize needs a source of quantised images, like digits")
-    if augment == "flip" and hasattr(source, "draw") and not source.manifest["flip"]:
-        raise UserError("data.augment=flip needs latents of mirrored images: prepare with --flip")
+    if augment == "flip" and not getattr(source, "mirrored", True) and process_index == 0:
+        logging.warning(
+            "data.source has no mirrored images, so data.augment=flip does nothing; to add them, "
+            "run `python -m moe_diffusion.prepare` again with another --out and without --no-flip"
+        )
     # Two independent seeds: one for the order, one for the augmentation.
     order_seed, augment_seed = np.random.SeedSequence(seed % 2**64).generate_state(2).tolist()
     positions = range(process_index * size, (process_index + 1) * size)
@@ -110,8 +112,7 @@ class BatchIterator(grain.DatasetIterator):
         options = grain.ReadOptions(self._prefetch, self._prefetch)
         dataset = self._batches[self._next_index :].to_iter_dataset(options)
         if self._num_workers > 0:
-            if not flags.FLAGS.is_parsed():  # outside of absl.app; grain's workers read flags
-                flags.FLAGS.mark_as_parsed()
+            flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside of absl.app
             ahead = max(1, self._prefetch)
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._num_workers, ahead))
         reader = iter(dataset)

@@ -120,10 +120,23 @@ def test_processes_workers_and_resuming_change_nothing(prepared, batches):
                 np.testing.assert_array_equal(resumed[name], value)
 
 
-def test_flip_needs_mirrored_latents(tmp_path, batches):
+def test_flip_without_mirrored_latents_warns_and_changes_nothing(tmp_path, batches, caplog):
+    """Once, on the process that prints; the batches are those of augment=none, number by number."""
     source = lib.write(tmp_path / "out", lib.Images(COUNT))
-    with pytest.raises(UserError, match="needs latents of mirrored images: prepare with --flip"):
-        batches(source, augment="flip")
+    plain, parts = batches(source), [batches(source, 3, augment="flip", index=1, count=2)]
+    assert not source.mirrored and not caplog.records
+    parts.insert(0, batches(source, 3, augment="flip", index=0, count=2))
+    (record,) = caplog.records
+    assert "run `python -m moe_diffusion.prepare` again" in record.getMessage()
+    for _ in range(5):
+        images = np.concatenate([next(part)["image"] for part in parts])
+        np.testing.assert_array_equal(images, next(plain)["image"])
+
+
+def test_mirrored_latents_do_not_warn(prepared, batches, caplog):
+    assert prepared[1].mirrored
+    batches(prepared[1], augment="flip")
+    assert not caplog.records
 
 
 @pytest.fixture

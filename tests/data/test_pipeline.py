@@ -173,7 +173,7 @@ def test_augmentations_that_do_not_fit_are_refused(make):
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
     data = SimpleNamespace(batch_size=10, augment="none", num_workers=0, prefetch=0)
-    with pytest.raises(UserError, match="data.batch_size = 10 cannot be split over 4 processes"):
+    with pytest.raises(UserError, match="number of processes = 4 does not divide data.batch"):
         pipeline.make_iterator(Numbered(20), data, seed=0, process_index=1, process_count=4)
 
 
