@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families.evaluation import adm_suite
+from configs.families.evaluation import adm_suite, two_passes
 from moe_diffusion.config import parse_arg
 
 
@@ -16,7 +16,8 @@ def get_protocol(arg: str | None = None) -> ConfigDict:
     parse_arg(arg)
     protocol = adm_suite()
     protocol.source = "arXiv 2510.24711; ProMoE/sample.py, configs/004_ProMoE_*.yaml, run_eval.py"
-    protocol.sampling = {"sampler": "euler", "steps": 250, "cfg_interval": (0.0, 1.0)}
+    protocol.sampling = {"sampler": "euler", "steps": 250, **two_passes()}
+    protocol.matmul = "float32"  # cfg.val_param_dtype; nothing switches TF32 on
     protocol.cfg = (1.0, 1.5)
     protocol.batch_size = 128
     protocol.autoencoder = "sd-vae-ft-mse"

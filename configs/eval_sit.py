@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families.evaluation import adm_suite
+from configs.families.evaluation import adm_suite, forward_with_cfg
 from moe_diffusion.config import parse_arg
 
 _SAMPLERS = {
@@ -23,7 +23,7 @@ def get_protocol(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, choices={"sampler": tuple(_SAMPLERS)}, sampler="ode")
     protocol = adm_suite()
     protocol.source = "arXiv 2401.08740, section 3 and appendix; SiT/sample_ddp.py"
-    protocol.sampling = {**_SAMPLERS[arg.sampler], "cfg_interval": (0.0, 1.0)}
+    protocol.sampling = {**_SAMPLERS[arg.sampler], **forward_with_cfg()}
     protocol.cfg = (1.0, 1.5)
     protocol.autoencoder = "sd-vae-ft-ema"
     return protocol

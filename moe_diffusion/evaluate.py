@@ -54,6 +54,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--seed", type=int, help="of noise and random labels (0)")
     add("--resize", choices=protocol.RESIZES, help="before Inception, as who does it (tensorflow)")
     add("--quantize", choices=protocol.QUANTIZATIONS, help="samples to 0..255 (round)")
+    add("--score", choices=protocol.SCORES, help="whose Inception Score (torch-fidelity: shuffled)")
+    add("--matmul", choices=protocol.MATMULS, help="float32 products, at least so exact (tf32)")
     add("--save-features", help=".npz for the judged images' features and statistics")
     add("--plot", help="picture of a sweep (sweep.png in the workdir)")
     add("--json", action="store_true", help="print one JSON object as last line")
@@ -68,6 +70,7 @@ def settle(args: argparse.Namespace, overrides: list[str]) -> evaluator.Request:
     settings = copy.deepcopy(published or protocol.default())
     given = {"num_samples": args.num, "batch_size": args.batch}
     given |= {key: getattr(args, key) for key in ("labels", "seed", "resize", "quantize")}
+    given |= {"score": args.score, "matmul": args.matmul}
     settings.update({key: value for key, value in given.items() if value is not None})
     for key in ("sampler", "steps"):
         if getattr(args, key) is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation.capacity_search import metric_for, search
+from moe_diffusion.evaluation.record import made_with
 from moe_diffusion.figures.curves import threshold_picture
 from moe_diffusion.figures.images import save_png
 from moe_diffusion.sampling.conditions import conditions_of_run
@@ -94,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_png(threshold_picture(rows, target), args.out)
         print(f"curves: {args.out}")
     if args.json:
-        print(json.dumps({**note, "target": target, "nearest": nearest["threshold"], "rows": rows}))
+        record = note | made_with(config, devices=1)
+        summary = {"target": target, "nearest": nearest["threshold"], "rows": rows}
+        print(json.dumps(record | summary))
 
 
 if __name__ == "__main__":

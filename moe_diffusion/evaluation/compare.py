@@ -11,14 +11,24 @@ from moe_diffusion.evaluation import metrics
 from moe_diffusion.evaluation.features import Extractor, FeatureSet
 
 NEIGHBOURS = 3  # k of precision and recall
-KERNEL_VECTORS = 10_000  # that KID takes from each side
-SCORE_SPLIT = 5000  # images in one part of the Inception Score
+KERNEL_VECTORS = 10_000  # that KID takes from each side, see `metrics.chosen`
+# Whose Inception Score -> arguments of `metrics.inception_score`. Only a shuffled one is right for
+# images in class order.
+SCORES = {
+    "torch-fidelity": {"parts": 10, "shuffle": 2020},
+    "adm": {"split": 5000, "shuffle": None},
+}
 
 
 def compare(
-    samples: FeatureSet, reference: FeatureSet, extractor: Extractor
+    samples: FeatureSet, reference: FeatureSet, extractor: Extractor, score: str = "torch-fidelity"
 ) -> tuple[dict[str, Any], list[str]]:
     """Computes every metric that both sides have the data for.
+
+    Only the Inception Score depends on the order of the images.
+
+    Args:
+      score: whose Inception Score, one of SCORES.
 
     Returns:
       metrics: name -> value. Precision, recall and KID need the vectors of both sides.
@@ -39,7 +49,7 @@ def compare(
         found[names["spatial"]] = metrics.frechet_distance(samples.spatial, reference.spatial)
     if "score" in names and samples.vectors is not None:
         logits = samples.vectors @ extractor.classifier
-        found[names["score"]] = metrics.inception_score(logits, SCORE_SPLIT)[0]
+        found[names["score"]] = metrics.inception_score(logits, **SCORES[score])[0]
     if samples.vectors is not None and reference.vectors is not None:
         found |= _neighbours_and_kernel(samples.vectors, reference.vectors, names)
     return found, warnings
@@ -52,9 +62,8 @@ def _neighbours_and_kernel(
     if min(len(samples), len(reference)) > NEIGHBOURS:
         precision, recall = metrics.precision_recall(reference, samples, NEIGHBOURS)
         found |= {names["precision"]: precision, names["recall"]: recall}
-    found[names["kernel"]] = metrics.kernel_distance(
-        reference[:KERNEL_VECTORS], samples[:KERNEL_VECTORS]
-    )
+    reference, samples = (x[metrics.chosen(len(x), KERNEL_VECTORS)] for x in (reference, samples))
+    found[names["kernel"]] = metrics.kernel_distance(reference, samples)
     return found
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation import inception, protocol
-from moe_diffusion.evaluation.compare import check_comparable, compare
+from moe_diffusion.evaluation.compare import SCORES, check_comparable, compare
 from moe_diffusion.evaluation.digits import DigitsFeatures
 from moe_diffusion.evaluation.features import (
     Extractor,
@@ -24,6 +24,8 @@ from moe_diffusion.evaluation.features import (
     save_features,
     with_vectors,
 )
+from moe_diffusion.evaluation.precision import matmul_precision
+from moe_diffusion.evaluation.record import made_with
 from moe_diffusion.evaluation.runs import RunImages
 from moe_diffusion.parallel.distributed import is_main_process
 
@@ -78,37 +80,68 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
     reference = _open_reference(request, digits, first)
     sides = [side for side in (first, reference) if side is not None]
     extractor = _make_extractor(request, digits, sides)
-    batch = request.settings.batch_size
     if reference is not None:
         dims = {"pool": DigitsFeatures.dims} if digits else INCEPTION_DIMS
         check_comparable(first, reference, dims)
-        reference = with_vectors(reference, extractor, batch)
-    heldout = with_vectors(open_features(f"{DIGITS}@test"), extractor, batch) if digits else None
+        reference = _with_vectors(reference, extractor, request)
+    heldout = None
+    if digits and reference is not None and reference.name == DIGITS:
+        heldout = _with_vectors(open_features(f"{DIGITS}@test"), extractor, request)
     for samples in itertools.chain([first], variants):
-        images = samples.images
-        samples = with_vectors(samples, extractor, batch, request.num)
-        if request.save_features and is_main_process():
-            save_features(samples, request.save_features)
-        found, warnings = {}, []
-        if reference is not None:
-            found, warnings = compare(samples, reference, extractor)
-        if digits and reference.name == DIGITS:
-            found["fd_digits_heldout"] = compare(heldout, reference, extractor)[0]["fd_digits"]
-        result = {"metrics": found, "warnings": warnings}
-        if isinstance(images, RunImages):
-            result |= images.conditions
-        else:
-            result |= {"samples": samples.name, "num_samples": samples.pool.count}
-        result["features"] = extractor.note
-        if reference is not None:
-            result["reference"] = {"name": reference.name, "count": reference.pool.count}
-        used = {**result, **result.get("sampling", {}), **extractor.note}
-        result["protocol"] = _against(request.published, used)
-        result["code"] = protocol.code_version()
+        result = _judge(samples, reference, heldout, extractor, request)
         if request.workdir and is_main_process():
             with (Path(request.workdir) / "evaluations.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")
         yield result
+
+
+def _judge(
+    samples: FeatureSet,
+    reference: FeatureSet | None,
+    heldout: FeatureSet | None,
+    extractor: Extractor,
+    request: Request,
+) -> dict[str, Any]:
+    """Draws or reads a set of images and compares it; `heldout` is of real digits."""
+    settings, images = request.settings, samples.images
+    samples = _with_vectors(samples, extractor, request, request.num)
+    if request.save_features and is_main_process():
+        save_features(samples, request.save_features)
+    found, warnings = {}, []
+    if reference is not None:
+        found, warnings = compare(samples, reference, extractor, settings.score)
+    if heldout is not None:
+        found["fd_digits_heldout"] = compare(heldout, reference, extractor)[0]["fd_digits"]
+    result: dict[str, Any] = {"metrics": found, "warnings": warnings}
+    used = {"matmul": settings.matmul}
+    with matmul_precision(settings.matmul):
+        if isinstance(images, RunImages):
+            result |= images.conditions
+            used |= protocol.model_settings(images.config.model)
+        else:
+            result |= {"samples": samples.name, "num_samples": samples.pool.count, **made_with()}
+    result["features"] = extractor.note
+    if "inception_score" in found:
+        used["score"] = settings.score
+        result["inception_score"] = {"score": settings.score, **SCORES[settings.score]}
+        if result.get("labels") == "balanced" and SCORES[settings.score]["shuffle"] is None:
+            warnings.append(
+                "the Inception Score is that of parts in class order, each with few classes, and "
+                "much too low: take --score torch-fidelity, or --labels random"
+            )
+    if reference is not None:
+        result["reference"] = {"name": reference.name, "count": reference.pool.count}
+    used |= {**result, **result.get("sampling", {}), **extractor.note, **used}
+    result["protocol"] = _against(request.published, used)
+    return result | {"software": result.pop("software")}  # the longest last
+
+
+def _with_vectors(
+    features: FeatureSet, extractor: Extractor, request: Request, num: int = 0
+) -> FeatureSet:
+    """`features.with_vectors`, with float32 products as exact as the protocol says."""
+    with matmul_precision(request.settings.matmul):
+        return with_vectors(features, extractor, request.settings.batch_size, num)
 
 
 def _variants(request: Request) -> Iterator[FeatureSet]:
@@ -126,12 +159,11 @@ def _variants(request: Request) -> Iterator[FeatureSet]:
     if request.save_features and sweep:
         raise UserError("--save-features holds one set: give one --cfg and one --ema")
     check_writable(request.workdir)
-    sampling = [f"sampling.{key}={_as_text(value)}" for key, value in settings.sampling.items()]
     for ema in request.emas:
         run = RunImages(
             request.workdir,
             settings,
-            (*sampling, *request.overrides),
+            (*protocol.overrides(settings), *request.overrides),
             step=request.step,
             ema=ema,
             vae=request.vae,
@@ -140,10 +172,6 @@ def _variants(request: Request) -> Iterator[FeatureSet]:
             run.check_ema(other)
         for cfg in scales or (run.config.sampling.cfg,):
             yield FeatureSet(str(request.workdir), images=run.with_cfg(cfg))
-
-
-def _as_text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _open_reference(request: Request, digits: bool, samples: FeatureSet) -> FeatureSet | None:

@@ -20,9 +20,15 @@ from tqdm import tqdm
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import inception
 from moe_diffusion.evaluation.images import Images, check_range, open_images, to_pixels
-from moe_diffusion.evaluation.metrics import Gaussian, Moments, check_finite, gaussian_of
+from moe_diffusion.evaluation.metrics import (
+    Gaussian,
+    Moments,
+    check_finite,
+    chosen,
+    gaussian_of,
+)
 
-MAX_VECTORS = 50_000  # kept for precision, recall and KID; mean and covariance use all vectors
+MAX_VECTORS = 50_000  # kept for all but mean and covariance, which use every vector
 _PER_DEVICE = 32  # images; 299 x 299 pixels each take about 20 MB in the network
 _VECTOR_KEYS = ("features", "activations")  # in our files; in those of DiffMoE and DSMoE
 
@@ -107,22 +113,23 @@ def collect(
     """Computes the features of all images, batch by batch.
 
     Args:
-      total: number of images, for the progress bar.
+      total: number of images; of more than MAX_VECTORS, a choice of vectors is kept.
       name: of the set, for the progress bar and messages.
 
     Raises:
       UserError: an image is not finite or not in [-1, 1], or a feature is not finite.
     """
     moments: dict[str, Moments] = {}
-    vectors = []
+    vectors, seen, kept = [], 0, chosen(total, MAX_VECTORS)
     with tqdm(total=total, unit="image", desc=f"features of {name}", disable=None) as bar:
         for batch in batches:
             check_range(batch, name)
             for kind, rows in extractor(batch).items():
                 moments.setdefault(kind, Moments(rows.shape[1])).add(rows)
                 if kind == "pool":
-                    room = max(0, MAX_VECTORS - sum(map(len, vectors)))
-                    vectors.append(np.asarray(rows[:room], np.float32))
+                    own = kept[(kept >= seen) & (kept < seen + len(batch))] - seen
+                    vectors.append(np.asarray(rows[own], np.float32))
+            seen += len(batch)
             bar.update(len(batch))
     gaussians = {kind: m.gaussian() for kind, m in moments.items()}
     return FeatureSet(name, gaussians["pool"], gaussians.get("spatial"), np.concatenate(vectors))

@@ -6,6 +6,7 @@ FID (arXiv 1706.08500), sFID (2103.03841), Inception Score (1606.03498), precisi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -74,6 +75,17 @@ def check_finite(features: np.ndarray, first: int = 0) -> None:
         )
 
 
+def chosen(count: int, limit: int) -> np.ndarray:
+    """Which vectors stand for all `count` of a set: indices i64[min(count, limit)], ascending.
+
+    They are drawn without replacement, the same ones every time. The first ones would not do,
+    because the images of a file may be sorted by class.
+    """
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.RandomState(0).choice(count, limit, replace=False))
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)); FID with Inception's features.
 
@@ -98,19 +110,33 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(difference @ difference + both - 2 * trace)
 
 
-def inception_score(logits: np.ndarray, split: int = 5000) -> tuple[float, float]:
+def inception_score(
+    logits: np.ndarray, split: int = 5000, parts: int = 0, shuffle: int | None = None
+) -> tuple[float, float]:
     """Inception Score exp(mean KL(p(y|x) || p(y))), computed on parts of the images.
+
+    The parts must see all classes: the score of a part with a tenth of the classes is at most a
+    tenth of the number of classes. So images in class order must be shuffled.
 
     Args:
       logits: [N, classes]. ADM's evaluator and the graph of 2015 leave the bias out.
-      split: number of consecutive images in a part.
+      split: number of consecutive images in a part, the last part may have fewer. So does ADM's
+        evaluator (`evaluator.py`, 5,000).
+      parts: cuts into so many parts of equal size instead, part i from image i N // parts on. So
+        does torch-fidelity (`metric_isc.py`, 10). At most N.
+      shuffle: seed of the permutation before the cut, numpy's `RandomState(shuffle)`. So does
+        torch-fidelity (2020). None keeps the order.
 
     Returns:
       Mean and standard deviation over the parts.
     """
+    if shuffle is not None:
+        logits = logits[np.random.RandomState(shuffle).permutation(len(logits))]
+    parts = min(parts, len(logits))
+    cuts = [i * len(logits) // parts for i in range(parts)] or range(0, len(logits), split)
     scores = []
-    for start in range(0, len(logits), split):
-        part = np.asarray(logits[start : start + split], np.float64)
+    for start, end in itertools.pairwise([*cuts, len(logits)]):
+        part = np.asarray(logits[start:end], np.float64)
         part = part - part.max(1, keepdims=True)
         log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
         p = np.exp(log_p)
@@ -167,8 +193,8 @@ def neighbour_radii(features: np.ndarray, k: int) -> np.ndarray:
 def kernel_distance(reference: np.ndarray, generated: np.ndarray) -> float:
     """KID: the unbiased squared MMD under the kernel (x . y / D + 1)^3; it may be negative.
 
-    It uses all pairs of vectors at once. Other codes average over subsets of 1,000 vectors, which
-    has the same expectation and more noise.
+    It uses all pairs of vectors at once, so their order does not matter. Other codes average over
+    subsets of 1,000 vectors, which has the same expectation and more noise.
 
     Raises:
       UserError: a side has fewer than 2 vectors.

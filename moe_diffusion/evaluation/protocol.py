@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-import moe_diffusion
 from moe_diffusion import config as configs
+from moe_diffusion.config.schema import leaves
 from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation.compare import SCORES
 from moe_diffusion.evaluation.images import QUANTIZATIONS
 from moe_diffusion.evaluation.inception import RESIZES
+from moe_diffusion.evaluation.precision import MATMULS
+from moe_diffusion.models.parts import compute_dtype
 from moe_diffusion.sampling.conditions import spread
 
 DEFAULTS: dict[str, Any] = {
@@ -30,21 +32,29 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 64,  # images sampled together, over all devices
     "seed": 0,
     "sampling": {},  # keys of the run's config.sampling that the protocol fixes
+    # Keys of the run's config.model that it fixes. Fields of a router that the run's does not have
+    # are left out.
+    "model": {},
+    "matmul": "tf32",  # how exact float32 products are, at least: see precision.MATMULS
     "cfg": (),  # guidance scales, one result each; () = the run's config.sampling.cfg
     "resize": "tensorflow",  # see inception.resize_images
     "quantize": "round",  # see images.to_pixels
+    "score": "torch-fidelity",  # whose Inception Score, see compare.SCORES
     # What the published numbers were made with. A result reports what it used instead.
     "ema": "",  # decay
     "autoencoder": "",
     "reference": "",
 }
 LABELS = ("balanced", "random")
+CHOICES = {"labels": LABELS, "resize": RESIZES, "quantize": QUANTIZATIONS}
+CHOICES |= {"score": tuple(SCORES), "matmul": tuple(MATMULS)}
 
 
 def default() -> ConfigDict:
-    """A new protocol. It takes no new keys, except in its section `sampling`."""
+    """A new protocol. It takes no new keys, except in its sections `sampling` and `model`."""
     protocol = ConfigDict(copy.deepcopy(DEFAULTS)).lock()
     protocol.sampling.unlock()
+    protocol.model.unlock()
     return protocol
 
 
@@ -80,7 +90,7 @@ def known() -> list[str]:
 
 def validate(protocol: ConfigDict) -> None:
     """Raises a UserError at the first impossible value."""
-    for key, choices in (("labels", LABELS), ("resize", RESIZES), ("quantize", QUANTIZATIONS)):
+    for key, choices in CHOICES.items():
         if protocol[key] not in choices:
             raise UserError(f"--{key} {protocol[key]!r} is unknown; choose {' | '.join(choices)}")
     for key in ("num_samples", "batch_size"):
@@ -88,15 +98,35 @@ def validate(protocol: ConfigDict) -> None:
             raise UserError(f"{key} = {protocol[key]} must be at least 1")
 
 
+def overrides(protocol: ConfigDict) -> tuple[str, ...]:
+    """What the protocol fixes in a run's config, as overrides for `config.load`."""
+    fixed = {**leaves(protocol.model, "model."), **leaves(protocol.sampling, "sampling.")}
+    return tuple(f"{key}={_as_override(value)}" for key, value in fixed.items())
+
+
+def _as_override(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def model_settings(model: ConfigDict) -> dict[str, Any]:
+    """Dotted key -> value of a section `model`, the dtype as it comes out on this machine."""
+    found = leaves(model, "model.")
+    if "model.dtype" in found:
+        found["model.dtype"] = str(compute_dtype(found["model.dtype"]))
+    return found
+
+
 def deviations(protocol: ConfigDict, used: dict[str, Any]) -> list[str]:
     """Where an evaluation differs from its protocol, like "num_samples: 64 instead of 50000".
 
     Args:
-      used: the settings of a result. Those that it lacks, as for samples in a file, are skipped.
+      used: the settings of a result, those of the model as `model_settings` gives them. Those that
+        it lacks, as for samples in a file, are skipped.
     """
     wanted = {key: protocol[key] for key in ("num_samples", "labels", "batch_size", "seed")}
-    wanted |= {key: protocol[key] for key in ("resize", "quantize", "ema") if protocol[key]}
-    wanted |= protocol.sampling.to_dict()
+    given = ("resize", "quantize", "score", "matmul", "ema")
+    wanted |= {key: protocol[key] for key in given if protocol[key]}
+    wanted |= {**protocol.sampling.to_dict(), **model_settings(protocol.model)}
     differing = [
         f"{key}: {used.get(key)} instead of {value}"
         for key, value in wanted.items()
@@ -113,16 +143,6 @@ def make_labels(kind: str, num: int, num_classes: int, seed: int) -> np.ndarray:
     if kind == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num, dtype=np.int32)
     return spread(num, num_classes).astype(np.int32)
-
-
-def code_version() -> str:
-    """The package's version, and the commit if the code is a git checkout."""
-    command = ["git", "-C", str(configs.ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
-    return f"{moe_diffusion.__version__}+{commit}" if commit else moe_diffusion.__version__
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.images import check_shape
 from moe_diffusion.evaluation.protocol import make_labels
+from moe_diffusion.evaluation.record import made_with
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.sampling.conditions import conditions_of_run
@@ -126,4 +127,5 @@ class RunImages:
             **{key: sampling.pop(key) for key in ("sampler", "steps", "cfg", "cfg_interval")},
             "sampling": sampling,
             "autoencoder": vae and {"name": vae.name, "fingerprint": vae.fingerprint},
+            **made_with(self.config),
         }

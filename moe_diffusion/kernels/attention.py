@@ -185,7 +185,11 @@ def _splash(q, k, v):
         ),
         interpret=platform() != "tpu",
     )
-    return jax.vmap(kernel)(q * head_dim**-0.5, k, v)
+    # In a TPU's kernels float32 has one pass of bfloat16 or the six of "highest", but no "high";
+    # 16-bit numbers have one pass.
+    one_pass = q.dtype.itemsize == 2 or jax.config.jax_default_matmul_precision is None
+    with jax.default_matmul_precision("default" if one_pass else "highest"):
+        return jax.vmap(kernel)(q * head_dim**-0.5, k, v)
 
 
 def _cudnn(q, k, v):
