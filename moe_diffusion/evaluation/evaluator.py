@@ -97,6 +97,7 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
         result = {"metrics": found, "warnings": warnings}
         if isinstance(images, RunImages):
             result |= images.conditions
+            warnings += images.warnings
         else:
             result |= {"samples": samples.name, "num_samples": samples.pool.count}
         result["features"] = extractor.note
