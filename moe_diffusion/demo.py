@@ -24,10 +24,10 @@ from moe_diffusion.evaluation.digits import DigitsJudge
 from moe_diffusion.figures.images import image_grid, save_png
 from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.sampling.conditions import default_conditions
-from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.generate import generate, pool_of
 from moe_diffusion.sampling.load import load_workdir
 
-SAMPLES, COLUMNS = 1000, 12
+SAMPLES, BATCH, COLUMNS = 1000, 250, 12
 
 
 @exits_on_user_error
@@ -47,13 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, variables, note = load_workdir(args.workdir)
     cond = default_conditions(model, SAMPLES)
     labels = cond["label"]
+    pool = pool_of(config, BATCH)
     images = generate(
-        make_sampler(model, config),
+        make_sampler(model, config, pool=pool),
         variables,
         cond,
         model.input_shape,
         seed=config.seed,
-        batch_size=250,
+        batch_size=BATCH,
+        pool=pool,
         progress=True,
     )
     score = DigitsJudge().score(images, labels)

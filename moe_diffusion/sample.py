@@ -25,8 +25,9 @@ from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
 from moe_diffusion.figures.images import image_grid, save_png, save_pngs
 from moe_diffusion.interop import autoencoder as autoencoders
+from moe_diffusion.sampling import bound
 from moe_diffusion.sampling.conditions import captions, conditions_of_run
-from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.generate import generate, pool_of
 from moe_diffusion.sampling.labels import LABEL, chosen_labels
 from moe_diffusion.sampling.load import load_workdir
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--ema", help="decay of the average to use, or none (the run's first)")
     add("--step", type=int, help="checkpoint to use (the newest)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    add("--batch", type=int, default=64, help="images at a time (%(default)s)")
+    add("--batch", type=int, default=64, help="images at a time, which share experts (%(default)s)")
     add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--out", default="grid.png", help="picture of all images (%(default)s)")
     add("--images", help="folder for one PNG per image")
@@ -82,16 +83,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {LABEL: chosen_labels(args.labels, args.num, model)} if args.labels else {}
     cond = conditions_of_run(config, model, args.num) | chosen
     autoencoder = autoencoders.for_config(config, args.vae)
-    if args.stats:
-        model = RoutingObserver(model)
-    sampling = config.sampling
+    observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
+    sampling, batch_size = config.sampling, min(args.batch, args.num)
+    pool = pool_of(config, batch_size)
     images = generate(
-        make_sampler(model, config),
+        make_sampler(observer, config, pool=pool),
         variables,
         cond,
         model.input_shape,
         seed=args.seed,
-        batch_size=min(args.batch, args.num),
+        batch_size=batch_size,
+        pool=pool,
         progress=True,
     )
     if autoencoder:
@@ -104,12 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.npz:
         save_npz(args.npz, images, cond)
     if args.stats:
-        stats = model.stats()
+        stats = observer.stats()
         save_stats(stats, args.stats)
         print(f"experts per token: {stats['c_infer_avg']:.4f} ({args.stats})")
+    dropped = bound.report(config, stats["dropped"] if args.stats else observer.dropped())
     print(f"{args.num} images: {args.out}")
     if args.json:
-        print(json.dumps({"num": args.num, "out": args.out, **note, **sampling.to_dict()}))
+        depends = sampling.to_dict() | {"pool": pool, "dropped": dropped}
+        print(json.dumps({"num": args.num, "out": args.out, **note, **depends}))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ DEFAULTS: dict[str, Any] = {
         "respacing": "",  # ddpm, ddim: "" = `steps` evenly | 10,15,25 by sections | ddim50
         "clip": False,  # ddpm, ddim: keep the estimate of the data within [-1, 1]
         "eta": 0.0,  # ddim: 0 = no noise, 1 = as much as ddpm
-        "pool": 0,  # images that compete for experts where router.group is shard or batch; 0 = all
+        # images that compete for experts where router.group is shard or batch; 0 = all that are
+        # drawn together
+        "pool": 0,
     },
     "loss_weights": {},  # auxiliary loss of the router -> its weight
     "data": {

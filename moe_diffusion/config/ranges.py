@@ -54,7 +54,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("model.image_width", "model.unroll"),
     *("seed", "model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
-    *("sampling.cfg", "sampling.cfg_channels"),
+    *("sampling.cfg", "sampling.cfg_channels", "sampling.pool"),
     *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
     *("optim.weight_decay", "optim.min_learning_rate"),
     *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),

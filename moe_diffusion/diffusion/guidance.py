@@ -31,9 +31,10 @@ def guide(predict: Prediction, null: Callable[[Cond], Any], sampling: ConfigDict
         * cfg_channels: only the first so many channels are guided, the others stay those of the
           conditional prediction. It is 3 in the `forward_with_cfg` of DiT and its descendants. 0
           guides as many as x has, which leaves out the variance that a DDPM network adds.
-        * joint: one forward pass of the concatenated batch [conditional, unconditional], as
-          `forward_with_cfg`, instead of two. The choice matters to routers whose group is the
-          batch: jointly, both halves compete for the same experts.
+        * joint: one forward pass of both predictions, as `forward_with_cfg`, instead of two. The
+          choice matters to routers that pool a batch: jointly, both predictions of an image compete
+          for the same experts. They are neighbours in the batch, so that any part of it holds both
+          predictions of the same images.
     """
     if sampling.cfg == 1.0:
         return predict
@@ -42,8 +43,10 @@ def guide(predict: Prediction, null: Callable[[Cond], Any], sampling: ConfigDict
     def guided(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         cond, absent = dict(cond), dict(null(cond))
         if sampling.joint:
-            twice = jax.tree.map(lambda *pair: jnp.concatenate(pair), (x, cond), (x, absent))
-            conditional, unconditional = jnp.split(predict(twice[0], t, twice[1]), 2)
+            x_twice, cond_twice = jax.tree.map(_interleaved, (x, cond), (x, absent))
+            both = predict(x_twice, t, cond_twice)
+            both = both.reshape(len(x), 2, *both.shape[1:])
+            conditional, unconditional = both[:, 0], both[:, 1]
         else:
             conditional, unconditional = predict(x, t, cond), predict(x, t, absent)
         away = unconditional + sampling.cfg * (conditional - unconditional)
@@ -58,3 +61,8 @@ def guide(predict: Prediction, null: Callable[[Cond], Any], sampling: ConfigDict
         return jax.lax.cond(inside, guided, predict, x, t, dict(cond))
 
     return guided_inside
+
+
+def _interleaved(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a[0], b[0], a[1], b[1], ... of two arrays [B, ...]."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])

@@ -14,6 +14,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from moe_diffusion.diffusion import ddpm, guidance, objectives, sde, solvers
+from moe_diffusion.parallel.mesh import use_pools
 
 # (keys [B], step i32, shape of a batch) -> f32[B, ...]
 StepNoise = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
@@ -37,12 +38,15 @@ def make_sampler(
     config: ConfigDict,
     return_trajectory: bool = False,
     noise: StepNoise = step_noise,
+    pool: int = 0,
 ) -> Sampler:
     """Compiles the sampler of `config.sampling` for a model trained as `config.diffusion` says.
 
     Args:
       return_trajectory: the sampler returns the states after every step, [steps, B, H, W, C].
       noise: where the noise of stochastic samplers comes from; replaced to replay a record.
+      pool: images that compete for experts, see `sampling.generate.pool_of`. A batch must consist
+        of whole pools. 0 pools what a training step would.
 
     Returns:
       fn(variables, z, cond, keys=None) -> samples f32[B, H, W, C]. z [B, H, W, C] is standard
@@ -62,9 +66,13 @@ def make_sampler(
     def sampler(variables, z, cond, keys=None):
         if keys is None and noise is step_noise and sampling.sampler in STOCHASTIC:
             raise ValueError(f"the sampler {sampling.sampler} needs keys, one per image")
+        if pool and len(z) % pool:
+            raise ValueError(f"{len(z)} images are no whole pools of {pool}")
 
         def predict(x, t, cond):
-            output = model.apply(variables, x, jnp.full(x.shape[:1], t), cond, False)
+            # Guidance may double the images of a pool, but not the number of pools.
+            with use_pools(len(z) // pool if pool else 0):
+                output = model.apply(variables, x, jnp.full(x.shape[:1], t), cond, False)
             if process is not None:
                 return output.astype(jnp.float32)
             return objectives.velocity_of(output, x, t, diffusion)

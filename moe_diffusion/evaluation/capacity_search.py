@@ -20,7 +20,7 @@ from moe_diffusion.evaluation.digits import DigitsJudge
 from moe_diffusion.evaluation.routing_stats import RoutingObserver
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts
-from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.generate import generate, pool_of
 
 Cond = Mapping[str, np.ndarray]
 Metric = Callable[[np.ndarray, Cond], dict[str, float]]  # (images, conditions) -> numbers by name
@@ -86,7 +86,8 @@ def search(
     config.model.router.threshold = "dynamic"  # use the thresholds in router_state
     model = build(config.model)
     observer = RoutingObserver(model)
-    sampler = make_sampler(observer, config)
+    pool = pool_of(config, batch_size)
+    sampler = make_sampler(observer, config, pool=pool)
     rows = []
     for threshold in thresholds:
         observer.reset()
@@ -97,6 +98,7 @@ def search(
             model.input_shape,
             seed=seed,
             batch_size=batch_size,
+            pool=pool,
         )
         stats = observer.stats()
         capacity = stats["c_infer_avg"]

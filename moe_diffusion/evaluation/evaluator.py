@@ -117,6 +117,7 @@ def _judge(
     with matmul_precision(settings.matmul):
         if isinstance(images, RunImages):
             result |= images.conditions
+            warnings += images.warnings
             used |= protocol.model_settings(images.config.model)
         else:
             result |= {"samples": samples.name, "num_samples": samples.pool.count, **made_with()}

@@ -19,8 +19,9 @@ from moe_diffusion.evaluation.protocol import make_labels
 from moe_diffusion.evaluation.record import made_with
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.sampling.bound import BoundObserver, warning
 from moe_diffusion.sampling.conditions import conditions_of_run
-from moe_diffusion.sampling.generate import generate_batches
+from moe_diffusion.sampling.generate import generate_batches, pool_of
 from moe_diffusion.sampling.labels import LABEL, num_labels
 from moe_diffusion.sampling.load import load_workdir
 
@@ -28,7 +29,9 @@ from moe_diffusion.sampling.load import load_workdir
 class RunImages:
     """The images that a run's checkpoint draws under a protocol; a set like those of `images`.
 
-    Every device holds all weights and draws its part of every batch.
+    Every device holds all weights and draws its part of every batch. Where images compete for
+    experts, `sampling.pool` of them do, or `batch_size` of the protocol if that is 0: the images do
+    not depend on the number of devices, each of which draws whole pools.
 
     Args:
       overrides: changes to the run's config, sampling included; see `config.load`.
@@ -37,8 +40,8 @@ class RunImages:
       vae: weights of the autoencoder; None takes the config's `data.autoencoder`.
 
     Raises:
-      UserError: there is no such run or average, the batch cannot be split over the devices, the
-        autoencoder is missing or not the run's, or the model takes no labels.
+      UserError: there is no such run or average, the autoencoder is missing or not the run's, or
+        the model takes no labels.
     """
 
     def __init__(
@@ -52,14 +55,8 @@ class RunImages:
         vae: str | None = None,
     ):
         self.name = str(workdir)
-        self._protocol = protocol
-        devices = jax.device_count()
-        if protocol.batch_size % devices:
-            raise UserError(
-                f"--batch {protocol.batch_size} cannot be split evenly over {devices} devices: "
-                f"make it a multiple of {devices}"
-            )
-        self._mesh = make_mesh(ConfigDict({"preset": "dp"})) if devices > 1 else None
+        self._protocol, self._observer = protocol, None
+        self._mesh = make_mesh(ConfigDict({"preset": "dp"})) if jax.device_count() > 1 else None
         self.config, self._model, self._variables, self.note = load_workdir(
             workdir, overrides, step=step, ema=ema, mesh=self._mesh, preset="dp"
         )
@@ -83,18 +80,21 @@ class RunImages:
         """Yields f32[b, H, W, C], in [-1, 1] except for overshoot.
 
         Args:
-          size: ignored, because the protocol says how large the batches are.
+          size: ignored, because the protocol says how many images are drawn together, and the
+            devices how many more.
           num: number of images in all.
         """
-        protocol = self._protocol
+        protocol, pool = self._protocol, self._pool
+        self._observer = BoundObserver(self._model, self.config)
         labels = make_labels(protocol.labels, num, self._num_labels, protocol.seed)
         drawn = generate_batches(
-            make_sampler(self._model, self.config),
+            make_sampler(self._observer, self.config, pool=pool),
             self._variables,
             conditions_of_run(self.config, self._model, num) | {LABEL: labels},
             self._model.input_shape,
             seed=protocol.seed,
             batch_size=protocol.batch_size,
+            pool=pool,
             mesh=self._mesh,
         )
         for batch in drawn:
@@ -103,6 +103,7 @@ class RunImages:
     def with_cfg(self, cfg: float) -> RunImages:
         """The same run under another guidance scale; the weights are shared."""
         other = copy.copy(self)
+        other._observer = None
         other.config = copy.deepcopy(self.config)
         other.config.sampling.cfg = float(cfg)
         validate(other.config)
@@ -115,16 +116,34 @@ class RunImages:
             raise UserError(f"{self.name} keeps no average {ema!r}; choose {' | '.join(kept)}")
 
     @property
+    def _pool(self) -> int:
+        return pool_of(self.config, self._protocol.batch_size)
+
+    @property
+    def _dropped(self) -> float | None:
+        return self._observer and self._observer.dropped()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the result must know about the images that were drawn."""
+        return list(filter(None, [warning(self.config, self._dropped)]))
+
+    @property
     def conditions(self) -> dict[str, Any]:
-        """The settings that the images depend on, for the result."""
+        """The settings that the images depend on, for the result.
+
+        Once images are drawn, also the share that a bound on routers dropped.
+        """
         protocol, vae = self._protocol, self._autoencoder
-        sampling = self.config.sampling.to_dict()
+        sampling = self.config.sampling.to_dict() | {"pool": self._pool or None}
+        competing = {"pool": sampling.pop("pool"), "dropped": self._dropped}
         return {
             "checkpoint": self.name,
             "config": self.config.name,
             **self.note,
             **{key: protocol[key] for key in ("num_samples", "labels", "batch_size", "seed")},
             **{key: sampling.pop(key) for key in ("sampler", "steps", "cfg", "cfg_interval")},
+            **{key: value for key, value in competing.items() if value is not None},
             "sampling": sampling,
             "autoencoder": vae and {"name": vae.name, "fingerprint": vae.fingerprint},
             **made_with(self.config),

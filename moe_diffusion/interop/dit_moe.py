@@ -91,7 +91,7 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
         config.sampling.update(sampler="euler", steps=50, cfg=1.5)
     else:
         config.diffusion.path = "ddpm"
-        config.sampling.update(sampler="ddpm", steps=250, cfg=1.5, cfg_channels=3)
+        config.sampling.update(sampler="ddpm", steps=250, cfg=1.5, cfg_channels=3, joint=True)
 
 
 def _from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -83,8 +83,9 @@ _MOE_CONFIG = {
 def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     """Sets `config` to a network of the family dit | sit | dsmoe | tcdit | ecdit | diffmoe.
 
-    Keys that no checkpoint shows keep our default: `dtype`, `remat`, and for DiffMoE
-    `router.max_capacity`, which is 0 (no bound) in the authors' code.
+    Keys that no checkpoint shows keep our default, like `dtype` and `remat`. Guidance is that of
+    the authors' samplers: one pass of both predictions with three guided channels
+    (`forward_with_cfg`) for DDPM and SiT, two passes with all channels for the other flows.
 
     Args:
       hparams: arguments of the authors' constructor under their names; those left out take the
@@ -107,7 +108,9 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
     # A DDPM without learned variance is not among our samplers.
     if h["rf"] is False or (h["rf"] is None and family == "dit" and h["learn_sigma"]):
         config.diffusion.path = "ddpm"
-        config.sampling.update(sampler="ddpm", steps=250, cfg_channels=3)
+        config.sampling.update(sampler="ddpm", steps=250)
+    if family == "sit" or config.diffusion.path == "ddpm":
+        config.sampling.update(cfg_channels=3, joint=True)
 
 
 def _set_model(model: ml_collections.ConfigDict, h: Mapping[str, Any], family: str) -> None:
@@ -204,6 +207,8 @@ def _set_choice(model, h, moe, family) -> None:
         group="sample" if family == "ecdit" else "batch",
         kernel_init="normal_0.006",
     )
+    if family == "diffmoe":
+        model.router.max_capacity = 0.0  # the authors' experts take all that the thresholds allow
 
 
 def fill(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from moe_diffusion.moe.dispatch import dispatch
 from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routing import expert_load
 from moe_diffusion.moe.transport import EXPERT_AXES
-from moe_diffusion.parallel.mesh import num_batch_shards
+from moe_diffusion.parallel.mesh import num_batch_shards, num_pools
 
 GROUPS = ("sample", "shard", "batch")
 
@@ -54,8 +54,9 @@ class MoE(nn.Module):
     y = sum over chosen experts of weight * expert(x)  [+ shared(x)]  [+ x]
 
     group (`router.group` in a config) says what a routing group is: the tokens of a `sample`, of a
-    device's `shard` of the batch (what DiffMoE's code does), or of the whole `batch`. Token choice
-    treats every token alone, so that the grouping does not matter to it.
+    device's `shard` of the batch (what DiffMoE's code does), or of the whole `batch`. A sampler may
+    divide a batch into pools instead of these two (`parallel.mesh.use_pools`). Token choice treats
+    every token alone, so that the grouping does not matter to it.
 
     Sown: what the router returns, and the load of the experts as metrics (`load_max` and `load_min`
     relative to the mean, so 1 is balanced).
@@ -78,7 +79,8 @@ class MoE(nn.Module):
     def __call__(self, x: jax.Array, is_null: jax.Array, train: bool) -> jax.Array:
         """x [B, S, D], is_null bool[B] (samples without a label) -> [B, S, D]."""
         batch, tokens, width = x.shape
-        groups = {"sample": batch, "shard": num_batch_shards(), "batch": 1}[self.group]
+        shards, whole = num_pools(num_batch_shards()), num_pools(1)
+        groups = {"sample": batch, "shard": shards, "batch": whole}[self.group]
         grouped = x.reshape(groups, -1, width)
         is_null = jnp.repeat(is_null, tokens).reshape(groups, -1)
         router, experts = self.make_router(name="router"), self.make_experts(name="experts")

@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "seq")
 BATCH_AXES = ("data", "fsdp", "expert")
+_POOLS = contextvars.ContextVar("pools", default=0)
 
 
 def make_mesh(parallel_config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -67,6 +70,26 @@ def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of parts into which a batch is split; 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+@contextlib.contextmanager
+def scoped(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    """Gives a variable a value for what is traced inside."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def use_pools(num: int) -> contextlib.AbstractContextManager[None]:
+    """Makes what is traced inside see a batch as `num` pools of consecutive samples; 0: as none."""
+    return scoped(_POOLS, num)
+
+
+def num_pools(default: int) -> int:
+    """Number of pools that the innermost `use_pools` makes of a batch; `default` outside of any."""
+    return _POOLS.get() or default
 
 
 def by_group(function: Callable[..., Any], *arrays: jax.Array) -> Any:

@@ -23,13 +23,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from moe_diffusion.parallel.mesh import batch_axes
+from moe_diffusion.parallel.mesh import batch_axes, scoped
 
 LogicalAxes = tuple[str | None, ...] | PartitionSpec
 Table = dict[str, tuple[str, ...]]  # logical axis -> mesh axes; others are not split
@@ -52,14 +51,9 @@ PRESETS = {
 _PRESET = contextvars.ContextVar("preset", default="dp")
 
 
-@contextlib.contextmanager
-def use_preset(preset: str | None) -> Iterator[None]:
+def use_preset(preset: str | None) -> contextlib.AbstractContextManager[None]:
     """Makes what is traced inside expect its weights as `preset` says; None changes nothing."""
-    token = _PRESET.set(preset or _PRESET.get())
-    try:
-        yield
-    finally:
-        _PRESET.reset(token)
+    return scoped(_PRESET, preset or _PRESET.get())
 
 
 def current_rules() -> Rules:

@@ -11,13 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from moe_diffusion.diffusion.samplers import Sampler
 from moe_diffusion.errors import UserError
+from moe_diffusion.moe import routers
+from moe_diffusion.parallel.mesh import num_batch_shards
 from moe_diffusion.parallel.rules import batch_sharding
 
 _NO_IMAGE = 2**32 - 1  # never the number of an image
+
+
+def pool_of(config: ConfigDict, drawn: int) -> int:
+    """How many images compete for experts in samples of a run; 0 where no image meets another.
+
+    Args:
+      drawn: images drawn together, which are the pool if `sampling.pool` is 0.
+    """
+    router = routers.find(config.model.router.name)
+    pools = router is not None and router.group_matters and config.model.router.group != "sample"
+    return (config.sampling.pool or drawn) if pools else 0
 
 
 def generate(*args: Any, **options: Any) -> np.ndarray:
@@ -33,27 +47,34 @@ def generate_batches(
     *,
     seed: int,
     batch_size: int,
+    pool: int = 0,
     progress: bool = False,
     mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields samples f32[b, H, W, C] batch by batch, for more images than fit into memory.
 
     Image i starts from its own noise, drawn with fold_in(key(seed), i). Stochastic samplers draw
-    from a second key of image i. So neither N nor batch_size changes image i. Routers that pool a
-    batch, like DiffMoE's, are an exception: there the images of a batch compete for experts.
+    from a second key of image i. So neither N nor batch_size nor the mesh changes image i. Routers
+    that pool images, like DiffMoE's, are an exception: there image i competes for experts with the
+    others of its pool, the images k * pool to (k + 1) * pool - 1. Every device draws whole pools.
 
     Args:
       sampler: of `make_sampler`.
       cond: {field: [N, ...]}, the condition of each of the N images. The last batch is filled up
         with repetitions, which are not returned.
       image_shape: (H, W, C), the model's `input_shape`.
-      mesh: sampling runs on this mesh, and every batch is split over its devices; batch_size must
-        be a multiple of their number. The variables must lie on this mesh.
+      batch_size: images drawn together. It is raised to the next multiple of the devices, or to
+        that of one pool for each device.
+      pool: the sampler's, see `pool_of`.
+      mesh: sampling runs on this mesh, and every batch is split over its devices. The variables
+        must lie on this mesh.
 
     Raises:
       UserError: a sample is not finite.
     """
     num = len(next(iter(cond.values())))
+    together = max(pool, 1) * (num_batch_shards(mesh) if mesh is not None else 1)
+    batch_size = -(-batch_size // together) * together
     key = jax.random.key(seed)
     key_of_steps = jax.random.fold_in(key, _NO_IMAGE)
 

@@ -15,7 +15,7 @@ from moe_diffusion.figures.images import image_grid, save_png
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.sampling.conditions import captions, default_conditions
-from moe_diffusion.sampling.generate import generate
+from moe_diffusion.sampling.generate import generate, pool_of
 from moe_diffusion.sampling.load import averaged_variables
 from moe_diffusion.training.state import TrainState
 
@@ -35,9 +35,11 @@ class FixedSamples:
         self, config: ConfigDict, model: Model, num: int, source: Any, batch_size: int | None = None
     ):
         self._config, self._shape = config, model.input_shape
-        self._sampler = make_sampler(model, config)
+        batch_size = min(batch_size or num, num)
+        pool = pool_of(config, batch_size)
+        self._sampler = make_sampler(model, config, pool=pool)
         self.cond = default_conditions(model, num, source)
-        self._options = {"seed": config.seed, "batch_size": min(batch_size or num, num)}
+        self._options = {"seed": config.seed, "batch_size": batch_size, "pool": pool}
 
     def draw(self, state: TrainState) -> np.ndarray:
         """f32[num, H, W, C]."""

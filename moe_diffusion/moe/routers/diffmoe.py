@@ -22,11 +22,14 @@ class DiffMoE(ExpertChoice, MovingThreshold):
     largest probability in the batch feeds each expert's threshold, a moving average.
     Inference: k_e = the number of tokens whose predicted probability exceeds the threshold of
     expert e. The expert takes its k_e best tokens by gate score, as in the authors' code: the
-    thresholds say how many, the gate says which.
+    thresholds say how many, the gate says which. With group = sample the pool is an image (Table 8,
+    local dynamic routing).
 
     capacity: experts per token on average.
-    threshold: "dynamic", those averages, or one constant for all experts as text like "0.4" (what
-      the paper's interval search looks for).
+    threshold: "dynamic", those averages; one constant for all experts as text like "0.4" (what the
+      paper's interval search looks for); or "off", no predictor: at inference every expert takes
+      its C best tokens of the pool, as in training (Table 4 and Figure 6, fixed top-k; with
+      `capacity` 0.95, C = 0.95).
     threshold_decay: of the averages, per optimizer step.
     max_capacity: at inference an expert takes at most this multiple of C tokens; 0 = no bound.
 
@@ -41,9 +44,9 @@ class DiffMoE(ExpertChoice, MovingThreshold):
     def check(cls, config, num_experts, group_tokens):
         super().check(config, num_experts, group_tokens)
         require(
-            config.threshold == "dynamic" or _is_fraction(config.threshold),
-            f"model.router.threshold = {config.threshold!r} must be dynamic or a number at least 0 "
-            "and below 1, like 0.4",
+            config.threshold in ("dynamic", "off") or _is_fraction(config.threshold),
+            f"model.router.threshold = {config.threshold!r} must be dynamic, off or a number at "
+            "least 0 and below 1, like 0.4",
         )
 
     @nn.compact
@@ -54,12 +57,11 @@ class DiffMoE(ExpertChoice, MovingThreshold):
         predicted = CapacityPredictor(self.num_experts, name="predictor")(x)
         threshold = self.variable("router_state", "threshold", jnp.zeros, (self.num_experts,)).value
         tokens = x.shape[1]
-        slots = slots_per_expert(tokens, self.num_experts, self.capacity)
-        if train:
-            weight, token = top_tokens(scores, slots)
+        if train or self.threshold == "off":
+            weight, token = self.best(scores)
             routing = by_expert(token, weight)
             chosen = taken(routing, tokens, self.num_experts)
-            quantile = top_tokens(jax.nn.sigmoid(predicted), slots)[0][..., -1]
+            quantile = self.best(jax.nn.sigmoid(predicted))[0][..., -1]
             asked = self.asked(
                 capacity_predictor=lambda: predictor_loss(predicted, chosen),
                 router_z=lambda: router_z(logits),
@@ -69,7 +71,7 @@ class DiffMoE(ExpertChoice, MovingThreshold):
         if self.threshold != "dynamic":
             threshold = float(self.threshold)
         wanted = (jax.nn.sigmoid(predicted) > threshold).sum(1)  # i32[G, E]
-        bound = self.bound(slots, tokens)
+        bound = self.bound(slots_per_expert(tokens, self.num_experts, self.capacity), tokens)
         weight, token = top_tokens(scores, bound)
         used = jnp.arange(bound) < wanted[..., None]
         dropped = jnp.maximum(wanted - bound, 0).sum() / jnp.maximum(wanted.sum(), 1)

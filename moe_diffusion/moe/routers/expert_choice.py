@@ -34,16 +34,31 @@ class ExpertChoice(Router):
         at_most("model.router.capacity", capacity, experts, num_experts, remedy)
         require(
             group_tokens is None or slots_per_expert(group_tokens, num_experts, capacity) >= 1,
-            f"model.router.capacity = {capacity} gives each of {experts} = {num_experts} less than "
-            f"one of the {group_tokens} tokens in model.router.group = {config.group}: raise the "
-            "capacity, use fewer experts, a smaller model.patch_size or a wider group",
+            _too_few(capacity, num_experts, group_tokens, f"model.router.group = {config.group}"),
         )
 
     @nn.compact
     def __call__(self, x, is_null=None, train=False) -> tuple[Routing, Aux]:
         del is_null, train
         logits = self.logits(x)
-        slots = slots_per_expert(x.shape[1], self.num_experts, self.capacity)
-        weight, token = top_tokens(jax.nn.softmax(logits), slots)
+        weight, token = self.best(jax.nn.softmax(logits))
         asked = self.asked(router_z=lambda: router_z(logits))
         return by_expert(token, weight), Aux(asked, {}, {})
+
+    def best(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The C best tokens of every expert: f32[G, T, E] -> weight, token of [G, E, C].
+
+        Raises a UserError where C is 0: a pool at inference may be smaller than in training.
+        """
+        tokens = scores.shape[1]
+        slots = slots_per_expert(tokens, self.num_experts, self.capacity)
+        require(slots >= 1, _too_few(self.capacity, self.num_experts, tokens, "a pool"))
+        return top_tokens(scores, slots)
+
+
+def _too_few(capacity: float, num_experts: int, tokens: int, where: str) -> str:
+    return (
+        f"model.router.capacity = {capacity} gives each of model.moe.num_experts = {num_experts} "
+        f"less than one of the {tokens} tokens in {where}: raise the capacity, use fewer experts, "
+        "a smaller model.patch_size or a wider group (of samples: sampling.pool)"
+    )
