@@ -22,11 +22,6 @@ from moe_diffusion.reproduction import tables
 from moe_diffusion.reproduction.items import Item, Row, papers
 
 BEGIN = "<!-- begin: written by docs.generate_reproduce -->"
-TITLES = {
-    "diffmoe": "DiffMoE (2503.14487)",
-    "dsmoe": "A Practical Recipe: DSMoE, JiTMoE (2512.01252)",
-    "dense2moe": "Dense2MoE (2510.09094)",
-}
 # FLOP/s of an H200: bf16 by its data sheet, and TF32 as measured for a large product; and the share
 # of it that a training step of ours reached there, by kind of model.
 BF16, TF32 = 989e12, 374e12
@@ -116,7 +111,7 @@ def content() -> str:
     for paper, items in papers().items():
         head = "| what | command | needs | training, H200 hours | sampling, H200 hours |"
         rows = [head, "|---|---|---|---:|---:|", *map(line, items)]
-        parts += [f"## {TITLES[paper]}", "\n".join(rows)]
+        parts += [f"## {paper}", "\n".join(rows)]
     counted = [item for items in papers().values() for item in items if item.counts]
     parts.append("## Our figures that need no training")
     parts += [tables.counted(item).replace("# ", "### ", 1).strip() for item in counted]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from moe_diffusion.reproduction.items import Item
 
+PAPER = "Dense2MoE (arXiv 2510.09094)"
+
 _MISSING = "FLUX.1 and its distillation into a MoE are not in the library yet"
 
 ITEMS = [

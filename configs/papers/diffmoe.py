@@ -5,6 +5,8 @@ from __future__ import annotations
 from configs.families.settings import SETTINGS
 from moe_diffusion.reproduction.items import Item, Row
 
+PAPER = "DiffMoE (arXiv 2503.14487)"
+
 _METRICS = ("fid", "inception_score", "precision", "recall")
 
 
@@ -85,7 +87,7 @@ ITEMS = [
             _count("DiffMoE-L-E8", "configs/diffmoe_l.py:experts=8", 458, 1176),
             _count("DiffMoE-L-E16", "configs/diffmoe_l.py", 458, 1982),
         ),
-        counts=True,
+        counts="10^6",
         note="The paper's activated parameters, and its totals of S and B, leave the capacity "
         "predictor out; its totals of L include it. docs/models.md explains each figure.",
     ),
@@ -220,7 +222,7 @@ ITEMS = [
             _count("DiffMoE-L-E8", "configs/diffmoe_l.py:experts=8", None, 1175.7),
             _count("DiffMoE-L-E16", "configs/diffmoe_l.py", None, 1981.7),
         ),
-        counts=True,
+        counts="10^6",
         note="The paper's FFN column is the sum of dense MLPs, experts, router and predictor.",
     ),
     Item(

@@ -1,6 +1,7 @@
 """The records of a paper's tables and figures, and where they are listed.
 
-A paper is a file `configs/papers/<paper>.py` with `ITEMS`, a list of `Item`.
+A paper is a file `configs/papers/<paper>.py` with `PAPER`, its name and arXiv number, and `ITEMS`, a
+list of `Item`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Item:
       {run}, {out} and {files} stand for the run, the folder of results, and the flags --vae,
       --inception and --reference.
     model: config of the paper's run, where the user must name one.
-    counts: the table counts the parameters of the rows' configs; nothing is trained.
+    counts: the table counts the parameters of the rows' configs; nothing is trained. They are
+      counted in this unit, "10^6" or "2^20", as the paper's.
     note: what a reader must know, like what the paper leaves open.
     missing: what the library lacks for it; then there is no command.
     """
@@ -58,7 +60,7 @@ class Item:
     curves: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     model: str = ""
-    counts: bool = False
+    counts: str = ""
     note: str = ""
     missing: str = ""
 
@@ -69,15 +71,14 @@ class Item:
 
 
 def papers() -> dict[str, list[Item]]:
-    """Name of every paper -> its tables and figures, in the order of the paper."""
+    """Title of every paper, the oldest first -> its tables and figures, in the order of the paper."""
     found = {}
-    for path in sorted((configs.ROOT / "configs" / "papers").glob("*.py")):
-        if not path.stem.startswith("_"):
-            spec = importlib.util.spec_from_file_location(f"_paper_{path.stem}", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            found[path.stem] = module.ITEMS
-    return found
+    for path in (configs.ROOT / "configs" / "papers").glob("*.py"):
+        spec = importlib.util.spec_from_file_location(f"_paper_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found[module.PAPER] = module.ITEMS
+    return dict(sorted(found.items(), key=lambda paper: paper[0].partition("arXiv ")[2]))
 
 
 def find(name: str) -> Item:

@@ -41,22 +41,22 @@ def compared(item: Item, options: Options, results: dict[str, list[dict[str, Any
     return _page(item, ["model", *map(_title, columns)], lines, _deviations(found))
 
 
+UNITS = {"10^6": 10**6, "2^20": 2**20}
+
+
 def counted(item: Item) -> str:
-    """Parameters of the rows' configs by kind of module, in millions."""
-    counts = {
-        row.label: parameter_counts(build(configs.load(row.config).model)) for row in item.rows
-    }
-    kinds = dict.fromkeys(kind for kind_of in counts.values() for kind in kind_of)
-    lines = []
+    """Parameters of the rows' configs by kind of module, in the item's unit."""
+    models = {row.label: build(configs.load(row.config).model) for row in item.rows}
+    counts = {label: parameter_counts(model) for label, model in models.items()}
+    kinds = dict.fromkeys(kind for ours in counts.values() for kind in ours if kind != "total")
+    lines, unit = [], UNITS[item.counts]
     for row in item.rows:
-        ours = counts[row.label]
-        total = ours["total"]
-        cells = [_cell(total.activated / 1e6, row.published.get("activated"))]
-        for kind in kinds:
-            value = ours[kind].total / 1e6 if kind in ours else None
-            cells.append(_cell(value, row.published.get(kind)))
-        lines.append([row.label, *cells])
-    return _page(item, ["model", "activated, 10^6", *(f"{kind}, 10^6" for kind in kinds)], lines)
+        ours = {kind: count.total / unit for kind, count in counts[row.label].items()}
+        ours["activated"] = counts[row.label]["total"].activated / unit
+        columns = ("activated", "total", *kinds)
+        lines.append([row.label, *(_cell(ours.get(c), row.published.get(c)) for c in columns)])
+    head = ["model", f"activated, {item.counts}", "total", *kinds]
+    return _page(item, head, lines)
 
 
 def _by_guidance(results: list[dict[str, Any]]) -> dict[str, float]:
