@@ -1,7 +1,7 @@
 """The records of a paper's tables and figures, and where they are listed.
 
-A paper is a file `configs/papers/<paper>.py` with `PAPER`, its name and arXiv number, and `ITEMS`, a
-list of `Item`.
+A paper is a file `configs/papers/<paper>.py` with `PAPER` (name and arXiv number) and `ITEMS`, a list
+of `Item`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Item:
 
 
 def papers() -> dict[str, list[Item]]:
-    """Title of every paper, the oldest first -> its tables and figures, in the order of the paper."""
+    """Title of every paper, the oldest first -> its tables and figures, in the paper's order."""
     found = {}
     for path in (configs.ROOT / "configs" / "papers").glob("*.py"):
         spec = importlib.util.spec_from_file_location(f"_paper_{path.stem}", path)
