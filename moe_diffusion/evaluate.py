@@ -32,11 +32,8 @@ from moe_diffusion.parallel import distributed
 from moe_diffusion.parallel.distributed import is_main_process
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser("evaluate", __doc__)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--workdir", help="folder of a trained run")
-    what.add_argument("--samples", help="images or features to judge, instead of a run")
+def add_flags(parser: Parser) -> None:
+    """Adds what says how images are drawn and judged; `settle` reads it."""
     add = parser.add_argument
     add("--reference", help="images, features or statistics to compare with")
     add("--inception", help="weights of the FID Inception")
@@ -56,9 +53,19 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--quantize", choices=protocol.QUANTIZATIONS, help="samples to 0..255 (round)")
     add("--score", choices=protocol.SCORES, help="whose Inception Score (torch-fidelity: shuffled)")
     add("--matmul", choices=protocol.MATMULS, help="float32 products, at least so exact (tf32)")
+    add("--json", action="store_true", help="print one JSON object as last line")
+    parser.set_defaults(workdir=None, samples=None, save_features=None, plot=None)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser("evaluate", __doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--workdir", help="folder of a trained run")
+    what.add_argument("--samples", help="images or features to judge, instead of a run")
+    add_flags(parser)
+    add = parser.add_argument
     add("--save-features", help=".npz for the judged images' features and statistics")
     add("--plot", help="picture of a sweep (sweep.png in the workdir)")
-    add("--json", action="store_true", help="print one JSON object as last line")
     return parser.parse_with_overrides(argv)
 
 

@@ -45,6 +45,8 @@ class Request:
       overrides: changes to the run's config; see `config.load`.
       emas: averages to judge; None stands for the run's first.
       num: how many images the command line asks for; 0 if it does not say.
+      thresholds: of DiffMoE, to be tried one after the other; see `RunImages.with_threshold`. Then
+        nothing need be compared: without a reference the images are only drawn.
     """
 
     settings: ConfigDict
@@ -52,6 +54,7 @@ class Request:
     overrides: tuple[str, ...] = ()
     emas: tuple[str | None, ...] = (None,)
     num: int = 0
+    thresholds: tuple[float | str, ...] = ()
     workdir: str | None = None
     samples: str | None = None
     reference: str | None = None
@@ -63,7 +66,7 @@ class Request:
 
 
 def evaluate(request: Request) -> Iterator[dict[str, Any]]:
-    """Yields one result for each average and guidance scale.
+    """Yields one result for each average, guidance scale and threshold.
 
     A result has "metrics" (name -> number), "warnings" (texts), and the settings that the numbers
     depend on.
@@ -78,8 +81,10 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
     if digits and request.workdir and not request.num and request.published is None:
         request.settings.num_samples = DIGITS_SAMPLES
     reference = _open_reference(request, digits, first)
-    sides = [side for side in (first, reference) if side is not None]
-    extractor = _make_extractor(request, digits, sides)
+    extractor = None
+    if reference is not None or request.save_features:
+        sides = [side for side in (first, reference) if side is not None]
+        extractor = _make_extractor(request, digits, sides)
     if reference is not None:
         dims = {"pool": DigitsFeatures.dims} if digits else INCEPTION_DIMS
         check_comparable(first, reference, dims)
@@ -99,12 +104,20 @@ def _judge(
     samples: FeatureSet,
     reference: FeatureSet | None,
     heldout: FeatureSet | None,
-    extractor: Extractor,
+    extractor: Extractor | None,
     request: Request,
 ) -> dict[str, Any]:
-    """Draws or reads a set of images and compares it; `heldout` is of real digits."""
+    """Draws or reads a set of images and compares it; `heldout` is of real digits.
+
+    Without an extractor the images are drawn and forgotten.
+    """
     settings, images = request.settings, samples.images
-    samples = _with_vectors(samples, extractor, request, request.num)
+    if extractor is None:
+        with matmul_precision(settings.matmul):
+            for _ in images.batches(settings.batch_size, request.num or settings.num_samples):
+                pass
+    else:
+        samples = _with_vectors(samples, extractor, request, request.num)
     if request.save_features and is_main_process():
         save_features(samples, request.save_features)
     found, warnings = {}, []
@@ -121,7 +134,8 @@ def _judge(
             used |= protocol.model_settings(images.config.model)
         else:
             result |= {"samples": samples.name, "num_samples": samples.pool.count, **made_with()}
-    result["features"] = extractor.note
+    features = extractor.note if extractor else {}
+    result["features"] = features
     if "inception_score" in found:
         used["score"] = settings.score
         result["inception_score"] = {"score": settings.score, **SCORES[settings.score]}
@@ -132,7 +146,7 @@ def _judge(
             )
     if reference is not None:
         result["reference"] = {"name": reference.name, "count": reference.pool.count}
-    used |= {**result, **result.get("sampling", {}), **extractor.note, **used}
+    used |= {**result, **result.get("sampling", {}), **features, **used}
     result["protocol"] = _against(request.published, used)
     return result | {"software": result.pop("software")}  # the longest last
 
@@ -146,19 +160,19 @@ def _with_vectors(
 
 
 def _variants(request: Request) -> Iterator[FeatureSet]:
-    """Yields the sets to judge: one for a file, one for each average and guidance scale of a run.
+    """Yields the sets to judge: one for a file, one for each variant of a run.
 
     Each average is loaded when its turn comes. The first turn checks that the run keeps them all.
     """
     scales, settings = request.settings.cfg, request.settings
-    sweep = max(len(scales), 1) * len(request.emas) > 1
+    sweep = max(len(scales), 1) * len(request.emas) * max(len(request.thresholds), 1) > 1
     if request.samples:
         if len(request.emas) > 1 or (len(scales) > 1 and request.published is None):
             raise UserError("a sweep over --cfg or --ema needs --workdir: it draws images anew")
         yield open_features(request.samples, _square(request.size), request.num)
         return
     if request.save_features and sweep:
-        raise UserError("--save-features holds one set: give one --cfg and one --ema")
+        raise UserError("--save-features holds one set: give one --cfg, --ema and threshold")
     check_writable(request.workdir)
     for ema in request.emas:
         run = RunImages(
@@ -172,14 +186,19 @@ def _variants(request: Request) -> Iterator[FeatureSet]:
         for other in request.emas:
             run.check_ema(other)
         for cfg in scales or (run.config.sampling.cfg,):
-            yield FeatureSet(str(request.workdir), images=run.with_cfg(cfg))
+            guided = run.with_cfg(cfg)
+            for threshold in request.thresholds:
+                images = guided.with_threshold(threshold)
+                yield FeatureSet(str(request.workdir), images=images)
+            if not request.thresholds:
+                yield FeatureSet(str(request.workdir), images=guided)
 
 
 def _open_reference(request: Request, digits: bool, samples: FeatureSet) -> FeatureSet | None:
     if request.reference is None:
         if digits:
             return open_features(DIGITS)
-        if request.save_features:
+        if request.save_features or request.thresholds:
             return None
         raise UserError(
             "nothing to compare with: give --reference, for ImageNet 256x256 ADM's "

@@ -21,12 +21,17 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _OF_ROUTERS = ("group", "threshold", "max_capacity")  # fields that decide who competes, and how far
 
 
-def made_with(config: ConfigDict | None = None, devices: int | None = None) -> dict[str, Any]:
+def made_with(
+    config: ConfigDict | None = None,
+    devices: int | None = None,
+    threshold: float | str | None = None,
+) -> dict[str, Any]:
     """The model's numbers, the machine and the software, as JSON takes them.
 
     Args:
       config: of the run that drew the images; None for images or features from a file.
       devices: how many worked; None for all.
+      threshold: of the router, if it is not the config's.
 
     Returns:
       * dtype: of the model's computations, "auto" resolved: float32 | bfloat16.
@@ -43,6 +48,8 @@ def made_with(config: ConfigDict | None = None, devices: int | None = None) -> d
     record: dict[str, Any] = {}
     if config is not None:
         record |= {"dtype": str(compute_dtype(config.model.dtype)), "router": _router(config)}
+        if threshold is not None:
+            record["router"]["threshold"] = threshold
         record["training_data"] = {"augment": config.data.augment, "mirrored": _mirrored(config)}
     kind = jax.local_devices()[0].device_kind
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}

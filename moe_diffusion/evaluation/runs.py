@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.config import validate
-from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.diffusion.samplers import Sampler, make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.images import check_shape
 from moe_diffusion.evaluation.protocol import make_labels
 from moe_diffusion.evaluation.record import made_with
+from moe_diffusion.evaluation.routing_stats import RoutingObserver
 from moe_diffusion.interop import autoencoder as autoencoders
+from moe_diffusion.models import build
+from moe_diffusion.models.accounting import forward_flops, parameter_counts
 from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.sampling.bound import BoundObserver, warning
 from moe_diffusion.sampling.conditions import conditions_of_run
@@ -56,6 +60,8 @@ class RunImages:
     ):
         self.name = str(workdir)
         self._protocol, self._observer = protocol, None
+        self._threshold: float | str | None = None  # None: as the config says
+        self._routing: dict[str, Any] = {}  # sampler and observer, shared by all thresholds
         self._mesh = make_mesh(ConfigDict({"preset": "dp"})) if jax.device_count() > 1 else None
         self.config, self._model, self._variables, self.note = load_workdir(
             workdir, overrides, step=step, ema=ema, mesh=self._mesh, preset="dp"
@@ -85,10 +91,10 @@ class RunImages:
           num: number of images in all.
         """
         protocol, pool = self._protocol, self._pool
-        self._observer = BoundObserver(self._model, self.config)
+        sampler = self._compiled(num)
         labels = make_labels(protocol.labels, num, self._num_labels, protocol.seed)
         drawn = generate_batches(
-            make_sampler(self._observer, self.config, pool=pool),
+            sampler,
             self._variables,
             conditions_of_run(self.config, self._model, num) | {LABEL: labels},
             self._model.input_shape,
@@ -103,11 +109,70 @@ class RunImages:
     def with_cfg(self, cfg: float) -> RunImages:
         """The same run under another guidance scale; the weights are shared."""
         other = copy.copy(self)
-        other._observer = None
+        other._observer, other._routing = None, {}
         other.config = copy.deepcopy(self.config)
         other.config.sampling.cfg = float(cfg)
         validate(other.config)
         return other
+
+    def with_threshold(self, threshold: float | str) -> RunImages:
+        """The same run under one threshold for all experts of DiffMoE; its routing is observed.
+
+        Runs of the same guidance scale share one compiled sampler, so the thresholds are put in the
+        place of the learned ones, instead of into the config.
+
+        Args:
+          threshold: from 0 to below 1, or "dynamic" for the learned ones.
+
+        Raises:
+          UserError: the router is not DiffMoE's.
+        """
+        router = self.config.model.router
+        if router.name != "diffmoe":
+            raise UserError(
+                f"model.router.name is {router.name}, but thresholds are DiffMoE's: choose a run "
+                "with router diffmoe"
+            )
+        other = copy.copy(self)
+        other._threshold = threshold
+        other._routing = self._routing or {}
+        self._routing = other._routing
+        if threshold != "dynamic":
+            old = self._variables["router_state"]
+            states = jax.tree.map(lambda state: jnp.full_like(state, threshold), old)
+            other._variables = {**self._variables, "router_state": states}
+        return other
+
+    def _compiled(self, num: int) -> Sampler:
+        """The sampler for `num` images, and its observer, without what that saw before."""
+        if self._threshold is None:
+            self._observer = BoundObserver(self._model, self.config)
+            return make_sampler(self._observer, self.config, pool=self._pool)
+        if not self._routing:
+            config = copy.deepcopy(self.config)
+            config.model.router.threshold = "dynamic"  # those in router_state
+            observer = RoutingObserver(build(config.model).clone(preset=self._model.preset))
+            sampler = make_sampler(observer, config, pool=self._pool)
+            self._routing |= {"observer": observer, "sampler": sampler}
+        self._observer = self._routing["observer"]
+        self._observer.reset()
+        return self._observer.watch(self._routing["sampler"], num)
+
+    def _experts(self) -> dict[str, Any]:
+        """What the images cost under a threshold; nothing where the routing was not observed."""
+        if self._threshold is None:
+            return {}
+        stats = self._observer.stats()
+        capacity = stats["c_infer_avg"]
+        counts = parameter_counts(self._model, capacity)["total"]
+        flops = forward_flops(self._model, experts_per_token=capacity)["total"]
+        return {
+            "threshold": self._threshold,
+            "c_infer_avg": capacity,
+            "dropped": stats["dropped"],
+            "activated_params": counts.activated,
+            "gflops": flops / 1e9,
+        }
 
     def check_ema(self, ema: str | None) -> None:
         """Raises a UserError unless the run keeps the average."""
@@ -121,6 +186,8 @@ class RunImages:
 
     @property
     def _dropped(self) -> float | None:
+        if self._threshold is not None:
+            return self._observer.stats()["dropped"]
         return self._observer and self._observer.dropped()
 
     @property
@@ -144,7 +211,8 @@ class RunImages:
             **{key: protocol[key] for key in ("num_samples", "labels", "batch_size", "seed")},
             **{key: sampling.pop(key) for key in ("sampler", "steps", "cfg", "cfg_interval")},
             **{key: value for key, value in competing.items() if value is not None},
+            **self._experts(),
             "sampling": sampling,
             "autoencoder": vae and {"name": vae.name, "fingerprint": vae.fingerprint},
-            **made_with(self.config),
+            **made_with(self.config, threshold=self._threshold),
         }
