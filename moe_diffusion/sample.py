@@ -84,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     autoencoder = autoencoders.for_config(config, args.vae)
     if args.stats:
         model = RoutingObserver(model)
+    sampler = make_sampler(model, config)
+    if args.stats:
+        sampler = model.watch(sampler, args.num)
     sampling = config.sampling
     images = generate(
-        make_sampler(model, config),
+        sampler,
         variables,
         cond,
         model.input_shape,

@@ -86,7 +86,7 @@ def search(
     config.model.router.threshold = "dynamic"  # use the thresholds in router_state
     model = build(config.model)
     observer = RoutingObserver(model)
-    sampler = make_sampler(observer, config)
+    sampler = observer.watch(make_sampler(observer, config), len(next(iter(cond.values()))))
     rows = []
     for threshold in thresholds:
         observer.reset()
