@@ -86,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
     sampling, batch_size = config.sampling, min(args.batch, args.num)
     pool = pool_of(config, batch_size)
+    sampler = make_sampler(observer, config, pool=pool)
     images = generate(
-        make_sampler(observer, config, pool=pool),
+        observer.watch(sampler, args.num) if args.stats else sampler,
         variables,
         cond,
         model.input_shape,

@@ -243,7 +243,7 @@ FLOORS = (
     ("planning", "benchmarks", "reproduction"),
 )
 COMMANDS = ("bench", "convert", "demo", "distill", "evaluate", "plan", "prepare", "sample")
-COMMANDS += ("reproduce", "thresholds", "train", "tune")
+COMMANDS += ("reproduce", "routing", "thresholds", "train", "tune")
 # A row whose members may import each other, but never in a circle (see above).
 BESIDE = {("evaluation", "sampling"), ("evaluation", "figures"), ("sampling", "figures")}
 BESIDE |= {("benchmarks", "planning"), ("checks", "errors"), ("cli", "errors")}

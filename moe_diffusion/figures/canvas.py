@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, PALE_BLUE, RED, GREY, GRID = "#24507f", "#b9c9dd", "#b3472e", "#808080", "#e6e6e6"
-_MOST_TICKS = 12
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.Image]]:
@@ -42,7 +41,7 @@ def make_plain(axes: Axes, grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_some(set_ticks: Callable, labels: Sequence[str]) -> None:
-    """Puts at most a dozen of the labels, evenly spread, at positions 0, 1, 2, ..."""
-    every = -(-len(labels) // _MOST_TICKS)
-    set_ticks(range(0, len(labels), every), labels[::every])
+def label_some(set_ticks: Callable, labels: Sequence[str], most: int = 12) -> None:
+    """Puts at most `most` of the labels, evenly spread, at positions 0, 1, 2, ..."""
+    every = -(-len(labels) // most)
+    set_ticks(range(0, len(labels), every), labels=labels[::every])

@@ -45,7 +45,7 @@ def image_grid(
         raise UserError(f"a grid needs images of shape [N, H, W, C], got {images.shape}")
     if captions is not None and len(captions) != len(images):
         raise UserError(f"a grid of {len(images)} images got {len(captions)} captions")
-    pixels, note = _to_pixels(images)
+    pixels, note = to_pixels(images)
     title = " ".join(filter(None, [title, note]))
     count = len(pixels)
     columns = min(columns or math.ceil(math.sqrt(count)), count)
@@ -103,14 +103,14 @@ def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
 
 def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:
     """Writes images f32[N, H, W, C] in [-1, 1] as folder/000000.png and on; returns the paths."""
-    pixels, _ = _to_pixels(np.asarray(images, np.float32))
+    pixels, _ = to_pixels(np.asarray(images, np.float32))
     return [
         save_png(Image.fromarray(pixel), Path(folder) / f"{i:06}.png")
         for i, pixel in enumerate(pixels)
     ]
 
 
-def _to_pixels(images: np.ndarray) -> tuple[np.ndarray, str]:
+def to_pixels(images: np.ndarray) -> tuple[np.ndarray, str]:
     """f32[N, H, W, C] -> u8[N, H, W] (grey) or u8[N, H, W, 3], and a note on what is shown."""
     broken = len(images) - int(np.isfinite(images).all((1, 2, 3)).sum())
     if broken:

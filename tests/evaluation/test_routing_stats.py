@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,22 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from moe_diffusion import config as configs
+from moe_diffusion.conditions import Field
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import capacity_search
 from moe_diffusion.evaluation.routing_stats import (
     RoutingObserver,
+    expert_counts,
     observe,
-    per_sample,
     save_stats,
+    token_maps,
 )
 from moe_diffusion.models import abstract_variables, build
 from moe_diffusion.models.dit import DiT
+from moe_diffusion.models.stack import Model, Stack
+from moe_diffusion.moe.router import Aux, Router
+from moe_diffusion.moe.routing import Routing, by_token
 
 LABELS = {"label": np.array([0, 1, 1], np.int32)}
 HALF = np.full(3, 0.5, np.float32)
@@ -80,29 +86,206 @@ def test_counts_are_those_of_the_routing(diffmoe):
         )
 
     plain, sown = recorded(*args)
-    output, counts, dropped = observed(*args)
+    output, seen = observed(*args)
     np.testing.assert_allclose(output, plain, atol=1e-6)
-    assert counts.shape == (2, 3) and dropped == 0
+    assert seen["expert_counts"].shape == (2, 3, 4) and not seen["dropped"].any()
 
     layers = sown["intermediates"]["layers_1"]["block_0"]["moe"]["router"]["__call__"][0][0]
-    expected = np.zeros((2, 3))
+    expected = np.zeros((2, 3, 4))
     for layer in range(2):
         for token, expert in zip(layers.token[layer, 0], layers.expert[layer, 0], strict=True):
             if expert < 4:
-                expected[layer, token // 4] += 1 / 4  # four patches an image
-    np.testing.assert_allclose(counts, expected, rtol=1e-6)
+                expected[layer, token // 4, expert] += 1 / 4  # four patches an image
+    np.testing.assert_allclose(seen["expert_counts"], expected, rtol=1e-6)
     assert len(np.unique(expected)) > 2  # images do get different shares
 
 
-def test_slots_by_sample_worked_by_hand():
-    """Two samples of two tokens, in one group and in a group each; two slots are unused."""
-    token = np.array([[0, 3, 1, 2, 2, 0]])
-    used = np.array([[True, True, True, True, False, False]])
-    pooled = per_sample(used, token, np.zeros((1, 4, 5)), batch=2)
-    np.testing.assert_array_equal(pooled, [1, 1])  # tokens 0, 1 and 3, 2
-    token, used = np.array([[0, 1, 0], [1, 1, 1]]), np.array([[True] * 3, [True, False, False]])
-    alone = per_sample(used, token, np.zeros((2, 2, 5)), batch=2)
-    np.testing.assert_array_equal(alone, [1.5, 0.5])
+NONE = 2  # marks an unused slot of two experts
+
+
+def test_counts_by_sample_worked_by_hand():
+    """Two samples of two tokens, in one group and in a group each."""
+    token = np.array([[0, 3, 1, 2, 3, 0]])
+    expert = np.array([[0, 0, 0, 1, 1, NONE]])
+    pooled = expert_counts(Routing(token, expert, None), 4, 2, batch=2)
+    # Sample 0: both tokens use expert 0. Sample 1: token 3 uses both, token 2 uses expert 1.
+    np.testing.assert_array_equal(pooled, [[1, 0], [0.5, 1]])
+    token, expert = np.array([[0, 1, 0], [1, 1, 1]]), np.array([[0, 0, 1], [1, NONE, NONE]])
+    alone = expert_counts(Routing(token, expert, None), 2, 2, batch=2)
+    np.testing.assert_array_equal(alone, [[1, 0.5], [0, 0.5]])
+
+
+def test_maps_of_a_routing_made_by_hand():
+    """Two samples of five tokens in one pool; the first is no patch of the 2 x 2 image."""
+    token = np.array([[0, 1, 1, 2, 4, 5, 6, 8, 8, 9]])
+    expert = np.array([[1, 0, 1, 1, 0, 0, NONE, 0, 1, 1]])
+    weight = np.array([[0.9, 0.2, 0.3, 0.1, 0.5, 0.9, 0.0, -0.1, -0.2, 0.4]], np.float32)
+    strongest, used = token_maps(Routing(token, expert, weight), 10, 2, (2, 2, 2))
+    # Sample 0, tokens 1, 2, 3, 4: of two experts the heavier, 1; 1; none; 0.
+    np.testing.assert_array_equal(strongest[0], [[1, 1], [-1, 0]])
+    np.testing.assert_array_equal(used[0], [[2, 1], [0, 1]])
+    # Sample 1, tokens 6, 7, 8, 9: an unused slot; none; two with weights below 0; 1.
+    np.testing.assert_array_equal(strongest[1], [[-1, -1], [0, 1]])
+    np.testing.assert_array_equal(used[1], [[0, 0], [2, 1]])
+
+
+class SignRouter(Router):
+    """A token v uses expert 0 if v < 0, expert 1 if v > 0, and both if |v| = 3; weight |v|."""
+
+    def __call__(self, x, is_null=None, train=False):
+        value = x[..., 0]
+        wanted = jnp.stack([(value < 0) | (abs(value) == 3), (value > 0) | (value == -3)], -1)
+        expert = jnp.where(wanted, jnp.arange(2), 2)
+        return by_token(expert, jnp.repeat(abs(value)[..., None], 2, -1)), Aux({}, {}, {})
+
+
+class SignLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        SignRouter(2, name="router")(x)
+        return -x
+
+
+class SignModel(Model):
+    """Two layers whose router sees the three pixels and the time, and then their negatives."""
+
+    input_shape = (1, 3, 1)
+    grid = (1, 3)
+
+    @property
+    def stack(self):
+        return Stack(("moe", "moe"), lambda kind: SignLayer)
+
+    @nn.compact
+    def __call__(self, x, t, cond, train):
+        carry = x.reshape(len(x), 3, 1) + t[:, None, None]
+        return self.stack(carry)[0].reshape(x.shape)
+
+    def cond_spec(self):
+        return {"label": Field((), "int32", 2)}
+
+    def null(self, cond):
+        return {"label": jnp.full_like(cond["label"], 2)}
+
+    def routers(self):
+        return {"layers_0/block_0/router": SignRouter(2)}
+
+
+# Pixels of classes 0 and 1, and which experts they use at times 0 and 1:
+#   time 0, layer 0    1 1 3 -> {1} {1} {0, 1}      -1 1 0 -> {0} {1} {}
+#   time 0, layer 1    their negatives: 0 for 1     {1} {0} {}
+#   time 1, layer 0    2 2 4 -> {1} {1} {1}          0 2 1 -> {} {1} {1}
+#   time 1, layer 1    {0} {0} {0}                   {} {0} {0}
+PIXELS = np.array([[1, 1, 3], [-1, 1, 0]], np.float32).reshape(2, 1, 3, 1)
+ALONE = [[[1 / 3, 1], [1, 1 / 3]], [[0, 1], [1, 0]]]  # class 0: [times][layers][experts]
+OTHER = [[[1 / 3, 1 / 3], [1 / 3, 1 / 3]], [[0, 2 / 3], [2 / 3, 0]]]  # class 1
+
+
+def sign_sampler(observer, times=(0.0, 1.0), doubled=None):
+    """Evaluates the model at these times and returns x; doubled(x, null) joins two halves."""
+
+    @jax.jit
+    def sampler(variables, x, labels):
+        joined, asked = x, labels
+        if doubled:
+            joined, asked = doubled(x, x), doubled(labels, jnp.full_like(labels, 2))
+        for t in times:
+            observer.apply(variables, joined, jnp.full(len(joined), t), {"label": asked}, False)
+        return x
+
+    return sampler
+
+
+def test_averages_worked_by_hand():
+    observer = RoutingObserver(SignModel(), maps=2)
+    sampler = sign_sampler(observer)
+    sampler({}, PIXELS, np.array([0, 1]))
+    stats = observer.stats()
+    each = np.array([ALONE, OTHER])  # [classes][times][layers][experts]
+    by_time = each.mean(0).swapaxes(0, 1)
+    assert stats["blocks"] == [0, 1] and stats["num_experts"] == 2 and stats["evaluations"] == 4
+    close = partial(np.testing.assert_allclose, rtol=1e-6)
+    close(stats["selection_by_time"], by_time)
+    close(stats["capacity_by_time"], 2 * by_time)
+    # Layer 0: expert 0 has (1/3 + 1/3 + 0 + 0) / 4, expert 1 (1 + 1/3 + 1 + 2/3) / 4.
+    close(stats["selection"], [[1 / 6, 3 / 4], [3 / 4, 1 / 6]])
+    close(stats["per_layer"], [11 / 12, 11 / 12])
+    close(stats["share"], [[2 / 11, 9 / 11], [9 / 11, 2 / 11]])
+    close(stats["max_over_mean"], [18 / 11, 18 / 11])
+    close(stats["per_time"], [(4 / 3 + 2 / 3) / 2, (1 + 2 / 3) / 2])
+    close(stats["c_infer_avg"], 11 / 12)
+    close(stats["per_class"]["0"], (4 / 3 + 1) / 2)
+    close(stats["per_class"]["1"], 2 / 3)
+    close(stats["selection_by_class"]["0"], [[1 / 6, 1], [1, 1 / 6]])
+    close(stats["selection_by_class"]["1"], [[1 / 6, 1 / 2], [1 / 2, 1 / 6]])
+    assert stats["experts_in_use_by_class"] == {"0": [2, 2], "1": [2, 2]}
+    assert "conditional" not in stats and "null" not in stats["per_class"]
+
+    tokens = stats["tokens"]
+    assert tokens["times"] == [0, 1]
+    # [images][layers][times][row]; pixel 3 has two experts of equal weight: the first counts.
+    assert np.array(tokens["strongest"])[:, :, :, 0].tolist() == [
+        [[[1, 1, 0], [1, 1, 1]], [[0, 0, 0], [0, 0, 0]]],
+        [[[0, 1, -1], [-1, 1, 1]], [[1, 0, -1], [-1, 0, 0]]],
+    ]
+    assert np.array(tokens["used"])[0, :, :, 0].tolist() == [[[1, 1, 2], [1, 1, 1]]] * 2
+
+
+def test_repetitions_that_fill_a_batch_do_not_count():
+    """Three images in batches of two: the second batch has class 0 and a repetition of class 1."""
+    observer = RoutingObserver(SignModel())
+    sampler = observer.watch(sign_sampler(observer), 3)
+    for _ in range(2):
+        sampler({}, PIXELS, np.array([0, 1]))
+    stats = observer.stats()
+    assert stats["evaluations"] == 6
+    by_time = (2 * np.array(ALONE) + OTHER).swapaxes(0, 1) / 3
+    np.testing.assert_allclose(stats["selection_by_time"], by_time, rtol=1e-6)
+    observer.reset()
+    sampler({}, PIXELS, np.array([0, 1]))
+    assert observer.stats()["evaluations"] == 4  # `reset` begins anew
+
+
+@pytest.mark.parametrize(
+    "doubled",
+    [
+        lambda given, null: jnp.concatenate([given, null]),
+        lambda given, null: jnp.stack([given, null], 1).reshape(-1, *given.shape[1:]),
+    ],
+)
+def test_conditional_and_unconditional_evaluations_are_kept_apart(doubled):
+    """Both halves in one batch, one after the other or in turn; of the second image only one."""
+    observer = RoutingObserver(SignModel(), maps=1)
+    observer.watch(sign_sampler(observer, doubled=doubled), 1)({}, PIXELS, np.array([0, 1]))
+    stats = observer.stats()
+    assert stats["evaluations"] == 4 and set(stats["per_class"]) == {"0", "null"}
+    for table in (stats, stats["conditional"], stats["unconditional"]):
+        expected = np.array(ALONE).swapaxes(0, 1)
+        np.testing.assert_allclose(table["selection_by_time"], expected, rtol=1e-6)
+    assert stats["conditional"]["evaluations"] == stats["unconditional"]["evaluations"] == 2
+    assert np.array(stats["tokens"]["used"])[0, 0, :, 0].tolist() == [[1, 1, 2], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "router", ["deepseek", "expert_choice", "expert_race", "promoe_tc", "promoe_ec"]
+)
+def test_every_router_is_observed(router):
+    """Frequencies are at most 1, and with the maps they count the same."""
+    named = router.startswith("promoe")
+    overrides = [f"model.router.name={router}", "loss_weights={}"] if named else []
+    overrides += ["model.router.n_group=1", "model.router.topk_group=1"] * (router == "deepseek")
+    _, model, variables = make("token_choice" if named else router, *overrides)
+    labels = {"label": np.array([0, 10, 1], np.int32)}
+    seen = jax.jit(lambda *args: observe(model, *args, False, True))(
+        variables, noise(), HALF, labels
+    )[1]
+    counts, used = np.asarray(seen["expert_counts"]), np.asarray(seen["experts_used"])
+    assert counts.shape == (2, 3, 4) and used.shape == (2, 3, 2, 2)
+    assert counts.max() <= 1 and counts.sum() > 0
+    np.testing.assert_allclose(counts.sum(-1), used.mean((2, 3)), rtol=1e-6)
+    assert (seen["strongest_expert"] >= 0).tolist() == (used > 0).tolist()
+    if named:  # "no label" has the last expert for itself
+        np.testing.assert_array_equal(counts[:, 1], [[0, 0, 0, 1]] * 2)
 
 
 def test_token_choice_spends_top_k_everywhere():
@@ -116,6 +299,7 @@ def test_token_choice_spends_top_k_everywhere():
     assert stats["per_layer"] == [2, 2] and stats["per_time"] == [2, 2, 2]
     assert stats["per_layer_and_time"] == [[2, 2, 2], [2, 2, 2]]
     assert stats["per_class"] == {"0": 2, "1": 2, "null": 2}
+    assert "tokens" not in stats
 
 
 def test_diffmoe_averages_agree(diffmoe):
@@ -134,6 +318,14 @@ def test_diffmoe_averages_agree(diffmoe):
     assert classes["0"] != classes["1"] != classes["null"]
     conditional = (classes["0"] + 2 * classes["1"]) / 3  # as many evaluations as without label
     assert stats["c_infer_avg"] == pytest.approx((conditional + classes["null"]) / 2)
+    assert stats["conditional"]["c_infer_avg"] == pytest.approx(conditional)
+    assert stats["unconditional"]["c_infer_avg"] == pytest.approx(classes["null"])
+    for table in (stats, stats["conditional"], stats["unconditional"]):
+        np.testing.assert_allclose(np.sum(table["selection"], -1), table["per_layer"])
+        by_time = np.array(table["selection_by_time"])
+        np.testing.assert_allclose(by_time.sum(-1), table["per_layer_and_time"])
+        np.testing.assert_allclose(np.mean(table["capacity_by_time"], -1), by_time.sum(-1))
+        np.testing.assert_allclose(np.sum(table["share"], -1), 1)
 
     observer.reset()
     with pytest.raises(UserError, match="nothing has been sampled"):
@@ -179,7 +371,7 @@ def test_json_and_picture(tmp_path):
         "blocks": [1, 3],
         "times": [0.0, 0.5, 1.0],
         "per_layer_and_time": [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]],
-        "per_class": {str(label): 1 + label / 100 for label in range(40)} | {"null": 1.5},
+        "per_class": {str(label): round(1 + label / 100, 2) for label in range(40)} | {"null": 1.5},
     }
     file, picture = save_stats(stats, tmp_path / "new" / "stats.json")
     assert json.loads(file.read_text()) == stats
@@ -201,10 +393,10 @@ def test_a_constant_of_the_config_is_that_of_the_search(diffmoe):
     )
     by_search = observed(capacity_search.with_threshold(variables, 0.45), noise(), HALF, LABELS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_config, by_search)
-    dynamic, counts, _ = observed(
+    dynamic, seen = observed(
         capacity_search.with_threshold(variables, "dynamic"), noise(), HALF, LABELS
     )
-    assert np.all(counts == 4) and np.abs(dynamic - by_config[0]).max() > 0.01
+    assert np.all(seen["expert_counts"] == 1) and np.abs(dynamic - by_config[0]).max() > 0.01
 
 
 def test_search(diffmoe):
@@ -241,11 +433,9 @@ def test_search_needs_diffmoe():
 
 def test_a_bound_drops():
     _, model, variables = make("diffmoe", "model.router.max_capacity=1")
-    _, counts, dropped = jax.jit(lambda *args: observe(model, *args, False))(
-        variables, noise(), HALF, LABELS
-    )
+    _, seen = jax.jit(lambda *args: observe(model, *args, False))(variables, noise(), HALF, LABELS)
     # Four experts are wanted, two are allowed; which images get them, the gate says.
-    assert counts.mean() == 2 and dropped == 0.5
+    assert seen["expert_counts"].sum(-1).mean() == 2 and np.all(seen["dropped"] == 0.5)
 
 
 def test_thresholds_that_are_none():

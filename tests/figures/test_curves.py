@@ -70,6 +70,6 @@ def test_routing_with_and_without_classes():
         "c_infer_avg": 1.5, "blocks": [0, 1], "times": [0.0, 0.5],
         "per_layer_and_time": [[1.0, 2.0], [2.0, 1.0]],
     }  # fmt: skip
-    plain = routing.routing_picture(stats)
-    bars = routing.routing_picture(stats | {"per_class": {"0": 1.0, "null": 2.0}})
+    plain = routing.capacity_picture(stats)
+    bars = routing.capacity_picture(stats | {"per_class": {"0": 1.0, "null": 2.0}})
     assert bars.height > plain.height and coloured(plain) > 20
