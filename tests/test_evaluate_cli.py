@@ -21,6 +21,8 @@ def get_protocol(arg):
     protocol = protocols.default()
     protocol.source, protocol.num_samples, protocol.labels = "a paper", 32, "random"
     protocol.sampling, protocol.cfg = {"sampler": "euler", "steps": 2}, (1.0, 1.5)
+    protocol.model = {"dtype": "float32", "router": {"max_capacity": 0.0}}
+    protocol.score = "adm"
     return protocol
 """
 
@@ -72,9 +74,21 @@ def test_a_run_on_digits_needs_nothing_else(trained, capsys):
         "reference": {"name": "digits", "count": 1437}, "warnings": [],
     }  # fmt: skip
     assert {key: result[key] for key in expected} == expected
-    assert result["code"] and "fid" not in found
+    assert "fid" not in found
+    made_with = {
+        "dtype": "float32", "matmul": "float32", "devices": {"count": 8, "kind": "cpu"},
+        "router": {"name": "token_choice", "group": "sample"},
+        "training_data": {"augment": "none", "mirrored": "no"},
+    }  # fmt: skip
+    assert {key: result[key] for key in made_with} == made_with
+    versions = ("moe_diffusion", "python", "jax", "jaxlib", "flax", "numpy")
+    assert tuple(result["software"]) == versions
     assert lines[-1].startswith(f"fd_digits {found['fd_digits']:.5g}, precision_digits")
-    for stated in ("ema 0.5", "sampler heun", "steps 2", "cfg 2", "seed 0", "num_samples 64"):
+    for stated in (
+        "ema 0.5", "sampler heun", "steps 2", "cfg 2", "seed 0", "num_samples 64", "dtype float32",
+        "router name=token_choice group=sample", "training_data augment=none mirrored=no",
+        "matmul float32", "devices count=8 kind=cpu", "software moe_diffusion=0.1.0",
+    ):  # fmt: skip
         assert f"; {stated}" in lines[-1]
     kept = (trained / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(kept[-1]) == result
@@ -106,6 +120,12 @@ def test_a_protocol_fixes_everything_and_tells_what_differs(trained, tmp_path, c
     other, _ = measure(capsys, "--workdir", trained, *flags, "--cfg", 1, "--batch", 32)
     assert other["protocol"]["deviations"] == ["batch_size: 32 instead of 64"]
     assert other["metrics"]["fd_digits"] == pytest.approx(first["metrics"]["fd_digits"], rel=1e-3)
+    narrow, lines = measure(
+        capsys, "--workdir", trained, *flags, "--cfg", 1, "--config.model.dtype=bfloat16"
+    )
+    assert narrow["dtype"] == "bfloat16" and "; dtype bfloat16; " in lines[-1]
+    assert narrow["protocol"]["deviations"] == ["model.dtype: bfloat16 instead of float32"]
+    assert narrow["metrics"]["fd_digits"] != first["metrics"]["fd_digits"]
 
 
 @pytest.mark.slow
@@ -154,6 +174,13 @@ def test_a_run_is_measured_with_inception(weights, trained, tmp_path, capsys, sm
     flags = ["--inception", weights, "--reference", reference, "--num", 8, "--batch", 8]
     result, _ = measure(capsys, "--workdir", trained, *flags, "--resize", "pytorch-fid")
     assert result["metrics"]["fid"] > 0 and result["features"]["resize"] == "pytorch-fid"
+    score = result["metrics"]["inception_score"]
+    assert result["inception_score"] == {"score": "torch-fidelity", "parts": 10, "shuffle": 2020}
+    assert not any("Inception Score" in warning for warning in result["warnings"])
+    in_order, _ = measure(capsys, "--workdir", trained, *flags, "--score", "adm")
+    assert in_order["inception_score"] == {"score": "adm", "split": 5000, "shuffle": None}
+    assert "parts in class order" in in_order["warnings"][-1]
+    assert in_order["metrics"]["inception_score"] > score  # one part of 8 images; 8 parts of one
     assert result["reference"] == {"name": str(reference), "count": 8}
 
 

@@ -40,6 +40,8 @@ def test_search(trained, tmp_path, capsys):
     assert result["nearest"] == (0.2 if many - 2 < 2 - few else 0.99)
     assert len(np.unique(np.asarray(Image.open(out)).reshape(-1, 3), axis=0)) > 20
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
+    assert result["router"]["name"] == "diffmoe" and result["router"]["max_capacity"] == 4
+    assert result["devices"] == {"count": 1, "kind": "cpu"} and result["software"]["jax"]
 
 
 def test_sampling_writes_statistics(trained, tmp_path, capsys):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import linalg
 from scipy.spatial.distance import cdist
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation import metrics
+from moe_diffusion.evaluation import compare, metrics
+from moe_diffusion.evaluation import features as kept_features
+from moe_diffusion.evaluation.features import FeatureSet, InceptionFeatures
 
 
 def features(seed: int, count: int, dims: int = 48, shift: float = 0.0) -> np.ndarray:
@@ -70,6 +74,120 @@ def test_inception_score_of_sure_and_of_clueless_predictions():
     assert metrics.inception_score(np.zeros((200, 10)))[0] == pytest.approx(1)
     # Parts of ten images see every class once; parts of five see five.
     assert metrics.inception_score(sure, split=5) == pytest.approx((5, 0))
+
+
+def torch_fidelity_score(logits: np.ndarray) -> tuple[float, float]:
+    """The algorithm of torch-fidelity 0.4.0, `metric_isc.py`, in numpy: shuffle, ten parts, KL."""
+    order = np.random.RandomState(2020).permutation(len(logits))
+    x = logits[order].astype(np.float64)
+    p = np.exp(x - x.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    edges = [part * len(x) // 10 for part in range(11)]
+    scores = []
+    for i in range(10):
+        part = p[edges[i] : edges[i + 1]]
+        divergence = (part * (np.log(part) - np.log(part.mean(0)))).sum(1)
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+GOLDEN = Path(__file__).parents[1] / "goldens/metrics/io.npz"
+# What torch-fidelity's own `isc_features_to_metric` returned for these two arrays: it was run with
+# torch 2.13 on the recorded logits [400, 40], and on standard_normal((1237, 12)) * 2 of seed 3.
+OF_TORCH_FIDELITY = {
+    "recorded": (2.840042213682822, 0.15828065964213164),
+    "random": (2.758258342044045, 0.10627176034450381),
+}
+
+
+@pytest.mark.parametrize("which", OF_TORCH_FIDELITY)
+def test_inception_score_is_that_of_torch_fidelity(which):
+    """1,237 images are not divisible by ten: parts of 123 and of 124."""
+    if which == "recorded":
+        logits = np.load(GOLDEN)["in/logits"]
+    else:
+        logits = np.random.default_rng(3).standard_normal((1237, 12)).astype(np.float32) * 2
+    ours = metrics.inception_score(logits, **compare.SCORES["torch-fidelity"])
+    assert ours == pytest.approx(torch_fidelity_score(logits), rel=1e-6)
+    assert ours == pytest.approx(OF_TORCH_FIDELITY[which], rel=1e-6)
+
+
+def test_inception_score_has_at_most_one_part_per_image():
+    logits = np.random.default_rng(0).standard_normal((7, 5))
+    assert metrics.inception_score(logits, parts=10, shuffle=0) == pytest.approx((1, 0))
+
+
+def in_class_order(classes: int, each: int) -> np.ndarray:
+    """Logits of a good classifier, f64[classes * each, classes + 8], sorted by class."""
+    rng = np.random.default_rng(5)
+    logits = rng.standard_normal((classes * each, classes + 8))
+    logits[np.arange(len(logits)), np.repeat(np.arange(classes), each)] += 5 + rng.standard_normal(
+        len(logits)
+    )
+    return logits
+
+
+def test_images_in_class_order_score_as_in_random_order():
+    """20 classes, 100 images each: in class order every part of 200 has two classes."""
+    logits = in_class_order(20, 100)
+    mixed = np.random.default_rng(1).permutation(logits)
+    shuffled, deviation = metrics.inception_score(logits, **compare.SCORES["torch-fidelity"])
+    random_order, _ = metrics.inception_score(mixed, split=200)
+    class_order, _ = metrics.inception_score(logits, split=200)
+    assert abs(shuffled - random_order) < deviation < 0.5
+    assert class_order < 2.2 and random_order > 3 * class_order
+
+
+class WithClassifier:
+    """As Inception: all five kinds of metric."""
+
+    names = InceptionFeatures.names
+    classifier = np.random.default_rng(8).standard_normal((6, 9)).astype(np.float32)
+
+
+def feature_set(vectors: np.ndarray) -> FeatureSet:
+    spatial = metrics.gaussian_of(vectors[:, :4] ** 2)
+    return FeatureSet("set", metrics.gaussian_of(vectors), spatial, vectors)
+
+
+def test_no_metric_but_the_inception_score_depends_on_the_order():
+    rows, reference = features(0, 300, 6), feature_set(features(1, 250, 6, shift=0.1))
+    found, _ = compare.compare(feature_set(rows), reference, WithClassifier())
+    assert list(found) == ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
+    del found["inception_score"]
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(300)
+        other, _ = compare.compare(feature_set(rows[order]), reference, WithClassifier())
+        del other["inception_score"]
+        assert other == pytest.approx(found, rel=1e-4, abs=1e-6)
+
+
+def test_a_part_of_a_sorted_set_stands_for_all_of_it(monkeypatch):
+    """Of 600 vectors in class order KID takes 200: the first would be two of six classes."""
+    centres = 10 * np.random.default_rng(0).standard_normal((6, 4))
+    rows = np.concatenate([features(i, 100, 4) + centre for i, centre in enumerate(centres)])
+    rows, reference = rows.astype(np.float32), feature_set(rows[::2].astype(np.float32))
+    whole = compare.compare(feature_set(rows), reference, WithFour())[0]["kid"]
+    of_two = metrics.kernel_distance(reference.vectors, rows[:200])
+    monkeypatch.setattr(compare, "KERNEL_VECTORS", 200)
+    part = compare.compare(feature_set(rows), reference, WithFour())[0]["kid"]
+    assert abs(part - whole) < 0.1 * abs(of_two - whole)
+
+
+class WithFour(WithClassifier):
+    classifier = WithClassifier.classifier[:4]
+
+
+def test_the_vectors_that_are_kept_are_of_all_batches(monkeypatch):
+    monkeypatch.setattr(kept_features, "MAX_VECTORS", 20)
+    rows = np.arange(90, dtype=np.float32)[:, None].repeat(3, 1)
+    images = [np.zeros((30, 2, 2, 3), np.uint8)] * 3
+    parts = iter(np.split(rows, 3))
+    found = kept_features.collect(images, 90, lambda batch: {"pool": next(parts)}, "set")
+    assert found.pool.count == 90 and found.pool.mean[0] == pytest.approx(44.5)
+    kept = found.vectors[:, 0].astype(int)
+    assert kept.tolist() == metrics.chosen(90, 20).tolist() == sorted(set(kept.tolist()))
+    assert len(kept) == 20 and (np.bincount(kept // 30) >= 3).all()
 
 
 def by_definition(reference: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:

@@ -56,6 +56,17 @@ def test_splash_has_the_values_and_gradients_of_xla(heads, kv_heads, tokens, hea
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_splash_has_a_kernel_for_every_precision(dtype, precision, monkeypatch):
+    """Mosaic refuses "high", which an evaluation asks for (`evaluation/precision.py`)."""
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    x = jax.ShapeDtypeStruct((1, 2, 128, 64), dtype)
+    with jax.default_matmul_precision(precision):
+        traced = jax.jit(lambda *qkv: attention.attend(*qkv, "splash")).trace(x, x, x)
+        assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 @pytest.mark.parametrize(("batch", "kv_heads"), [(8, 4), (6, 2), (1, 1)])
 def test_own_gradient_has_the_values_and_gradients_of_xla(batch, kv_heads):
     arrays = inputs(batch, 4, kv_heads, tokens=16)
