@@ -33,8 +33,10 @@ SLOW = [
     *([f"digits.py:router={name}"] for name in ("deepseek", "dense")),
     *([f"dsmoe_{size}.py:experts={e}" for size in "sb"] for e in (16, 48)),
     ["dsmoe_l.py:experts=16", "dsmoe_3b.py"],
-    ["dsmoe_s.py:positions=sincos,shared=false"],
-    ["dsmoe_s.py:positions=rope1d,interleave=false,gqa=true"],
+    *(
+        [f"dsmoe_s.py:ablation={name}"]
+        for name in ("s0a3", "gqa", "no_interleave", "ape", "rope1d")
+    ),
     ["promoe_l.py:routing=expert_choice"],
     [f"dit_moe_{size}.py" for size in "sb"],
     ["dit_moe_g.py"],
@@ -45,6 +47,7 @@ SLOW = [
     ["diffmoe_l.py:objective=ddpm"],
     [f"tcdit_{size}.py" for size in "sbl"],
     ["tcdit_l.py:objective=ddpm"],
+    [f"ecdit_{size}.py:predictor=true" for size in "sbl"],
 ]
 FIRST = [specs[0] for specs in QUICK]
 OTHERS = [spec for specs in QUICK + SLOW for spec in specs if spec not in FIRST]
