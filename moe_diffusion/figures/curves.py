@@ -12,7 +12,15 @@ import numpy as np
 from PIL import Image
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.figures.canvas import BLUE, GREY, PALE_BLUE, RED, make_plain, new_figure
+from moe_diffusion.figures.canvas import (
+    BLUE,
+    GREY,
+    PALE_BLUE,
+    RED,
+    label_some,
+    make_plain,
+    new_figure,
+)
 from moe_diffusion.figures.images import save_png
 
 
@@ -123,32 +131,42 @@ def sweep_picture(results: Sequence[Mapping[str, Any]]) -> Image.Image:
 
 
 def threshold_picture(rows: Sequence[Mapping[str, Any]], target: float) -> Image.Image:
-    """C_infer (left axis) over constant thresholds, and class accuracy (right axis) if it is known.
+    """C_infer over constant thresholds and, if the rows are judged, the first metric over C_infer.
+
+    The second is Figure 7 of 2503.14487: the blue points are constant thresholds, the red one is
+    dynamic.
 
     Args:
-      rows: as `evaluation.capacity_search.search` returns them. The row of the dynamic thresholds
-        becomes dashed lines.
+      rows: as `evaluation.capacity_search.search` returns them.
       target: experts per token in training (C), drawn as a dotted line.
     """
-    figure, draw = new_figure(7, 4)
-    axes = figure.subplots()
-    constant = sorted(
-        (row for row in rows if row["threshold"] != "dynamic"), key=lambda row: row["threshold"]
-    )
+    metric = next(iter(rows[0]["metrics"]), None)
+    figure, draw = new_figure(10 if metric else 6, 4)
+    left, *others = figure.subplots(1, 2 if metric else 1, squeeze=False).flat
+    constant = [row for row in rows if row["threshold"] != "dynamic"]
+    constant.sort(key=lambda row: row["threshold"])
     dynamic = [row for row in rows if row["threshold"] == "dynamic"]
-    gammas = [row["threshold"] for row in constant]
-    axes.plot(gammas, [row["c_infer_avg"] for row in constant], "o-", color=BLUE)
-    axes.axhline(target, color=GREY, linestyle=":", linewidth=1)
+    names = [f"{row['threshold']:g}" for row in constant]
+    left.plot([row["c_infer_avg"] for row in constant], "o-", color=BLUE, label="constant")
+    label_some(left.set_xticks, names)
+    left.axhline(target, color=GREY, linestyle=":", linewidth=1, label="C of training")
     for row in dynamic:
-        axes.axhline(row["c_infer_avg"], color=BLUE, linestyle="--", linewidth=1)
-    axes.set_xlabel("threshold (dashed: dynamic, dotted: C of training)")
-    axes.set_ylabel("C_infer, experts per token", color=BLUE)
-    make_plain(axes, grid="y")
-    if all("class_accuracy" in row for row in rows):
-        right = axes.twinx()
-        right.plot(gammas, [row["class_accuracy"] for row in constant], "s-", color=RED)
-        for row in dynamic:
-            right.axhline(row["class_accuracy"], color=RED, linestyle="--", linewidth=1)
-        right.set_ylabel("class accuracy", color=RED)
-        right.spines["top"].set_visible(False)
+        left.axhline(row["c_infer_avg"], color=RED, linestyle="--", linewidth=1, label="dynamic")
+    left.set_xlabel("threshold")
+    left.set_ylabel("C_infer, experts per token")
+    left.legend(frameon=False)
+    make_plain(left, grid="y")
+    for right in others:
+        for some, colour in ((constant, BLUE), (dynamic, RED)):
+            points = [(row["c_infer_avg"], row["metrics"][metric]) for row in some]
+            right.plot(*zip(*points, strict=True), "o", color=colour, zorder=3)
+        path = sorted((row["c_infer_avg"], row["metrics"][metric]) for row in constant)
+        right.plot(*zip(*path, strict=True), color=PALE_BLUE)
+        for name, row in [*zip(names, constant, strict=True), *(("dynamic", d) for d in dynamic)]:
+            place = row["c_infer_avg"], row["metrics"][metric]
+            right.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7)
+        right.axvline(target, color=GREY, linestyle=":", linewidth=1)
+        right.set_xlabel("C_infer, experts per token")
+        right.set_ylabel(metric)
+        make_plain(right)
     return draw()

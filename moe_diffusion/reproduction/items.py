@@ -1,7 +1,7 @@
 """The records of a paper's tables and figures, and where they are listed.
 
-A paper is a file `configs/papers/<paper>.py` with `PAPER` (name and arXiv number) and `ITEMS`, a list
-of `Item`.
+A paper is a file `configs/papers/<paper>.py` with `PAPER`, its name and arXiv number, and a list of
+`Item`, `ITEMS`.
 """
 
 from __future__ import annotations
