@@ -144,9 +144,12 @@ def _judge(
                 "the Inception Score is that of parts in class order, each with few classes, and "
                 "much too low: take --score torch-fidelity, or --labels random"
             )
+    if result.get("autoencoder"):
+        used["autoencoder"] = result["autoencoder"]["name"]
     if reference is not None:
         result["reference"] = {"name": reference.name, "count": reference.pool.count}
-    used |= {**result, **result.get("sampling", {}), **features, **used}
+        used["reference"] = Path(reference.name).name
+    used = {**result, **result.get("sampling", {}), **features, **used}
     result["protocol"] = _against(request.published, used)
     return result | {"software": result.pop("software")}  # the longest last
 

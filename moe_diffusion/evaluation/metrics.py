@@ -115,8 +115,8 @@ def inception_score(
 ) -> tuple[float, float]:
     """Inception Score exp(mean KL(p(y|x) || p(y))), computed on parts of the images.
 
-    The parts must see all classes: the score of a part with a tenth of the classes is at most a
-    tenth of the number of classes. So images in class order must be shuffled.
+    Every part should hold all classes, because of sure predictions it scores the number of classes
+    in it. So images in class order must be shuffled.
 
     Args:
       logits: [N, classes]. ADM's evaluator and the graph of 2015 leave the bias out.

@@ -120,11 +120,12 @@ def deviations(protocol: ConfigDict, used: dict[str, Any]) -> list[str]:
     """Where an evaluation differs from its protocol, like "num_samples: 64 instead of 50000".
 
     Args:
-      used: the settings of a result, those of the model as `model_settings` gives them. Those that
-        it lacks, as for samples in a file, are skipped.
+      used: the settings of a result, those of the model as `model_settings` gives them; the
+        autoencoder and the reference by their names. What it lacks is skipped, as much is for
+        samples in a file.
     """
     wanted = {key: protocol[key] for key in ("num_samples", "labels", "batch_size", "seed")}
-    given = ("resize", "quantize", "score", "matmul", "ema")
+    given = ("resize", "quantize", "score", "matmul", "ema", "autoencoder", "reference")
     wanted |= {key: protocol[key] for key in given if protocol[key]}
     wanted |= {**protocol.sampling.to_dict(), **model_settings(protocol.model)}
     differing = [

@@ -139,12 +139,15 @@ def test_deviations_name_what_differs_and_nothing_else():
         "num_samples": 50_000, "labels": "random", "batch_size": 256, "seed": 0, "ema": "0.9999",
         "sampler": "euler", "steps": 250, "cfg_interval": (0.0, 1.0), "cfg": 1.5,
         "resize": "pytorch-fid", "quantize": "none", "score": "adm", "matmul": "tf32", "pool": 32,
+        "autoencoder": "sd-vae-ft-mse", "reference": "VIRTUAL_imagenet256_labeled.npz",
     }  # fmt: skip
     assert protocol.deviations(published, used) == []
     other = used | {"num_samples": 64, "cfg": 2.0, "resize": "tensorflow"}
+    other |= {"autoencoder": "sd-vae-ft-ema"}
     assert protocol.deviations(published, other) == [
         "num_samples: 64 instead of 50000",
         "resize: tensorflow instead of pytorch-fid",
+        "autoencoder: sd-vae-ft-ema instead of sd-vae-ft-mse",
         "cfg: 2 instead of 1 or 1.5",
     ]
     # A file of images does not tell how it was sampled.
