@@ -120,7 +120,7 @@ def test_totals_of_diffmoe_with_and_without_the_predictor():
 
 
 def test_activated_parameters_of_equation_40():
-    """2503.14487, Table 9: 1725.3 of FFNs, 457.84 - 201.44 = 256.4 of all else. Eq. 40 with C = 0.95:
+    """2503.14487, Table 9: 1725.3 of FFNs, 457.84 - 201.44 = 256.4 of all else. Eq. 40, C = 0.95:
     (1 + 0.95) / (1 + 16) * 1725.3 + 256.4 = 454.3, Table 3's 454M. Its FFNs are the dense ones, the
     experts, the routers and the predictors.
     """
