@@ -43,6 +43,19 @@ def test_its_weights_are_read_bit_for_bit(workdir):
     assert note["step"] == 2 and digest.hexdigest()[:16] == DIGEST
 
 
+def test_a_run_that_began_without_flips_goes_on_without_them(tmp_path):
+    """What its config.json says stays; the command must say so, too, or is refused by name."""
+    spec, without = "configs/diffmoe_s.py", ["data.augment=none", "model.router.max_capacity=4"]
+    configs.save_json(configs.load(spec, without), tmp_path / "config.json")
+    old = configs.load_json(tmp_path / "config.json")
+    assert (old.data.augment, old.model.router.max_capacity) == ("none", 4.0)
+    assert configs.compare(old, configs.load(spec, without)) == []
+    assert configs.compare(old, configs.load(spec)) == [
+        "data.augment: none -> flip",
+        "model.router.max_capacity: 4.0 -> 0.0",
+    ]
+
+
 def test_it_resumes_with_the_same_numbers(workdir):
     changes = {"loss_weights__capacity_predictor": 0.01, "model__router__group": "batch"}
     changes |= {"train__num_steps": 4, "checkpoint__keep_last": 1}

@@ -11,8 +11,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 
 SPECS = [spec for setting in SETTINGS.values() for spec in setting.members.values()]
-# What a model trains on and how. Three keys belong to the architectures: ProMoE and DiT-MoE count
-# time from the data, and JiT predicts the data.
+# What a model trains on and how, whatever its architecture.
 SECTIONS = ("data", "optim", "ema", "diffusion")
 # Setting -> batch size, steps, objective. 2503.14487: batch of appendix B.1, steps of the captions
 # and headers of Tables 2, 3, 5 and 8. 2512.01252: batch of appendix A, steps of section 1; Table 6,

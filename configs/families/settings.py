@@ -290,13 +290,13 @@ def parse(
     """
 
     def parsed(text: str | None) -> ConfigDict:
-        names = {"setting": ("none", *SETTINGS)}
-        known, own = dict(choices or {}), dict(defaults)
-        setting = parse_arg(text, choices=known | names, **own, setting="none").setting
+        own, known = {**defaults, "setting": "none"}, {**(choices or {})}
+        known["setting"] = ("none", *SETTINGS)
+        setting = parse_arg(text, choices=known, **own).setting
         if setting in SETTINGS and "objective" in own:
             own["objective"] = SETTINGS[setting].objective
             known["objective"] = (own["objective"],)
-        return parse_arg(text, choices=known | names, **own, setting="none")
+        return parse_arg(text, choices=known, **own)
 
     chosen = parsed(arg)
     if chosen.setting in SETTINGS:
