@@ -1,10 +1,9 @@
 """Shows how a model uses its experts while it draws images: a folder of numbers and pictures.
 
   python -m moe_diffusion.routing --workdir runs/digits --num 200 --out routing/
-  python -m moe_diffusion.routing --workdir runs/diffmoe_l --vae sd-vae-ft-ema/ --num 1000 \\
-      --batch 1000 --cfg 1.0 --steps 250 --sampler euler --blocks 1,7,13,19 --out routing/
-  python -m moe_diffusion.routing --workdir runs/dsmoe_s --vae sd-vae-ft-ema/ --num 5000 \\
-      --labels 0,1,2,3,4,5,6,7,8,9 --out routing/ --json
+  python -m moe_diffusion.routing --workdir runs/dsmoe_s --vae sd-vae-ft-mse/ --num 5000 --json
+  python -m moe_diffusion.routing --workdir runs/diffmoe_l --vae sd-vae-ft-mse/ --num 1000 \\
+      --batch 1000 --cfg 1.0 --blocks 1,7,13,19 --out routing/
 
 It works for every router. routing.json has the numbers. The pictures show experts per token, the
 load of every expert by layer, time and class, and the expert of every token of some images. If

@@ -1,4 +1,4 @@
-"""`python -m moe_diffusion.thresholds`, and `sample --stats`, on a DiffMoE run."""
+"""`python -m moe_diffusion.thresholds` and `.routing`, and `sample --stats`, on a DiffMoE run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_diffusion import sample, thresholds, train
+from moe_diffusion import routing, sample, thresholds, train
 from tests import cli
 
 
@@ -71,5 +71,59 @@ def test_sampling_writes_statistics(trained, tmp_path, capsys):
 def test_refusals(changes, named, tmp_path, capfd):
     args = {"--workdir": tmp_path, "--gammas": "0.5", "--out": tmp_path / "a" / "b.png"} | changes
     message = cli.refused(capfd, thresholds.main, [part for pair in args.items() for part in pair])
+    assert message.startswith(named)
+    assert not list(tmp_path.iterdir())
+
+
+# --- routing -------------------------------------------------------------------------------------
+
+
+def show_routing(capsys, *args):
+    """Lines printed, and the JSON object after them."""
+    routing.main([*map(str, args), "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    return lines[:-1], json.loads(lines[-1])
+
+
+def test_a_folder_on_the_use_of_experts(trained, tmp_path, capsys):
+    """Ten images in batches of four: the last batch has two, and their repetitions do not count."""
+    out, threshold = tmp_path / "new" / "routing", "--config.model.router.threshold=0.5"
+    args = ("--num", 10, "--batch", 4, "--cfg", 1, "--steps", 2, "--out", out, threshold)
+    lines, result = show_routing(capsys, "--workdir", trained, *args)
+    assert result["not_written"] == {} and len(result["files"]) == 8
+    assert sorted(path.name for path in out.iterdir()) == sorted(result["files"])
+    assert {str(out / name) for name in result["files"]} <= set(lines)
+    stats = json.loads((out / "routing.json").read_text())
+    assert stats["evaluations"] == 10 * 2 and stats["times"] == [0, 0.5]
+    assert set(stats["per_class"]) == set(map(str, range(10))) and "conditional" not in stats
+    assert np.shape(stats["tokens"]["used"]) == (4, 1, 2, 2, 2)
+    np.testing.assert_allclose(np.sum(stats["selection"], -1), stats["per_layer"], rtol=1e-4)
+    assert f"experts per token: {result['c_infer_avg']:.4f}" in lines
+
+
+def test_classes_that_use_all_experts_are_equally_hard(trained, tmp_path, capsys):
+    keys = ("model.router.threshold=0", "model.router.max_capacity=0")
+    args = ("--labels", "3,7", "--num", 4, "--out", tmp_path, *(f"--config.{k}" for k in keys))
+    lines, result = show_routing(capsys, "--workdir", trained, *args)
+    reason = "all classes use 4 experts per token"
+    assert result["not_written"] == dict.fromkeys(("hardest.png", "easiest.png"), reason)
+    assert f"hardest.png: not written, {reason}" in lines
+    stats = json.loads((tmp_path / "routing.json").read_text())
+    assert stats["per_class"] == {"3": 4, "7": 4, "null": 4}
+    assert stats["conditional"]["evaluations"] == stats["unconditional"]["evaluations"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"--num": 0}, "--num"),
+        ({"--blocks": "99"}, "--blocks: block 99 has no experts"),
+        ({"--labels": "10"}, "--labels: 10 is no class"),
+        ({"--out": __file__}, f"--out {__file__} is a file"),
+    ],
+)
+def test_routing_refuses(changes, named, trained, tmp_path, capfd):
+    args = {"--workdir": trained, "--out": tmp_path / "routing"} | changes
+    message = cli.refused(capfd, routing.main, [part for pair in args.items() for part in pair])
     assert message.startswith(named)
     assert not list(tmp_path.iterdir())

@@ -26,7 +26,7 @@ from moe_diffusion.diffusion.samplers import Sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.expert_tables import by_class, rounded, tables
 from moe_diffusion.figures.images import save_png
-from moe_diffusion.figures.routing import capacity_picture
+from moe_diffusion.figures.routing import capacity_picture, experts_picture
 from moe_diffusion.models.stack import Model
 from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routing import Routing, taken
@@ -306,5 +306,10 @@ def save_json(stats: Mapping[str, Any], path: str | os.PathLike) -> Path:
 
 
 def save_stats(stats: Mapping[str, Any], path: str | os.PathLike) -> tuple[Path, Path]:
-    """Writes `stats` as JSON, and a picture of C_infer of the same name (.png)."""
-    return save_json(stats, path), save_png(capacity_picture(stats), Path(path).with_suffix(".png"))
+    """Writes `stats` as JSON, and a picture of the same name (.png).
+
+    The picture shows C_infer, or the load of every expert if C_infer is the same everywhere.
+    """
+    varies = np.ptp(stats["per_layer_and_time"]) > 1e-6
+    picture = capacity_picture(stats) if varies else experts_picture(stats)
+    return save_json(stats, path), save_png(picture, Path(path).with_suffix(".png"))

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 # Flags of `evaluate` for a tiny run. A protocol's own values would take hours.
 EVALUATE = ("--num", "8", "--batch", "4", "--steps", "2", "--config.sampling.pool=4")
 
-_IMAGE, _PATCH, _WIDTH = 16, 4, 32
+_IMAGE, _PATCH, _WIDTH = 16, 2, 32
 
 
 def shrink(config: ConfigDict) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from moe_diffusion.evaluation.routing_stats import (
     save_stats,
     token_maps,
 )
+from moe_diffusion.figures.routing import experts_picture
 from moe_diffusion.models import abstract_variables, build
 from moe_diffusion.models.dit import DiT
 from moe_diffusion.models.stack import Model, Stack
@@ -127,6 +128,51 @@ def test_maps_of_a_routing_made_by_hand():
     # Sample 1, tokens 6, 7, 8, 9: an unused slot; none; two with weights below 0; 1.
     np.testing.assert_array_equal(strongest[1], [[-1, -1], [0, 1]])
     np.testing.assert_array_equal(used[1], [[0, 0], [2, 1]])
+
+
+def test_maps_leave_out_the_class_tokens_of_jit():
+    """Against the routers' records; block 1 sees three class tokens before four patches."""
+    sizes = {"depth": 2, "hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "image_size": 8}
+    sizes |= {"patch_size": 4, "num_classes": 10, "moe.num_experts": 4, "moe.hidden_size": 8}
+    sizes |= {"moe.shared_hidden_size": 8, "moe.interleave": "false", "moe.skip_first": 0}
+    sizes |= {"jit.bottleneck": 4, "jit.in_context_tokens": 3, "jit.in_context_start": 1}
+    sizes |= {"router.n_group": 1, "router.topk_group": 1, "dtype": "float32"}
+    model = build(
+        configs.load(
+            "configs/jitmoe_b16.py", [f"model.{key}={value}" for key, value in sizes.items()]
+        ).model
+    )
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype),
+        abstract_variables(model),
+    )
+    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    records = []
+
+    def listen(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if isinstance(context.module, Router) and context.method_name == "__call__":
+            jax.debug.callback(
+                lambda *lists: records.append(lists),
+                result[0].expert,
+                result[0].weight,
+                ordered=True,
+            )
+        return result
+
+    with nn.intercept_methods(listen):
+        seen = jax.jit(lambda *args: observe(model, *args, LABELS, False, maps=True)[1])(
+            variables, images, HALF
+        )
+    jax.effects_barrier()
+    tokens = [4, 7]
+    assert [expert.size // 3 // 2 for expert, _ in records] == tokens
+    for layer, (expert, weight) in enumerate(records):
+        expert, weight = (a.reshape(3, tokens[layer], 2)[:, -4:] for a in (expert, weight))
+        best = np.take_along_axis(expert, weight.argmax(-1)[..., None], -1).reshape(3, 2, 2)
+        np.testing.assert_array_equal(seen["strongest_expert"][layer], best)
+        assert np.all(seen["experts_used"][layer] == 2)
 
 
 class SignRouter(Router):
@@ -356,8 +402,8 @@ def test_a_model_without_labels_has_no_classes(tmp_path):
     stats = observer.stats()
     assert "per_class" not in stats and stats["per_layer"] == [2, 2]
     _, picture = save_stats(stats, tmp_path / "stats.json")
-    with Image.open(picture) as image:
-        assert image.width > 400
+    with Image.open(picture) as image:  # two experts a token everywhere: the load of each expert
+        assert np.array_equal(image, experts_picture(stats))
 
 
 def test_a_dense_model_has_no_routing():
