@@ -251,6 +251,8 @@ def test_capacity_095_without_predictor():
     variables = router.init(jax.random.key(1), x, None, True)
     routing, _ = router.apply(variables, x, None, False)
     np.testing.assert_array_equal(expert_load(routing, 4), [9, 9, 9, 9])
+    for small in (router, ExpertChoice(4, capacity=0.95)):  # the shapes of weights need no pool
+        small.init(jax.random.key(1), x[:, :4], None, False)
     with pytest.raises(UserError, match="capacity = 0.95 gives each of .* = 4 less than one of th"):
         router.apply(variables, x[:, :4], None, False)
 
