@@ -206,7 +206,6 @@ IMPOSSIBLE = [
     (["--workdir", "{run}", "--cfg", "1,high"], "--cfg '1,high' is not a list of numbers"),
     (["--workdir", "{run}", "--cfg=-1"], "sampling.cfg = -1.0 must be zero or positive"),
     (["--workdir", "{run}", "--num", "0"], "num_samples = 0 must be at least 1"),
-    (["--workdir", "{run}", "--batch", "12"], "--batch 12 cannot be split evenly over 8 devices"),
     (["--workdir", "{run}", "--protocol", "nothing"], "no protocol 'nothing'; known are: diffmoe"),
     (["--workdir", "{run}", "--inception", "{}/no.pth"], "nothing to compare with: give --refer"),
     (

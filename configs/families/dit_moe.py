@@ -56,7 +56,7 @@ def dit_moe(size: str, experts: int, objective: str, qk_norm: bool = False) -> C
         config.optim.mu_dtype = "bfloat16"
     if objective == "ddpm":
         config.diffusion.path = "ddpm"
-        config.sampling.update(sampler="ddpm", steps=250, cfg=1.5, cfg_channels=3)
+        config.sampling.update(sampler="ddpm", steps=250, cfg=1.5, cfg_channels=3, joint=True)
     else:
         model.dit.reverse_time = True
         config.diffusion.time_sampling = "logit_normal"

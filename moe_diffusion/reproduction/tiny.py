@@ -5,7 +5,8 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 # Flags of `evaluate` for a tiny run. A protocol's own values would take hours.
-EVALUATE = ("--num", "8", "--batch", "4", "--steps", "2", "--config.sampling.pool=4")
+EVALUATE = ("--num", "8", "--batch", "4", "--steps", "2")
+EVALUATE += ("--config.sampling.pool=4", "--config.sampling.clip=true")  # DDPM, without a decoder
 
 _IMAGE, _PATCH, _WIDTH = 16, 2, 32
 

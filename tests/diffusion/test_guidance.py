@@ -38,6 +38,19 @@ def test_formula(joint):
     np.testing.assert_allclose(run(joint=joint), [[-17] * 4, [-14] * 4])
 
 
+def test_one_pass_keeps_both_predictions_of_an_image_together():
+    """Images 5 and 7: 15 + 3 * (6 - 15) = -12 and 17 + 3 * (9 - 17) = -7."""
+    images, seen = jnp.array([5.0, 7.0])[:, None, None, None], []
+
+    def predict(x, t, cond):
+        seen.append((x[:, 0, 0, 0].tolist(), cond["label"].tolist()))
+        return by_label(x, t, cond)
+
+    guided = guide(predict, joint=True)(images, jnp.float32(0.5), COND)
+    np.testing.assert_allclose(guided[:, 0, 0, 0], [-12, -7])
+    assert seen == [([5, 5, 7, 7], [1, NULL, 2, NULL])]
+
+
 def test_some_channels():
     np.testing.assert_allclose(run(cfg_channels=3), [[-17] * 3 + [1], [-14] * 3 + [2]])
 

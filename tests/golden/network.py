@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_diffusion import config
+from moe_diffusion import config, interop
 from moe_diffusion.diffusion import guidance, objectives
 from moe_diffusion.diffusion import sown as aux_losses
 from moe_diffusion.interop import keymap
@@ -24,7 +24,7 @@ def check(case, family: str) -> None:
     forward = probe.jit(functools.partial(probe.apply, model), static_argnums=4)
     check_eval(case, family, model, variables, forward)
     if "out/forward_with_cfg" in case:
-        _check_guidance(case, model, variables, forward)
+        _check_guidance(case, family, model, variables, forward)
     if "flow/xt" in case:
         _check_flow(case, model, variables, forward)
     if "train/x1" in case:
@@ -66,23 +66,26 @@ def check_eval(case, family, model, variables, forward) -> None:
     probe.compare_intermediates(case, record, prefix)
 
 
-def _check_guidance(case, model, variables, forward) -> None:
+def _check_guidance(case, family, model, variables, forward) -> None:
     """`forward_with_cfg`: both halves in one pass, three channels guided, the rest as it is."""
     key = "out/forward_with_cfg"
     half = len(case["cfg/x"]) // 2
     x, t, y = case.image("cfg/x")[:half], case["cfg/t"].astype(np.float32), case["cfg/y"]
-    assert (y[half:] == model.num_classes).all()
+    assert (y[half:] == model.num_classes).all() and (t[half:] == t[:half]).all()
     outputs = []
 
     def velocity(both, _, cond):
-        outputs.append(forward(variables, both, t, cond["label"], False)[0])
+        times = np.repeat(t[:half], 2)  # both predictions of an image side by side
+        outputs.append(forward(variables, both, times, cond["label"], False)[0])
         return outputs[0]
 
-    sampling = config.default().sampling
-    sampling.update(cfg=float(case["cfg/scale"]), cfg_channels=3, joint=True)
+    # The authors' sampler of a SiT, and of a DDPM of the others.
+    hparams = case.hparams if family == "sit" else {**case.hparams, "rf": False}
+    sampling = interop.config_from_torch(family, hparams).sampling
+    sampling.cfg = float(case["cfg/scale"])
     guide = guidance.guide(velocity, model.null, sampling)
     conditional = guide(x, t[0], {"label": y[:half]})
-    unconditional = jnp.concatenate([conditional[..., :3], outputs[0][half:, ..., 3:]], axis=-1)
+    unconditional = jnp.concatenate([conditional[..., :3], outputs[0][1::2, ..., 3:]], axis=-1)
     both = jnp.concatenate([conditional, unconditional])
     case.compare(key, both[..., : case[key].shape[1]])
 

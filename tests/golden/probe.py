@@ -45,10 +45,8 @@ def promoe_family(case) -> str:
 
 
 def build(case, family: str):
-    """The case's model and its weights. DiffMoE takes all tokens that its thresholds let pass."""
+    """The case's model and its weights."""
     config = interop.model_config_from_torch(family, case.hparams)
-    if family == "diffmoe":
-        config.router.max_capacity = 0.0
     model = models.build(config, losses=tuple(loss_weights(case, family)))
     return model, interop.import_state_dict(case.tensors("weights"), model, family)
 

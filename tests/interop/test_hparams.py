@@ -74,6 +74,7 @@ def test_diffmoe():
     model = build("diffmoe", CHOICE, {"n_shared_experts": 1}, use_swiglu=True)
     moe = model.moe
     assert (model.router.name, model.router.group) == ("diffmoe", "batch")
+    assert model.router.max_capacity == 0  # forward_eval takes every token above the threshold
     # The shared expert is a GELU MLP of width 8 * hidden, whatever the others are.
     assert (moe.shared_hidden_size, moe.shared_mlp, moe.shared_bias) == (512, "gelu", True)
 
@@ -95,6 +96,40 @@ def test_flow_or_ddpm():
     ):
         config = interop.config_from_torch(family, hparams)
         assert (config.diffusion.path, config.sampling.sampler) == (path, sampler), family
+
+
+DIT_MOE = {"hidden_size": 64, "num_heads": 4}
+PROMOE = {
+    "num_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "interleave": True,
+}
+
+
+@pytest.mark.parametrize(
+    "family, hparams, channels, joint",
+    [
+        # p_sample_loop with forward_with_cfg: one pass, three channels.
+        ("dit", {}, 3, True),
+        ("dsmoe", {**DSMOE, "rf": False}, 3, True),
+        ("ecdit", {**CHOICE, "rf": False}, 3, True),
+        ("diffmoe", {**CHOICE, "rf": False}, 3, True),
+        ("dit_moe", {**DIT_MOE, "rf": False}, 3, True),
+        ("sit", {}, 3, True),  # sample_ddp.py passes the same function to its ODE and SDE
+        # RectifiedFlow.sample, sample.py of ProMoE, Denoiser of JiT: two passes, all channels.
+        ("dit", {"rf": True}, 0, False),
+        ("dsmoe", DSMOE, 0, False),
+        ("tcdit", CHOICE, 0, False),
+        ("diffmoe", CHOICE, 0, False),
+        ("dit_moe", DIT_MOE, 0, False),
+        ("promoe_tc", {"MoE_config": PROMOE}, 0, False),
+        ("jit", {"model": "JiT-B/16"}, 0, False),
+    ],
+)
+def test_guidance_is_that_of_the_authors_sampler(family, hparams, channels, joint):
+    sampling = interop.config_from_torch(family, hparams).sampling
+    assert (sampling.cfg_channels, sampling.joint) == (channels, joint)
 
 
 @pytest.mark.parametrize(

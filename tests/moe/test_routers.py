@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_diffusion.errors import UserError
 from moe_diffusion.moe.router import balance, router_z
 from moe_diffusion.moe.routers import DiffMoE, ExpertChoice, TokenChoice
 from moe_diffusion.moe.routers.diffmoe import predictor_loss
@@ -218,6 +219,69 @@ def test_diffmoe_inference_counts_by_threshold_and_chooses_by_gate(max_capacity,
     np.testing.assert_allclose(gates, expected, rtol=1e-6)
     np.testing.assert_allclose(aux.metrics["dropped"], dropped, atol=1e-6)
     np.testing.assert_allclose(aux.metrics["experts_per_token"], 4 / 4, rtol=1e-6)
+
+
+# Three tokens, three experts; columns are what an expert chooses from.
+SQUARE = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.4, 0.2, 0.4]])
+
+
+@pytest.mark.parametrize(
+    ("capacity", "expected"),
+    [
+        # C = int(3 / 3 * 1) = 1: the largest of every column.
+        (1.0, [[0.5, 0, 0], [0, 0.6, 0], [0, 0, 0.4]]),
+        # C = 2: the two largest of every column. Nobody asks the predictor, who wants nothing.
+        (2.0, [[0.5, 0.3, 0], [0, 0.6, 0.3], [0.4, 0, 0.4]]),
+    ],
+)
+def test_diffmoe_without_predictor_takes_a_fixed_number(capacity, expected):
+    router = DiffMoE(3, capacity=capacity, threshold="off")
+    state = {"threshold": jnp.ones(3), "predictor": predictor(np.full((3, 3), -9.0))}
+    routing, aux = route(router, np.log(SQUARE), dict(state), train=False)
+    assert routing.slots_per_expert == int(capacity) and "dropped" not in aux.metrics
+    np.testing.assert_allclose(dense_gates(routing, 3, 3)[0], expected, rtol=1e-6)
+    trained, _ = route(router, np.log(SQUARE), dict(state), train=True)
+    jax.tree.map(np.testing.assert_array_equal, routing, trained)
+
+
+def test_capacity_095_without_predictor():
+    """Figure 6's C = 0.95 of 40 tokens and 4 experts: int(40 / 4 * 0.95) = 9 tokens an expert."""
+    router = DiffMoE(4, capacity=0.95, threshold="off")
+    x = jax.random.normal(jax.random.key(0), (1, 40, 6))
+    variables = router.init(jax.random.key(1), x, None, True)
+    routing, _ = router.apply(variables, x, None, False)
+    np.testing.assert_array_equal(expert_load(routing, 4), [9, 9, 9, 9])
+    for small in (router, ExpertChoice(4, capacity=0.95)):  # the shapes of weights need no pool
+        small.init(jax.random.key(1), x[:, :4], None, False)
+    with pytest.raises(UserError, match="capacity = 0.95 gives each of .* = 4 less than one of th"):
+        router.apply(variables, x[:, :4], None, False)
+
+
+def test_a_predictor_for_choice_within_an_image():
+    """DiffMoE with group = sample, Table 8's local dynamic routing: two images of two tokens.
+
+    C = 1. Training: expert 0 predicts 0.7 and 0.4 in image 0, 0.1 and 0.8 in image 1, so the
+    threshold moves to the mean of 0.7 and 0.8; expert 1 likewise to that of 0.6 and 0.9.
+    """
+    router, x = DiffMoE(2, capacity=1.0), jnp.eye(4).reshape(2, 2, 4)
+    state = {"threshold": jnp.array([0.35, 0.65])}
+    args = router, np.log(POOL), state | {"predictor": predictor(logit(PREDICTED))}
+    _, aux = route(*args[:2], dict(args[2]), x=x)
+    np.testing.assert_allclose(aux.stats["threshold"], [0.75, 0.75], rtol=1e-4)
+    moved = router.next_state(state, aux.stats)["threshold"]
+    np.testing.assert_allclose(moved, [0.95 * 0.35 + 0.0375, 0.95 * 0.65 + 0.0375], rtol=1e-4)
+
+    # Above 0.35 of expert 0: both tokens of image 0, one of image 1; above 0.65 of expert 1: only
+    # one of image 1. By gate that is token 1 of image 1 for expert 0, and token 0 for expert 1.
+    routing, _ = route(*args[:2], dict(args[2]), train=False, x=x)
+    gates = dense_gates(routing, 2, 2)
+    np.testing.assert_allclose(gates, [[[0.9, 0], [0.6, 0]], [[0, 0.7], [0.8, 0]]], rtol=1e-6)
+
+    off, _ = route(router.clone(threshold="off"), *args[1:2], dict(args[2]), train=False, x=x)
+    static, _ = ExpertChoice(2).apply(
+        {"params": {"kernel": jnp.asarray(np.log(POOL), jnp.float32)}}, x
+    )
+    jax.tree.map(np.testing.assert_array_equal, off, static)
 
 
 def test_diffmoe_predictor_does_not_touch_the_tokens():

@@ -162,8 +162,9 @@ def shared(tmp_path_factory):
     """Folder of the runs that the items share, weights of an Inception, and a reference."""
     folder = tmp_path_factory.mktemp("shared")
     save_file(recipe(inception.tensor_shapes(), seed=0), folder / "inception.safetensors")
-    images = np.random.default_rng(0).integers(256, size=(80, 16, 16, 3), dtype=np.uint8)
-    np.savez(folder / "reference.npz", arr_0=images)
+    features = np.random.default_rng(0).standard_normal((80, 64), np.float32)
+    spatial = {"mu_s": np.zeros(32), "sigma_s": np.eye(32)}
+    np.savez(folder / "reference.npz", features=features, **spatial)
     return folder
 
 

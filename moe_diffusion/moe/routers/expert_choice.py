@@ -52,6 +52,7 @@ class ExpertChoice(Router):
         """
         tokens = scores.shape[1]
         slots = slots_per_expert(tokens, self.num_experts, self.capacity)
+        slots = max(slots, self.is_initializing())  # init sees one sample, whatever a group is
         require(slots >= 1, _too_few(self.capacity, self.num_experts, tokens, "a pool"))
         return top_tokens(scores, slots)
 
