@@ -22,9 +22,6 @@ _DSMOE_SIZES = {
 # experts -> experts per token, groups, groups per token, scale of the gates; from the same files.
 _DSMOE_ROUTING = {16: (2, 2, 2, 2.0), 48: (5, 1, 1, 2.5)}
 
-# Trained under bf16 autocast, in which the stream is float32 from the first layer of experts on;
-# the others were trained in float32 (docs/papers_vs_code.md).
-_AUTOCAST = (("l", 48), ("3b", 16))
 
 # The parts that the paper removes or replaces one by one; the published choice comes first.
 _ABLATIONS = {
@@ -63,8 +60,6 @@ def dsmoe(size: str, arg: str | None, experts: tuple[int, ...] = (16, 48)) -> Co
     model.num_kv_heads = model.num_heads // 2 if chosen.gqa else 0
     model.mlp = "silu"  # dense blocks, mlp_ratio 4, with bias
     model.dtype = "auto"
-    if (size, experts) in _AUTOCAST:
-        model.residual_dtype = "float32"
 
     model.moe.num_experts = experts
     model.moe.hidden_size = width
