@@ -69,6 +69,10 @@ BAD_COMBINATIONS = [
         {"model.moe.residual_input": True, "model.moe.shared_hidden_size": 8},
         "model.moe.residual_input stands in for a shared expert, but model.moe.shared_hidden_size",
     ),
+    (
+        {"model.residual_dtype": "float16"},
+        "model.residual_dtype = 'float16' is unknown; choose auto | float32",
+    ),
     ({"model.router.top_k": 17}, "model.router.top_k = 17 exceeds model.moe.num_experts = 16"),
     ({"model.router.n_group": 3}, "model.router.n_group = 3 does not divide model.moe.num_experts"),
     (

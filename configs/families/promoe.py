@@ -39,6 +39,7 @@ def promoe(size: str, arg: str | None) -> ConfigDict:
     model.num_classes = 1000
     model.learn_sigma = True  # as the checkpoints have it; the flow loss uses the first half
     model.dtype = "auto"
+    model.residual_dtype = "float32"  # as under the authors' autocast: see docs/papers_vs_code.md
 
     # There are 14 experts of half a dense block's width: 12 with a prototype, one for samples
     # without a label, and a shared one. Two of them serve each token.

@@ -38,6 +38,10 @@ DEFAULTS: dict[str, Any] = {
         "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
         "dtype": "float32",  # of computations: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+        # Of the residual stream (dit: from the positions on, jit: from the class tokens on): auto =
+        # that of computations | float32 (what is saved of it for the backward pass doubles) |
+        # bfloat16
+        "residual_dtype": "auto",
         "param_dtype": "float32",  # of every parameter: float32 | bfloat16 | float16
         # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
         # but products with dense weights) | full

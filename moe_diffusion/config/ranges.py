@@ -15,6 +15,7 @@ CHOICES = {
     "model.positions": ("sincos", "rope1d", "rope2d", "rope2d_pairs"),
     "model.param_dtype": ("float32", "bfloat16", "float16"),
     "model.dtype": ("float32", "bfloat16", "auto"),
+    "model.residual_dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "cheap", "dots", "full"),
     "model.attention": ("auto", "xla", "own_gradient", "splash", "cudnn"),
     "model.moe.mlp": _MLPS,

@@ -247,6 +247,8 @@ def _set_net(model: ml_collections.ConfigDict, net: Mapping[str, Any]) -> None:
         norm="rmsnorm",
         qk_norm=True,
         positions="rope2d_pairs",
+        # Under the authors' autocast the class tokens, in float32, make the stream so.
+        residual_dtype="float32" if net["in_context_len"] else "auto",
     )
     model.jit.update(
         bottleneck=net["bottleneck_dim"],

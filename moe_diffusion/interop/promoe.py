@@ -85,6 +85,7 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
         model[name] = h[name]
     model.mlp_ratio = float(h["mlp_ratio"])
     model.time_scale, model.dit.reverse_time = 1000.0, True
+    model.residual_dtype = "float32"  # the position table, in float32, is added out of place
     if h["qk_norm"]:  # torch.nn.LayerNorm over a head, as it is by default
         model.update(qk_norm=True, qk_norm_kind="layernorm_affine", qk_norm_eps=1e-5)
     model.moe.update(

@@ -1,8 +1,8 @@
 """What transformers for diffusion are made of: embedders, norms, attention, rope, adaLN, MLPs.
 
-Every module computes in `dtype`, whatever the dtype of its weights. Every axis of a weight has a
-logical name: embed, mlp, heads, expert, layers or None; parallel/rules.py says where it goes on a
-mesh. A grid is (rows, columns) of patches.
+Every module with a `dtype` computes in it, whatever the dtype of its weights. Every axis of a
+weight has a logical name: embed, mlp, heads, expert, layers or None; parallel/rules.py says where
+it goes on a mesh. A grid is (rows, columns) of patches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ XAVIER = nn.initializers.xavier_uniform()
 ZEROS = nn.initializers.zeros
 
 
-def _weight(module: nn.Module, name: str, init: Callable, axes: Sequence, shape: Sequence):
+def parameter(module: nn.Module, name: str, init: Callable, axes: Sequence, shape: Sequence):
     """A parameter f32[shape] of a module, its axes named for the mesh."""
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
@@ -60,9 +60,9 @@ class Linear(nn.Module):
             return self.kernel_init(key, matrix, dtype).reshape(shape)
 
         axes = {"kernel": self.axes, "bias": self.axes[self.contract :]}
-        weights = {"kernel": _weight(self, "kernel", init, self.axes, (*inputs, *self.features))}
+        weights = {"kernel": parameter(self, "kernel", init, self.axes, (*inputs, *self.features))}
         if self.use_bias:
-            weights["bias"] = _weight(self, "bias", ZEROS, axes["bias"], self.features)
+            weights["bias"] = parameter(self, "bias", ZEROS, axes["bias"], self.features)
         weights = {name: weight.astype(self.dtype) for name, weight in weights.items()}
 
         def apply(x, weights):
@@ -148,22 +148,21 @@ class TimeEmbed(nn.Module):
     def __call__(self, t):
         normal = nn.initializers.normal(0.02)
         make = partial(linear, self.width, dtype=self.dtype, kernel_init=normal)
-        x = make((None, "embed"), name="dense_0")(time_features(t).astype(self.dtype))
+        x = make((None, "embed"), name="dense_0")(time_features(t))
         return make(("embed", None), name="dense_1")(nn.silu(x))
 
 
 class LabelEmbed(nn.Module):
-    """Labels i32[B] -> [B, D]. The table has a row per class, and a last one for the null label."""
+    """Labels i32[B] -> f32[B, D], from a table of a row per class and a last one for "no label"."""
 
     num_classes: int
     width: int
-    dtype: Dtype
 
     @nn.compact
     def __call__(self, y):
         init, shape = nn.initializers.normal(0.02), (self.num_classes + 1, self.width)
-        table = _weight(self, "embedding", init, (None, "embed"), shape)
-        return jnp.take(table, y, axis=0, mode="clip").astype(self.dtype)
+        table = parameter(self, "embedding", init, (None, "embed"), shape)
+        return jnp.take(table, y, axis=0, mode="clip").astype(jnp.float32)
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
@@ -199,7 +198,7 @@ class Norm(nn.Module):
         """x [.., D]; with modulation = (shift, scale), [B, D] each, x is [B, S, D]."""
         weights = {}
         for name in _NORM_WEIGHTS[self.kind]:
-            weights[name] = _weight(self, name, _NORM_INITS[name], (None,), x.shape[-1:])
+            weights[name] = parameter(self, name, _NORM_INITS[name], (None,), x.shape[-1:])
         return jax.checkpoint(partial(_normalize, self.kind, self.eps))(x, weights, modulation)
 
 
@@ -309,7 +308,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x)).
+    """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x)), in x's dtype.
 
     Attributes:
       make_ffn: makes an `MLP`, or a layer of experts (moe/layer.py).
@@ -328,10 +327,10 @@ class TransformerBlock(nn.Module):
         axes, width = ("embed", "mlp"), 6 * x.shape[-1]
         adaln = linear(width, axes, name="adaLN", dtype=self.dtype, kernel_init=ZEROS)(nn.silu(c))
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
-        h = Norm(self.norm, name="norm1")(x, (shift_a, scale_a))
-        x += gate_a[:, None] * self.make_attention(name="attn")(h)
-        h = Norm(self.norm, name="norm2")(x, (shift_f, scale_f))
-        return x + gate_f[:, None] * self.make_ffn()(h, is_null, self.train)
+        h = Norm(self.norm, name="norm1")(x, (shift_a, scale_a)).astype(self.dtype)
+        x += (gate_a[:, None] * self.make_attention(name="attn")(h)).astype(x.dtype)
+        h = Norm(self.norm, name="norm2")(x, (shift_f, scale_f)).astype(self.dtype)
+        return x + (gate_f[:, None] * self.make_ffn()(h, is_null, self.train)).astype(x.dtype)
 
 
 class FinalLayer(nn.Module):

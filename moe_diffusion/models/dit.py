@@ -37,13 +37,13 @@ class DiT(PatchTransformer):
     def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
         """See `Model`. Only the routers use `train`; features are tokens [B, S, D]."""
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
-        x = patchify(x.astype(dtype), self.patch_size)
-        x = linear(width, (None, "embed"), name="patch_embed", dtype=dtype)(x)
+        embed = linear(width, (None, "embed"), name="patch_embed", dtype=dtype)
+        x = embed(patchify(x, self.patch_size)).astype(self.residual_dtype)
         if self.positions == "sincos":
-            x += jnp.asarray(sincos_table(self.grid, width), dtype)
+            x += jnp.asarray(sincos_table(self.grid, width), x.dtype)
         time = (1 - t if self.reverse_time else t) * self.time_scale
         c = TimeEmbed(width, dtype, name="time_embed")(time)
-        c += LabelEmbed(self.num_classes, width, dtype, name="label_embed")(label)
+        c += LabelEmbed(self.num_classes, width, name="label_embed")(label)
         is_null = label == self.num_classes
         x, features = self.layers(train)(x, c, is_null, capture=capture)
         x = self.to_image(x, c)

@@ -108,26 +108,26 @@ class JiT(PatchTransformer):
         """
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
         embed = BottleneckPatchEmbed(self.bottleneck, width, dtype, name="patch_embed")
-        x = embed(blocks.patchify(x.astype(dtype), self.patch_size))
+        x = embed(blocks.patchify(x, self.patch_size))
         x += jnp.asarray(blocks.sincos_table(self.grid, width), dtype)
-        embedded = blocks.LabelEmbed(self.num_classes, width, dtype, name="label_embed")(label)
+        embedded = blocks.LabelEmbed(self.num_classes, width, name="label_embed")(label)
         c = blocks.TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + embedded
 
         layers, is_null = self.layers(train), label == self.num_classes
         first = self.in_context_start if self.in_context_tokens else 0
         x, early = layers(x, c, is_null, capture=capture, stop=first)
+        x = x.astype(self.residual_dtype)
         if self.in_context_tokens:
-            x = jnp.concatenate([self._in_context(embedded), x], axis=1)
+            x = jnp.concatenate([self._in_context(embedded).astype(x.dtype), x], axis=1)
         x, late = layers(x, c, is_null, capture=capture, start=first)
         x = self.to_image(x[:, self.in_context_tokens :], c, self.norm)
         return (x, early | late) if capture else x
 
     def _in_context(self, embedded):
-        """Class embedding [B, D] -> class tokens [B, in_context_tokens, D]."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-        shape = (self.in_context_tokens, self.hidden_size)
-        positions = self.param("in_context_embed", init, shape, jnp.float32)
-        return embedded[:, None] + positions.astype(self.dtype)
+        """Class embedding f32[B, D] -> class tokens f32[B, in_context_tokens, D]."""
+        init, shape = nn.initializers.normal(0.02), (self.in_context_tokens, self.hidden_size)
+        positions = blocks.parameter(self, "in_context_embed", init, (None, "embed"), shape)
+        return embedded[:, None] + positions
 
 
 def build(config: ConfigDict, losses: tuple[str, ...]) -> JiT:

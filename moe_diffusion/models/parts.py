@@ -110,6 +110,7 @@ def transformer(config: ConfigDict, losses: tuple[str, ...], mlp_width: int) -> 
     names += ("qk_norm", "qk_norm_kind", "qk_norm_eps", "norm", "positions", "learn_sigma")
     names += ("time_scale", "remat", "unroll")
     height, width = config.image_size, config.image_width or config.image_size
+    residual = config.residual_dtype
     return {name: config[name] for name in names} | {
         "input_shape": (height, width, config.channels),
         "num_kv_heads": config.num_kv_heads or config.num_heads,
@@ -118,5 +119,6 @@ def transformer(config: ConfigDict, losses: tuple[str, ...], mlp_width: int) -> 
         "make_moe": make_moe_layer,
         "attention": None if config.attention == "auto" else config.attention,
         "dtype": compute_dtype(config.dtype),
+        "residual_dtype": compute_dtype(config.dtype if residual == "auto" else residual),
         "param_dtype": jnp.dtype(config.param_dtype),
     }

@@ -24,6 +24,7 @@ class PatchTransformer(Model):
       learn_sigma: twice the channels come out; a flow uses the first half.
       positions: `sincos` (fixed table), or one of `blocks.ROPES`.
       time_scale: multiplies t before its embedding.
+      residual_dtype: of the stream that the blocks add to; inside a block all is `dtype`.
       moe_pattern: for each block, whether it has experts.
       remat, unroll: see `Stack`.
       attention: None, or one of kernels/attention.py.
@@ -42,6 +43,7 @@ class PatchTransformer(Model):
     positions: str
     learn_sigma: bool
     time_scale: float
+    residual_dtype: jnp.dtype
     moe_pattern: tuple[bool, ...]
     make_mlp: Callable[..., nn.Module]
     make_moe: Callable[..., nn.Module] | None
@@ -94,8 +96,7 @@ class PatchTransformer(Model):
         names = ("num_heads", "num_kv_heads", "qk_norm", "qk_norm_kind", "qk_norm_eps", "positions")
         options = {name: getattr(self, name) for name in (*names, "grid", "dtype")}
         options |= {"context": context, "dropout": dropout, "implementation": self.attention}
-        dense = partial(self.make_mlp, dropout=dropout)
-        ffn = self.make_moe if kind.startswith("moe") else dense
+        ffn = self.make_moe if kind.startswith("moe") else partial(self.make_mlp, dropout=dropout)
         make_attention = partial(Attention, **options)
         return partial(TransformerBlock, self.norm, make_attention, ffn, train, self.dtype)
 

@@ -21,7 +21,8 @@ from moe_diffusion.training.checkpoint import StoredWeights, first_average
 
 _LISTED = 10
 # May differ: how to compute and train, and (as long as all arrays fit) how tokens are routed.
-_FREE = ("dtype", "param_dtype", "remat", "unroll", "attention", "jit.dropout", "moe.", "router.")
+_FREE = ("dtype", "residual_dtype", "param_dtype", "remat", "unroll", "attention")
+_FREE += ("jit.dropout", "moe.", "router.")
 
 
 def check(config: ConfigDict, model: Model) -> None:
