@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from moe_diffusion.caches import cache_folder
 from moe_diffusion.data.sources import Digits
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.images import to_floats
@@ -94,7 +95,7 @@ class DigitsFeatures:
     note = {"network": "digits classifier 64-64-32-10"}
 
     def __init__(self, cache: Path | None = None):
-        folder = cache or Path.home() / ".cache" / "moe_diffusion"
+        folder = cache or cache_folder("")
         version = importlib.metadata.version("scikit-learn")
         path = folder / f"digits_features_sklearn{version}.npz"
         try:

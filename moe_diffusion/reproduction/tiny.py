@@ -5,8 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 # Flags of `evaluate` for a tiny run. A protocol's own values would take hours.
-EVALUATE = ("--num", "8", "--batch", "4", "--steps", "2")
-EVALUATE += ("--config.sampling.pool=4", "--config.sampling.clip=true")  # DDPM, without a decoder
+EVALUATE = ("--num", "8", "--batch", "4", "--steps", "2", "--config.sampling.pool=4")
 
 _IMAGE, _PATCH, _WIDTH = 16, 2, 32
 
@@ -44,6 +43,8 @@ def shrink(config: ConfigDict) -> tuple[str, ...]:
         "parallel.preset": "dp",
         "sampling.steps": 2,
     }
+    if config.diffusion.path == "ddpm":
+        values["sampling.clip"] = True  # without it two steps leave the range of images
     if model.architecture == "jit":
         small = {"bottleneck": 8, "in_context_start": 1, "in_context_tokens": 2}
         values |= {f"model.jit.{key}": value for key, value in small.items()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +13,10 @@ import jax
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from moe_diffusion import caches
 from moe_diffusion import config as configs
 from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
@@ -26,6 +24,7 @@ from moe_diffusion.kernels.cpu.heap import make_room
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.signals import StopSignal
 from moe_diffusion.training import warm_start
 from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
 from moe_diffusion.training.logging import MetricWriter, Progress
@@ -71,7 +70,7 @@ def train(
         later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
     """
     _check(config, model, workdir)
-    _use_compile_cache(config.compile_cache)
+    caches.keep_programs(config.compile_cache)
     run = prepare_run(config, model, loss_fn)
     with contextlib.ExitStack() as stack:
 
@@ -163,43 +162,6 @@ class Monitor:
         )
 
 
-class StopSignal:
-    """Turns SIGTERM and SIGINT into a question; a second signal ends the process as usual.
-
-    With several processes only SIGTERM counts, and jax's preemption service, which listens to it,
-    makes them stop at the same step, whichever of them is told.
-    """
-
-    def __enter__(self) -> StopSignal:
-        self.name, self._received, self._previous = "SIGTERM", False, {}
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGTERM, signal.SIGINT)
-            self._previous = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _receive(self, number: int, _: Any) -> None:
-        self.name, self._received = signal.Signals(number).name, True
-        self.__exit__()
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; every process must ask at every step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
-
-    def farewell(self, step: int, num_steps: int) -> str:
-        """What to tell the user once the state of `step` is saved."""
-        return (
-            f"stopped by {self.name} after step {step} of {num_steps}, which is saved; "
-            "run the same command again to resume"
-        )
-
-
 def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None:
     """Raises a UserError for what would fail later; writes nothing."""
     configs.validate_devices(config, jax.device_count())
@@ -245,15 +207,6 @@ def _check_memory(run: Run) -> None:
             f"machine has {memory / 1e9:.1f} GB: save with optim.mu_dtype=bfloat16, "
             "ema.decays=() or a smaller model"
         )
-
-
-def _use_compile_cache(folder: str) -> None:
-    """Keeps compiled programs between runs: in `folder`, "" the default one, "off" nowhere."""
-    if folder == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif folder or jax.config.jax_compilation_cache_dir is None:
-        folder = folder or os.path.expanduser("~/.cache/moe_diffusion/jax")
-        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _restore_or_create(

@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from moe_diffusion.caches import cache_folder
 from moe_diffusion.errors import first_line
 
 SOURCE = Path(__file__).with_name("cpu.cc")
@@ -83,7 +84,7 @@ def compilers() -> Iterator[tuple[str, ...]]:
 def cache() -> Path:
     """The folder for libraries: the user's cache, or a temporary one where that is not writable."""
     try:
-        folder = Path.home() / ".cache" / "moe_diffusion" / "kernels"
+        folder = cache_folder("kernels")
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
