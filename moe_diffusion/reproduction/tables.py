@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moe_diffusion import config as configs
@@ -24,21 +25,23 @@ def compared(item: Item, options: Options, results: dict[str, list[dict[str, Any
 
     The columns are the paper's, or else all that was measured.
     """
-    measured = {}
-    for step in judging(item, options):
-        if step.row:
-            measured[step.row.label] = _by_guidance(results[str(step)])
-    if not measured:
+    judged = [step for step in judging(item, options) if step.row]
+    if not judged:
         return ""
-    rows = [row for row in item.rows if row.label in measured]
-    columns = dict.fromkeys(key for row in rows for key in row.published)
+    rows = [step.row for step in judged]
+    found = [results[str(step)] for step in judged]
+    many = any(len(lines) > 1 for lines in found)  # several guidance scales in one row
+    measured = {row.label: _by_guidance(f, many) for row, f in zip(rows, found, strict=True)}
+    paper = {row.label: _named(row.published, many) for row in rows}
+    columns = dict.fromkeys(key for numbers in paper.values() for key in numbers)
     columns = list(columns or dict.fromkeys(key for line in measured.values() for key in line))
     lines = []
     for row in rows:
         ours = measured[row.label] | {"activated": _activated(row, options)}
-        lines.append([row.label, *(_cell(ours.get(c), row.published.get(c)) for c in columns)])
-    found = [line for step in judging(item, options) for line in results.get(str(step), ())]
-    return _page(item, ["model", *map(_title, columns)], lines, _deviations(found))
+        numbers = paper[row.label]
+        lines.append([row.label, *(_cell(ours.get(c), numbers.get(c)) for c in columns)])
+    differing = _deviations([line for lines_of_row in found for line in lines_of_row])
+    return _page(item, ["model", *map(_title, columns)], lines, differing)
 
 
 UNITS = {"10^6": 10**6, "2^20": 2**20}
@@ -59,13 +62,17 @@ def counted(item: Item) -> str:
     return _page(item, head, lines)
 
 
-def _by_guidance(results: list[dict[str, Any]]) -> dict[str, float]:
+def _by_guidance(results: list[dict[str, Any]], many: bool) -> dict[str, float]:
     """{"fid@1.5": ...} of the results of one protocol."""
-    return {
-        f"{name}@{result['cfg']:g}": value
-        for result in results
-        for name, value in result["metrics"].items()
-    }
+    found = {}
+    for result in results:
+        found |= {f"{name}@{result['cfg']:g}": value for name, value in result["metrics"].items()}
+    return _named(found, many)
+
+
+def _named(numbers: Mapping[str, float], many: bool) -> dict[str, float]:
+    """Without the guidance scale, if every row has but one, which may be another."""
+    return {key if many else key.partition("@")[0]: value for key, value in numbers.items()}
 
 
 def _activated(row: Row, options: Options) -> float:
