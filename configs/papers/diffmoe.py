@@ -175,7 +175,7 @@ ITEMS = [
     Item(
         "diffmoe_figure1",
         "Figures 1c, 1d and 12: capacity over time, by class, and by expert and layer",
-        commands=("routing --workdir {run} --num 1000 --out {out}",),
+        commands=("routing --workdir {run} --num 1000 --blocks 1,7,13,19 --out {out}",),
         model=_L_E16,
     ),
     Item(

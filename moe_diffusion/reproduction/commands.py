@@ -14,7 +14,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import protocol
 from moe_diffusion.reproduction.items import Item, Row
-from moe_diffusion.reproduction.tiny import EVALUATE, shrink
+from moe_diffusion.reproduction.tiny import quick, shrink
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def judging(item: Item, options: Options) -> list[Step]:
             argv = ("evaluate", "--workdir", str(workdir(row, options)))
             argv += ("--protocol", row.protocol, *files(options, row.protocol))
             argv += tuple(f"--config.{change}" for change in row.changes) + options.overrides
-            steps.append(Step(argv + (EVALUATE if options.tiny else ()), row))
+            steps.append(Step(argv, row))
     for text in item.commands:
         words = []
         for word in shlex.split(text):
@@ -112,6 +112,8 @@ def judging(item: Item, options: Options) -> list[Step]:
             plain = word.format(run=options.run, out=options.out, files="")
             words += files(options, known) if word == "{files}" else [plain]
         steps.append(Step((*words, *options.overrides)))
+    if options.tiny:
+        steps = [dataclasses.replace(step, argv=quick(step.argv)) for step in steps]
     return steps
 
 
