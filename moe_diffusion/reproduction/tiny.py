@@ -16,6 +16,9 @@ _IMAGE, _PATCH, _WIDTH = 16, 2, 32
 def quick(argv: Sequence[str]) -> tuple[str, ...]:
     """A command line that draws images, changed to draw 8 of them in 2 steps."""
     words = list(argv)
+    if "--blocks" in words:  # two layers do not have them
+        place = words.index("--blocks")
+        del words[place : place + 2]
     for flag, value in _FLAGS.items():
         if flag in words:
             words[words.index(flag) + 1] = value
