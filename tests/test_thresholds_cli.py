@@ -27,21 +27,27 @@ def test_search(trained, tmp_path, capsys):
     thresholds.main(list(map(str, args)))
     lines = capsys.readouterr().out.splitlines()
     head = lines[0].split()
-    assert head[:2] == ["threshold", "c_infer_avg"] and head[-1] == "class_accuracy"
+    assert head[:2] == ["threshold", "c_infer_avg"] and "fd_digits" in head
     table = [dict(zip(head, line.split(), strict=True)) for line in lines[1:4]]
     result = json.loads(lines[-1])
     assert [row["threshold"] for row in table] == ["dynamic", "0.2", "0.99"]
     assert [row["threshold"] for row in result["rows"]] == ["dynamic", 0.2, 0.99]
     for shown, row in zip(table, result["rows"], strict=True):
         assert float(shown["c_infer_avg"]) == pytest.approx(row["c_infer_avg"], abs=1e-4)
-        assert 0 <= row["class_accuracy"] <= 1
+        assert float(shown["fd_digits"]) == pytest.approx(row["metrics"]["fd_digits"], abs=1e-4)
     many, few = (row["c_infer_avg"] for row in result["rows"][1:])
     assert many > 2 > few and result["target"] == 2  # capacity of configs/digits.py:router=diffmoe
     assert result["nearest"] == (0.2 if many - 2 < 2 - few else 0.99)
     assert len(np.unique(np.asarray(Image.open(out)).reshape(-1, 3), axis=0)) > 20
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
-    assert result["router"]["name"] == "diffmoe" and result["router"]["max_capacity"] == 4
-    assert result["devices"] == {"count": 1, "kind": "cpu"} and result["software"]["jax"]
+    experts = 4 * (16 * 16 + 16 + 16 * 16 + 16)  # four MLPs with biases in the one layer
+    names = ("activated_params", "gflops")
+    params, gflops = ([row[name] for row in result["rows"][1:]] for name in names)
+    assert params[0] - params[1] == pytest.approx(experts * (many - few) / 4, abs=1)
+    assert gflops[0] > gflops[1]
+    routers = [row["result"]["router"] for row in result["rows"]]
+    assert [router["threshold"] for router in routers] == ["dynamic", 0.2, 0.99]
+    assert routers[0]["max_capacity"] == 4 and result["rows"][0]["result"]["software"]["jax"]
 
 
 def test_sampling_writes_statistics(trained, tmp_path, capsys):
@@ -64,7 +70,7 @@ def test_sampling_writes_statistics(trained, tmp_path, capsys):
     [
         ({"--gammas": "low"}, "--gammas 'low'"),
         ({"--gammas": "0.5,1"}, "--gammas: 1 "),
-        ({"--num": 0}, "--num"),
+        ({"--num": 0}, "num_samples = 0"),
         ({"--workdir": "nowhere"}, "nowhere is not a workdir"),
     ],
 )
@@ -116,7 +122,7 @@ def test_classes_that_use_all_experts_are_equally_hard(trained, tmp_path, capsys
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"--num": 0}, "--num"),
+        ({"--num": 0}, "num_samples = 0"),
         ({"--blocks": "99"}, "--blocks: block 99 has no experts"),
         ({"--labels": "10"}, "--labels: 10 is no class"),
         ({"--out": __file__}, f"--out {__file__} is a file"),

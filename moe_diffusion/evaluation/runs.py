@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -137,10 +137,7 @@ class RunImages:
         other._threshold = threshold
         other._routing = self._routing or {}
         self._routing = other._routing
-        if threshold != "dynamic":
-            old = self._variables["router_state"]
-            states = jax.tree.map(lambda state: jnp.full_like(state, threshold), old)
-            other._variables = {**self._variables, "router_state": states}
+        other._variables = with_threshold(self._variables, threshold)
         return other
 
     def _compiled(self, num: int) -> Sampler:
@@ -216,3 +213,14 @@ class RunImages:
             "autoencoder": vae and {"name": vae.name, "fingerprint": vae.fingerprint},
             **made_with(self.config, threshold=self._threshold),
         }
+
+
+def with_threshold(variables: Mapping[str, Any], threshold: float | str) -> dict[str, Any]:
+    """The variables with every threshold at this number; "dynamic" leaves them as they are.
+
+    The config key `model.router.threshold` has the same effect, but needs a new compilation.
+    """
+    if threshold == "dynamic":
+        return dict(variables)
+    states = jax.tree.map(lambda old: jnp.full_like(old, threshold), variables["router_state"])
+    return {**variables, "router_state": states}

@@ -18,7 +18,6 @@ from moe_diffusion import config as configs
 from moe_diffusion.conditions import Field
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation import capacity_search
 from moe_diffusion.evaluation.routing_stats import (
     RoutingObserver,
     expert_counts,
@@ -26,6 +25,7 @@ from moe_diffusion.evaluation.routing_stats import (
     save_stats,
     token_maps,
 )
+from moe_diffusion.evaluation.runs import RunImages, with_threshold
 from moe_diffusion.figures.routing import experts_picture
 from moe_diffusion.models import abstract_variables, build
 from moe_diffusion.models.dit import DiT
@@ -75,7 +75,7 @@ def noise(batch: int = 3) -> jax.Array:
 def test_counts_are_those_of_the_routing(diffmoe):
     """Against the routers' records, added up token by token."""
     _, model, variables, observed = diffmoe
-    args = (capacity_search.with_threshold(variables, 0.5), noise(), HALF, LABELS)
+    args = (with_threshold(variables, 0.5), noise(), HALF, LABELS)
 
     @jax.jit
     def recorded(*args):
@@ -350,7 +350,7 @@ def test_token_choice_spends_top_k_everywhere():
 
 def test_diffmoe_averages_agree(diffmoe):
     config, model, variables, _ = diffmoe
-    variables = capacity_search.with_threshold(variables, 0.5)
+    variables = with_threshold(variables, 0.5)
     observer = RoutingObserver(model)
     make_sampler(observer, config)(variables, noise(), LABELS)
     stats = observer.stats()
@@ -437,44 +437,17 @@ def test_a_constant_of_the_config_is_that_of_the_search(diffmoe):
     by_config = jax.jit(lambda *args: observe(model, *args, False))(
         variables, noise(), HALF, LABELS
     )
-    by_search = observed(capacity_search.with_threshold(variables, 0.45), noise(), HALF, LABELS)
+    by_search = observed(with_threshold(variables, 0.45), noise(), HALF, LABELS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_config, by_search)
-    dynamic, seen = observed(
-        capacity_search.with_threshold(variables, "dynamic"), noise(), HALF, LABELS
-    )
+    dynamic, seen = observed(with_threshold(variables, "dynamic"), noise(), HALF, LABELS)
     assert np.all(seen["expert_counts"] == 1) and np.abs(dynamic - by_config[0]).max() > 0.01
 
 
-def test_search(diffmoe):
-    config, _, variables, _ = diffmoe
-    config = ConfigDict(config)
-    config.sampling.sampler, config.sampling.cfg = "euler", 1.0
-    seen = []
-    rows = capacity_search.search(
-        config,
-        variables,
-        ["dynamic", 0.3, 0.6, 0.999],
-        LABELS,
-        batch_size=3,
-        metric=lambda images, labels: {"brightness": float(images.mean())},
-        report=seen.append,
-    )
-    assert seen == rows and [row["threshold"] for row in rows] == ["dynamic", 0.3, 0.6, 0.999]
-    capacity = [row["c_infer_avg"] for row in rows]
-    assert capacity[0] == 4 and capacity == sorted(capacity, reverse=True)
-    assert len(set(capacity)) == 4 and capacity[-1] < 0.2
-    experts = 2 * 4 * (16 * 8 + 8 + 8 * 16 + 16)  # layers, experts, an MLP with bias
-    assert rows[0]["activated_params"] - rows[2]["activated_params"] == pytest.approx(
-        experts * (4 - capacity[2]) / 4, abs=1
-    )
-    assert rows[0]["gflops"] > rows[1]["gflops"] > rows[2]["gflops"]
-    assert len({row["brightness"] for row in rows}) == 4
-
-
-def test_search_needs_diffmoe():
-    config = configs.load("configs/digits.py:router=token_choice")
+def test_thresholds_need_diffmoe():
+    run = object.__new__(RunImages)  # without a workdir
+    run.config = configs.load("configs/digits.py:router=token_choice")
     with pytest.raises(UserError, match="thresholds are DiffMoE's"):
-        capacity_search.search(config, {}, [0.5], LABELS)
+        run.with_threshold(0.5)
 
 
 def test_a_bound_drops():

@@ -26,7 +26,7 @@ def test_loss_curve_tolerates_a_killed_run(tmp_path):
 def test_losses_of_a_resumed_run_count_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 2, "loss": 3}\n')
-    assert curves._read_losses(path) == {1: 5.0, 2: 3.0}
+    assert curves.read_losses(path) == {1: 5.0, 2: 3.0}
 
 
 def test_loss_curve_refuses(tmp_path):
@@ -49,8 +49,8 @@ def coloured(picture):
 
 def test_thresholds_with_and_without_a_metric():
     rows = [{"threshold": t, "c_infer_avg": c} for t, c in (("dynamic", 2), (0.2, 3), (0.5, 1))]
-    plain = curves.threshold_picture(rows, 2)
-    judged = curves.threshold_picture([row | {"class_accuracy": 0.5} for row in rows], 2)
+    plain = curves.threshold_picture([row | {"metrics": {}} for row in rows], 2)
+    judged = curves.threshold_picture([row | {"metrics": {"fid": 0.5}} for row in rows], 2)
     assert coloured(judged) > coloured(plain) > 20
 
 
