@@ -75,10 +75,10 @@ def of_source(source: Any, name: str = "") -> Classes:
     """The classes of a data source, see `data/sources.py`."""
     spec = getattr(source, "cond_spec", {})
     num_values = {field: spec[field].num_values for field in spec if is_discrete(spec[field])}
-    counts = getattr(source, "class_counts", None) or ()
+    names, counts = (getattr(source, key, None) or () for key in ("class_names", "class_counts"))
     if LABEL in num_values and hasattr(source, "labels"):
         counts = np.bincount(source.labels, minlength=num_values[LABEL]).tolist()
-    return Classes(num_values, tuple(getattr(source, "class_names", None) or ()), counts, name)
+    return Classes(num_values, tuple(names), tuple(counts), name)
 
 
 def table(classes: Classes) -> str:
@@ -182,15 +182,11 @@ def with_names(classes: Classes, path: str | os.PathLike, most: int) -> Classes:
     ):
         if not os.path.isfile(path):
             raise ValueError("no such file")
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file.read().rstrip("\n").split("\n")]
     known = classes.limit(LABEL, most)
     if len(names) not in (known, most):
-        raise UserError(
-            f"{path} names {len(names)} classes, there are {known}: give a name for each"
-        )
+        raise UserError(f"{path} has {len(names)} names for {known} classes: give one for each")
     if "" in names:
-        raise UserError(
-            f"line {names.index('') + 1} of {path} is empty: give a name for each class"
-        )
+        raise UserError(f"line {names.index('') + 1} of {path} is empty: name every class")
     return dataclasses.replace(classes, names=tuple(names[:known]))

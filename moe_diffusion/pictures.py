@@ -81,7 +81,8 @@ def by_folder(folder: str | os.PathLike, deep: bool = True) -> dict[str, list[st
         real = os.path.realpath(path)
         if not os.path.isdir(real):
             place, name = os.path.split(real)
-            if real in linked or (place in walked and _counts(name) and is_picture(name)):
+            counted = place in walked and _counts(name) and is_picture(name)
+            if real in linked or (counted and os.path.exists(real)):
                 twice.append(path)
             else:
                 linked.add(real)

@@ -59,14 +59,13 @@ def chosen_labels(text: str, num: int, model: Model, known: Classes = NOTHING) -
     while parts:
         # The longest name first: "tench, Tinca tinca" before "tench".
         for length in range(len(parts), 0, -1):
-            found = known.numbers_of(",".join(parts[:length]).strip())
+            name = ",".join(parts[:length]).strip()
+            found = known.numbers_of(name)
             if found or length == 1:
                 break
         if len(found) > 1:
-            name = ",".join(parts[:length]).strip()
-            raise UserError(
-                f"--labels: {name} names classes {found[0]} and {found[1]}: give a number"
-            )
+            several = " and ".join(map(str, found))
+            raise UserError(f"--labels: {name} is the name of {several}: give a number")
         chosen.append(found[0] if found else _number(parts[0], text, known))
         del parts[:length]
     bad = [label for label in chosen if not 0 <= label < count]
