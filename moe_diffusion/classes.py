@@ -76,9 +76,12 @@ def of_source(source: Any, name: str = "") -> Classes:
     spec = getattr(source, "cond_spec", {})
     num_values = {field: spec[field].num_values for field in spec if is_discrete(spec[field])}
     names, counts = (getattr(source, key, None) or () for key in ("class_names", "class_counts"))
-    if LABEL in num_values and hasattr(source, "labels"):
-        counts = np.bincount(source.labels, minlength=num_values[LABEL]).tolist()
-    return Classes(num_values, tuple(names), tuple(counts), name)
+    classes = num_values.get(LABEL, 0)
+    labels = np.asarray(getattr(source, "labels", ()))
+    if labels.size and 0 <= labels.min() and labels.max() < classes:
+        counts = np.bincount(labels, minlength=classes).tolist()
+    names, counts = (tuple(found) if len(found) == classes else () for found in (names, counts))
+    return Classes(num_values, names, counts, name)
 
 
 def table(classes: Classes) -> str:

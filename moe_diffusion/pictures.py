@@ -30,6 +30,8 @@ from PIL import Image
 from moe_diffusion.errors import UserError, explained
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# What a file may hold, whatever its suffix: not what Pillow hands to another program, like EPS.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # What file managers, storage systems and archives put beside pictures; also all that begins with a
 # full stop.
 _OF_THE_SYSTEM = ("@eadir", "#recycle", "#snapshot", "__macosx", "lost+found", "$recycle.bin")
@@ -52,23 +54,42 @@ _SIDEWAYS = (5, 6, 7, 8)
 _SHOWN = 5  # names in a message
 
 
-def by_folder(folder: str | os.PathLike, deep: bool = True) -> dict[str, list[str]]:
-    """Finds the pictures of a folder, and tells on stderr what it leaves out.
+def by_folder(folder: str | os.PathLike) -> dict[str, list[str]]:
+    """Finds the pictures below a folder, and tells on stderr what it leaves out.
 
-    Hidden files and folders and those of the system are left out at any depth. Links are followed.
-    Every file and every folder counts once, at its own place rather than that of a link to it, and
-    a link to a folder that holds the one it lies in leads nowhere.
-
-    Args:
-      deep: whether to look into sub-folders.
+    Hidden files and folders and those of the system are left out at any depth, and so are pictures
+    that lie in no sub-folder. Links are followed. Every file and every folder counts once, at its
+    own place rather than that of a link to it, and a link to a folder that holds the one it lies in
+    leads nowhere.
 
     Returns:
-      Name of each sub-folder -> sorted paths of the pictures in it and in its own sub-folders. The
-      name "" has those that lie directly in the folder.
+      Name of each sub-folder -> sorted paths of the pictures in it and in its own sub-folders.
 
     Raises:
       UserError: a folder cannot be read.
     """
+    found = _find(folder, deep=True)
+    _tell(folder, found.pop(""), "in no sub-folder")
+    return found
+
+
+def directly_in(folder: str | os.PathLike) -> list[str]:
+    """The sorted paths of the pictures in a folder, without its sub-folders; as `by_folder`."""
+    return _find(folder, deep=False)[""]
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends like that of a picture."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def printable(name: str) -> str:
+    """A name of a file or class with ? for what a terminal or a picture cannot show."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def _find(folder: str | os.PathLike, deep: bool) -> dict[str, list[str]]:
+    """`by_folder`; the name "" has the pictures that lie directly in the folder."""
     root = os.path.realpath(folder)
     found: dict[str, list[str]] = {"": []}
     hidden: list[str] = []
@@ -110,16 +131,6 @@ def by_folder(folder: str | os.PathLike, deep: bool = True) -> dict[str, list[st
     _tell(folder, hidden, "hidden or of the system")
     _tell(folder, twice, "links to what counts already")
     return {group: sorted(paths) for group, paths in found.items()}
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file's name ends like that of a picture."""
-    return name.lower().endswith(SUFFIXES)
-
-
-def printable(name: str) -> str:
-    """A name of a file or class with ? for what a terminal or a picture cannot show."""
-    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _counts(name: str) -> bool:
@@ -192,7 +203,7 @@ def _opened(file: str | os.PathLike | bytes, name: str, remedy: str) -> Iterator
             source = file
             if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe would wait forever
                 raise UserError("it is no regular file")
-        with Image.open(source) as image:
+        with Image.open(source, formats=_FORMATS) as image:
             yield _checked(image)
 
 

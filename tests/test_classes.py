@@ -55,6 +55,14 @@ def test_a_class_without_an_image_is_counted():
     assert classes.of_source(source).counts == (1, 0, 2, 0)
 
 
+def test_what_does_not_fit_the_number_of_classes_is_not_known():
+    for changes in ({"class_names": ["a"]}, {"class_counts": [1]}, {"labels": np.array([0, 4])}):
+        source = SimpleNamespace(cond_spec={"label": Field((), "int32", 4)}, **changes)
+        assert classes.of_source(source) == Classes({"label": 4})
+    source = SimpleNamespace(cond_spec={"label": Field((), "int32")}, class_names=["a"])
+    assert classes.of_source(source) == classes.NOTHING
+
+
 def test_a_run_keeps_its_classes(tmp_path):
     assert classes.of_run(tmp_path) == classes.NOTHING
     (tmp_path / "data.json").write_text(classes.to_json(PETS, 1662))

@@ -178,12 +178,15 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     # 20,000 x 20,000 pixels: a few bytes of file, 400 MB of memory.
     (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000, 8, 0, b""))
+    Image.new("RGB", (4, 4)).save(tmp_path / "program.eps")  # Pillow would start Ghostscript
+    (tmp_path / "program.eps").rename(tmp_path / "program.png")
     text = (b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * (1 << 28)))
     (tmp_path / "texts.png").write_bytes(png(1, 1, 8, 0, b"\0\0", text))
     for name, why in (
         ("text", "cannot identify"),
         ("empty", "cannot identify"),
         ("cut", ""),
+        ("program", "cannot identify"),
         ("pipe", "it is no regular file"),
         ("loop", "symbolic links"),
         ("gone", "No such file"),
@@ -208,8 +211,8 @@ def touch(folder, *names):
         (folder / name).write_bytes(b"")
 
 
-def listed(folder, **options):
-    found = pictures.by_folder(folder, **options)
+def listed(folder):
+    found = pictures.by_folder(folder)
     assert all(paths == sorted(paths) for paths in found.values())
     return {group: [os.path.relpath(p, folder) for p in paths] for group, paths in found.items()}
 
@@ -217,7 +220,6 @@ def listed(folder, **options):
 def test_hidden_folders_and_those_of_the_system_do_not_count(tmp_path, capsys):
     touch(tmp_path, "cat/1.png", "cat/deep/2.JPG", "cat/notes.txt", "dog/3.webp")
     assert listed(tmp_path) == {
-        "": [],
         "cat": ["cat/1.png", "cat/deep/2.JPG"],
         "dog": ["dog/3.webp"],
     }
@@ -234,10 +236,12 @@ def test_hidden_folders_and_those_of_the_system_do_not_count(tmp_path, capsys):
 
 def test_pictures_directly_in_a_folder(tmp_path, capsys):
     touch(tmp_path, "b.png", "a.png", "._a.png", "cat/1.png", ".hidden/2.png")
-    assert listed(tmp_path, deep=False) == {"": ["a.png", "b.png"]}
-    assert listed(tmp_path) == {"": ["a.png", "b.png"], "cat": ["cat/1.png"]}
+    assert pictures.directly_in(tmp_path) == [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
+    assert capsys.readouterr().err.endswith(": ._a.png (hidden or of the system)\n")
+    assert listed(tmp_path) == {"cat": ["cat/1.png"]}
+    assert capsys.readouterr().err.endswith(": a.png, b.png (in no sub-folder)\n")
     touch(tmp_path / ".cache" / "data", "1.png")  # the folder itself may be hidden
-    assert listed(tmp_path / ".cache" / "data") == {"": ["1.png"]}
+    assert len(pictures.directly_in(tmp_path / ".cache" / "data")) == 1
 
 
 def test_loops_of_links_end(tmp_path, capsys):
@@ -249,10 +253,13 @@ def test_loops_of_links_end(tmp_path, capsys):
     (tmp_path / "data/above").symlink_to(tmp_path)
     (tmp_path / "data/nowhere").symlink_to("nowhere")
     (tmp_path / "data/itself.png").symlink_to("itself.png")
+    (tmp_path / "data/cat/0.png").symlink_to("0.png")
     found = listed(tmp_path / "data")
-    assert found == before | {"": ["itself.png"]}  # whoever reads it will say what is wrong
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and line.endswith("(links to what counts already)\n")
+    before["cat"].insert(0, "cat/0.png")  # whoever reads it will say what is wrong
+    assert found == before
+    line, other = capsys.readouterr().err.splitlines()
+    assert line.endswith("(links to what counts already)")
+    assert other.endswith(": itself.png (in no sub-folder)")
     assert all(name in line for name in ("above", "cat/again", "cat/all", "self"))
 
 
@@ -270,7 +277,6 @@ def test_every_file_counts_once_at_its_own_place(tmp_path, capsys):
     link("data/b/deep/more", "store")
     link("data/c", "data/b")
     assert listed(tmp_path / "data") == {
-        "": [],
         "a": ["a/3.png", "a/5.png"],
         "b": ["b/1.png", "b/deep/more/x/4.png", "b/sub/2.png"],
     }

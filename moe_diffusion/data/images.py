@@ -61,7 +61,6 @@ class ImageFolder:
         if not os.path.isdir(folder):
             raise UserError(f"there is no folder {folder}: data.source=folder:<path> names one")
         files = pictures.by_folder(folder)
-        beside = len(files.pop(""))
         self.class_names = sorted(files)
         if not files:
             raise UserError(
@@ -73,8 +72,6 @@ class ImageFolder:
                 f"{os.path.join(folder, empty[0])} holds no image "
                 f"({', '.join(pictures.SUFFIXES)}): fill or delete it"
             )
-        if beside:
-            print(f"left out of {folder}: {beside:,} images in no sub-folder", file=sys.stderr)
         self._files = [file for name in self.class_names for file in files[name]]
         counts = [len(files[name]) for name in self.class_names]
         self.labels = np.repeat(np.arange(len(files), dtype=np.int32), counts)

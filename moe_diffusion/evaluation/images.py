@@ -81,7 +81,7 @@ class FolderImages:
 
     def __init__(self, folder: str | os.PathLike):
         self.name = str(folder)
-        self._paths = pictures.by_folder(folder, deep=False)[""]
+        self._paths = pictures.directly_in(folder)
         if not self._paths:
             raise UserError(
                 f"{folder} holds no pictures ({', '.join(pictures.SUFFIXES)}); for one folder per "

@@ -61,7 +61,7 @@ def test_what_is_no_class_changes_no_label(folder, capsys):
         f"left out of {folder}: .ipynb_checkpoints, @eaDir, cat/.ipynb_checkpoints, dog/__MACOSX "
         "(hidden or of the system)",
         f"left out of {folder}: cats (links to what counts already)",
-        f"left out of {folder}: 1 images in no sub-folder",
+        f"left out of {folder}: 0.png (in no sub-folder)",
     ]
 
 
