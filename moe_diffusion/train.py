@@ -4,11 +4,11 @@
   python -m moe_diffusion.train --config configs/digits.py:router=diffmoe --workdir runs/diffmoe \\
       --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
 
-The workdir then holds config.json, data.json (the classes of the data), parameters.txt, metrics.jsonl,
-loss.png, TensorBoard events, checkpoints/ and samples/. Any key of the config can be set as
---config.<key>=<value>. The shared
-keys are listed in moe_diffusion/config/defaults.py, those of model.<architecture> in
-models/<architecture>.py, and those of model.router in moe/routers/<router>.py.
+The workdir then holds config.json, data.json (the classes of the data), parameters.txt,
+metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and samples/. Any key of the config can be
+set as --config.<key>=<value>. The shared keys are listed in moe_diffusion/config/defaults.py, those
+of model.<architecture> in models/<architecture>.py, and those of model.router in
+moe/routers/<router>.py.
 """
 
 from __future__ import annotations
