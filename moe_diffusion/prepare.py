@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from moe_diffusion import classes
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.latents import describe_fields, read_manifest
 from moe_diffusion.data.sources import open_images
@@ -115,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
     distributed.initialize()
-    manifest = run(make_job(args))
+    job = make_job(args)
+    if distributed.is_main_process() and (table := classes.table(classes.of_source(job.source))):
+        print(table, flush=True)
+    manifest = run(job)
     if distributed.is_main_process():
         print(f"{manifest['count']:,} latents in {len(manifest['shards'])} files: {args.out}")
         if args.json:

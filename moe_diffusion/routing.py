@@ -28,7 +28,7 @@ from moe_diffusion.evaluation.routing_report import (
 from moe_diffusion.evaluation.routing_stats import RoutingObserver
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.sampling.conditions import captions, conditions_of_run
-from moe_diffusion.sampling.labels import LABEL, chosen_labels
+from moe_diffusion.sampling.labels import LABEL, chosen_labels, classes_of, described
 from moe_diffusion.sampling.load import load_workdir
 
 
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
     add("--num", type=int, default=64, help="how many images (%(default)s)")
-    add("--labels", default="", help="classes, like 3,7 (all)")
+    add("--labels", default="", help="classes by number or name, like 3,7 or cat,dog (all)")
+    add("--class-names", help="text file with the name of every class, one a line")
     add("--cfg", type=float, help="guidance scale; 1 is none")
     add("--sampler", help="of a flow: heun, euler, dopri5, sde or sde_heun; of ddpm: ddpm or ddim")
     add("--steps", type=int, help="steps of the sampler")
@@ -64,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     observer = RoutingObserver(model, MAPS)
     blocks = chosen_blocks(args.blocks, observer.blocks)
-    chosen = {LABEL: chosen_labels(args.labels, args.num, model)} if args.labels else {}
-    cond = shuffled(conditions_of_run(config, model, args.num) | chosen, args.seed)
+    known = classes_of(args.workdir, model, args.class_names)
+    chosen = {LABEL: chosen_labels(args.labels, args.num, model, known)} if args.labels else {}
+    if chosen and known.names:
+        print(f"classes: {described(chosen[LABEL], known)}")
+    cond = shuffled(conditions_of_run(config, model, args.num, known) | chosen, args.seed)
     autoencoder = autoencoders.for_config(config, args.vae)
     stats, images, cond = draw(
         config,
@@ -77,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         decode=autoencoder.decode if autoencoder else None,
     )
     print(f"experts per token: {stats['c_infer_avg']:.4f}")
-    files, missing = write_report(args.out, stats, blocks, images, cond, captions(model, cond))
+    files, missing = write_report(
+        args.out, stats, blocks, images, cond, captions(model, cond, known)
+    )
     for name in files:
         print(Path(args.out) / name)
     for name, reason in missing.items():

@@ -28,7 +28,7 @@ from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.sampling import bound
 from moe_diffusion.sampling.conditions import captions, conditions_of_run
 from moe_diffusion.sampling.generate import generate, pool_of
-from moe_diffusion.sampling.labels import LABEL, chosen_labels
+from moe_diffusion.sampling.labels import LABEL, chosen_labels, classes_of, described
 from moe_diffusion.sampling.load import load_workdir
 
 
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
     add("--num", type=int, default=64, help="how many images (%(default)s)")
-    add("--labels", default="", help="classes, like 3,7 (all)")
+    add("--labels", default="", help="classes by number or name, like 3,7 or cat,dog (all)")
+    add("--class-names", help="text file with the name of every class, one a line")
     add("--cfg", type=float, help="guidance scale; 1 is none")
     add("--sampler", help="of a flow: heun, euler, dopri5, sde or sde_heun; of ddpm: ddpm or ddim")
     add("--steps", type=int, help="steps of the sampler")
@@ -80,8 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, variables, note = load_workdir(
         args.workdir, tuple(overrides), step=args.step, ema=args.ema
     )
-    chosen = {LABEL: chosen_labels(args.labels, args.num, model)} if args.labels else {}
-    cond = conditions_of_run(config, model, args.num) | chosen
+    known = classes_of(args.workdir, model, args.class_names)
+    chosen = {LABEL: chosen_labels(args.labels, args.num, model, known)} if args.labels else {}
+    if chosen and known.names:
+        print(f"classes: {described(chosen[LABEL], known)}")
+    cond = conditions_of_run(config, model, args.num, known) | chosen
     autoencoder = autoencoders.for_config(config, args.vae)
     observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
     sampling, batch_size = config.sampling, min(args.batch, args.num)
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = autoencoder.decode(images)
     title = f"{config.name}, step {note['step']}, ema {note['ema']}, cfg {sampling.cfg:g}, "
     title += f"{sampling.sampler} {sampling.steps}"
-    save_png(image_grid(images, captions(model, cond), title=title), args.out)
+    save_png(image_grid(images, captions(model, cond, known), title=title), args.out)
     if args.images:
         save_pngs(images, args.images)
     if args.npz:

@@ -4,10 +4,11 @@
   python -m moe_diffusion.train --config configs/digits.py:router=diffmoe --workdir runs/diffmoe \\
       --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
 
-The workdir then holds config.json, parameters.txt, metrics.jsonl, loss.png, TensorBoard events,
-checkpoints/ and samples/. Any key of the config can be set as --config.<key>=<value>. The shared
-keys are listed in moe_diffusion/config/defaults.py, those of model.<architecture> in
-models/<architecture>.py, and those of model.router in moe/routers/<router>.py.
+The workdir then holds config.json, data.json (the classes of the data), parameters.txt,
+metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and samples/. Any key of the config can be
+set as --config.<key>=<value>. The shared keys are listed in moe_diffusion/config/defaults.py, those
+of model.<architecture> in models/<architecture>.py, and those of model.router in
+moe/routers/<router>.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import jax
 
+from moe_diffusion import classes
 from moe_diffusion import config as configs
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.pipeline import make_iterator
@@ -35,6 +37,7 @@ from moe_diffusion.models.accounting import forward_flops, parameter_counts, tab
 from moe_diffusion.parallel import distributed
 from moe_diffusion.planning.kernels import dispatch_line
 from moe_diffusion.sampling.hooks import SampleHook
+from moe_diffusion.sampling.labels import untrained
 from moe_diffusion.training.loop import train
 
 
@@ -47,10 +50,13 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     config = configs.load(spec, overrides)
     model = build(config.model, losses=sorted(config.loss_weights))
     source = open_source(config.data, model.input_shape, model.cond_spec())
+    known = classes.of_source(source, config.data.source)
+    classes.check_same(classes.of_run(workdir), known, workdir)
     autoencoder = autoencoders.for_config(config)
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
               f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip
+        print(*filter(None, [classes.table(known), untrained(model, known)]), sep="\n")
         print(table(parameter_counts(model), forward_flops(model)))
         print(dispatch_line(model, config.model, jax.default_backend()), flush=True)
     with contextlib.ExitStack() as stack:
@@ -67,7 +73,8 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
         if config.train.eval_samples and config.train.sample_every:
             hooks.append(EvaluationHook(config, model, source))
         loss_fn = make_loss(model, config)
-        state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks)
+        notes = {classes.FILE: classes.to_json(known, len(source))}
+        state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks, notes=notes)
     metrics = Path(workdir) / "metrics.jsonl"
     if distributed.is_main_process() and metrics.exists() and metrics.stat().st_size:
         loss_curve(metrics, Path(workdir) / "loss.png")

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_diffusion import prepare
+from moe_diffusion import classes, prepare
 from moe_diffusion.data.latents import Latents
 from tests import cli, pictures
 
@@ -49,6 +49,13 @@ def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
     label = {"name": "label", "shape": [], "dtype": "int32", "num_values": 4}
     assert manifest["fields"] == [label]
     assert manifest["class_names"] == [f"class_{i}" for i in range(4)]
+    assert manifest["class_counts"] == [50] * 4
+    table = ["classes         4", "fewest images  50  class_0", "most images    50  class_0"]
+    assert output.splitlines()[:3] == table
+    known = classes.of_source(Latents(str(undisturbed)))
+    assert (
+        known.names == tuple(manifest["class_names"]) and classes.table(known).splitlines() == table
+    )
     assert manifest["source"] == f"folder:{inputs[0]}" and len(manifest["statistics"]["std"]) == 4
     batch = Latents(str(undisturbed)).take(np.arange(200))
     assert batch["label"].tolist() == [i // 50 for i in range(200)]
@@ -169,3 +176,4 @@ def test_a_broken_image_stops_the_run_or_is_left_out(inputs, tmp_path, capfd):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert not manifest["flip"] and not Latents(str(tmp_path / "out")).mirrored
     assert manifest["count"] == 3 and manifest["skipped"][0].endswith("class_1/a.png")
+    assert manifest["class_counts"] == [2, 1]

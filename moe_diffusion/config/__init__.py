@@ -7,7 +7,15 @@ and combinations are possible.
 """
 
 from moe_diffusion.config.draft import default
-from moe_diffusion.config.loading import ROOT, compare, load, load_json, parse_arg, save_json
+from moe_diffusion.config.loading import (
+    ROOT,
+    compare,
+    load,
+    load_json,
+    parse_arg,
+    save_json,
+    save_text,
+)
 from moe_diffusion.config.schema import settle
 from moe_diffusion.config.validation import validate, validate_devices
 
@@ -19,6 +27,7 @@ __all__ = [
     "load_json",
     "parse_arg",
     "save_json",
+    "save_text",
     "settle",
     "validate",
     "validate_devices",

@@ -63,10 +63,15 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def save_json(config: ConfigDict, path: str | os.PathLike) -> None:
     """Writes the config as JSON, whole or not at all. Raises UserError if it cannot be written."""
     values = (settle(config) if is_draft(config) else config).to_dict()
+    save_text(json.dumps({"version": VERSION, **values}, indent=2) + "\n", path)
+
+
+def save_text(text: str, path: str | os.PathLike) -> None:
+    """Writes a file, which may be remote, whole or not at all; raises UserError if it cannot."""
     path = epath.Path(path)
     part = path.parent / f".{path.name}.part"
     try:
-        part.write_text(json.dumps({"version": VERSION, **values}, indent=2) + "\n")
+        part.write_text(text)
         part.replace(path)
     except OSError as error:
         raise UserError(

@@ -8,11 +8,14 @@ import sys
 import numpy as np
 from PIL import Image
 
+from moe_diffusion import pictures
 from moe_diffusion.conditions import Field
 from moe_diffusion.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _NEIGHBOURS = 100  # a source that skips broken images gives up after this many in a row
+_REMEDY = (
+    "restore or delete it, or skip such files with data.skip_broken=true (prepare: --skip-broken)"
+)
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -32,7 +35,7 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def to_array(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """The centre crop as f32[H, W, C] in [-1, 1], in grey (C = 1) or RGB (C = 3)."""
+    """The centre crop of a grey or RGB image as f32[H, W, C] in [-1, 1], grey if C = 1."""
     height, width, channels = shape
     mode = "RGB" if channels == 3 else "L"
     pixels = np.asarray(center_crop(image.convert(mode), height, width))
@@ -42,9 +45,11 @@ def to_array(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
 class ImageFolder:
     """`<folder>/<class>/**/<file>`: classes are the sorted names of the sub-folders.
 
-    The labels are those of torchvision's ImageFolder. Every process lists the folder at the start
-    and reads an image when it needs it. A file that is no image raises a UserError that names it.
-    With `skip_broken` it is a line on stderr instead, and the next good image takes its place.
+    The labels are those of torchvision's ImageFolder, except that hidden folders and those of the
+    system are no classes and every file counts once (`pictures.by_folder`). Every process lists the
+    folder at the start and reads an image when it needs it. A file that is no image raises a
+    UserError that names it. With `skip_broken` it is a line on stderr instead, and the next good
+    image takes its place.
     """
 
     def __init__(self, folder: str, image_shape: tuple[int, int, int], skip_broken: bool = False):
@@ -55,15 +60,21 @@ class ImageFolder:
             )
         if not os.path.isdir(folder):
             raise UserError(f"there is no folder {folder}: data.source=folder:<path> names one")
-        self.class_names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        if not self.class_names:
+        files = pictures.by_folder(folder)
+        self.class_names = sorted(files)
+        if not files:
             raise UserError(
                 f"{folder} holds no sub-folder: images must lie in one sub-folder per class, like "
                 f"{folder}/n01440764/1.jpg"
             )
-        files = [_files(os.path.join(folder, name)) for name in self.class_names]
-        self._files = [name for names in files for name in names]
-        self.labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(f) for f in files])
+        if empty := [name for name in self.class_names if not files[name]]:
+            raise UserError(
+                f"{os.path.join(folder, empty[0])} holds no image "
+                f"({', '.join(pictures.SUFFIXES)}): fill or delete it"
+            )
+        self._files = [file for name in self.class_names for file in files[name]]
+        counts = [len(files[name]) for name in self.class_names]
+        self.labels = np.repeat(np.arange(len(files), dtype=np.int32), counts)
         self.cond_spec = {"label": Field((), "int32", len(files))}
         self.image_shape, self.skip_broken = image_shape, skip_broken
         self._reported: set[int] = set()
@@ -83,34 +94,16 @@ class ImageFolder:
     def read(self, index: int) -> dict[str, np.ndarray] | None:
         """Record `index`, or None if its image is broken and may be skipped."""
         try:
-            with Image.open(self.name(index)) as image:
-                pixels = to_array(image, self.image_shape)
-        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, ...
-            what = f"{self.name(index)} cannot be read as an image ({error})"
+            image = pictures.read(self.name(index), self.name(index), _REMEDY)
+        except UserError as error:
             if not self.skip_broken:
-                raise UserError(
-                    f"{what}: restore or delete it, or skip such files with "
-                    "data.skip_broken=true (prepare: --skip-broken)"
-                ) from None
+                raise
             if index not in self._reported:
                 self._reported.add(index)
-                print(f"skipped: {what}", file=sys.stderr, flush=True)
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
             return None
-        return {"image": pixels, "label": self.labels[index]}
+        return {"image": to_array(image, self.image_shape), "label": self.labels[index]}
 
     def name(self, index: int) -> str:
         """The file of record `index`."""
         return self._files[index]
-
-
-def _files(folder: str) -> list[str]:
-    """Sorted paths of the images in a folder and in its sub-folders; at least one."""
-    found = sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(SUFFIXES)
-    )
-    if not found:
-        raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)}): fill or delete it")
-    return found

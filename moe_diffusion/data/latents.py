@@ -81,6 +81,8 @@ class Latents:
         self.manifest = read_manifest(folder)
         self.image_shape, self.cond_spec = tuple(self.manifest["shape"]), spec_of(self.manifest)
         self._record = record_of(self.manifest)
+        self.class_names = self.manifest.get("class_names")
+        self.class_counts = self.manifest.get("class_counts")
         self._scale, self._shift = self.manifest["scale"], self.manifest["shift"]
         shards = self.manifest["shards"]
         self._files = [Path(folder) / shard["file"] for shard in shards]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from moe_diffusion import pictures
 from moe_diffusion.conditions import Field
 from moe_diffusion.data.images import to_array
 from moe_diffusion.errors import UserError, explained
@@ -36,7 +36,12 @@ class TfdsImages:
         remedy = "prepare it with file_format=array_record, see docs/data.md"
         # Here and in `_builder` tfds raises many kinds: AssertionError, OSError, some of its own.
         with explained(f"tfds:{place} cannot be read", remedy):
-            self._records = builder.as_data_source(split=split)
+            from tensorflow_datasets import decode
+
+            # The images stay files: what tfds makes of them depends on the packages installed.
+            decoders = {"image": decode.SkipDecoding()}
+            self._records = builder.as_data_source(split=split, decoders=decoders)
+        self._place = place
         self.cond_spec = {"label": Field((), "int32", features["label"].num_classes)}
         self.class_names = list(features["label"].names)
 
@@ -45,10 +50,10 @@ class TfdsImages:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         record = self._records[index]
-        image = record["image"]
-        grey = image.ndim == 3 and image.shape[-1] == 1
-        pixels = to_array(Image.fromarray(image[..., 0] if grey else image), self.image_shape)
-        return {"image": pixels, "label": np.int32(record["label"])}
+        read = pictures.read if isinstance(record["image"], bytes) else pictures.from_array
+        name = f"record {index} of tfds:{self._place}"
+        image = read(record["image"], name, "prepare the dataset again")
+        return {"image": to_array(image, self.image_shape), "label": np.int32(record["label"])}
 
 
 def _builder(place: str) -> Any:

@@ -19,7 +19,13 @@ from tqdm import tqdm
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import inception
-from moe_diffusion.evaluation.images import Images, check_range, open_images, to_pixels
+from moe_diffusion.evaluation.images import (
+    Images,
+    check_range,
+    is_source,
+    open_images,
+    to_pixels,
+)
 from moe_diffusion.evaluation.metrics import (
     Gaussian,
     Moments,
@@ -163,7 +169,7 @@ def open_features(text: str, size: tuple[int, int] | None = None, num: int = 0) 
       UserError: the set is missing, unreadable, of an unknown kind or not finite, or it has fewer
         than `num` images.
     """
-    if not text.endswith(".npz"):
+    if is_source(text) or not text.endswith(".npz"):
         features = FeatureSet(text, images=open_images(text, size))
     else:
         features = _open_archive(Path(text))

@@ -8,19 +8,20 @@ its header says.
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from moe_diffusion import pictures
 from moe_diffusion.data import sources
 from moe_diffusion.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 QUANTIZATIONS = ("round", "none")
+_REMEDY = "delete or replace it"
 _LARGEST = 8.0  # samples overshoot [-1, 1] a little; larger values show that the range is another
 
 
@@ -76,31 +77,21 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class FolderImages:
-    """All pictures directly in a folder, ordered by name.
-
-    If the first picture is grey, all are read with one channel, otherwise with three.
-    """
+    """All pictures directly in a folder, ordered by name; grey only if every one of them is."""
 
     def __init__(self, folder: str | os.PathLike):
         self.name = str(folder)
-        self._paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES)
+        self._paths = pictures.directly_in(folder)
         if not self._paths:
             raise UserError(
-                f"{folder} holds no pictures ({', '.join(PICTURES)}); for one folder per class "
-                f"write folder:{folder}"
+                f"{folder} holds no pictures ({', '.join(pictures.SUFFIXES)}); for one folder per "
+                f"class write folder:{folder}"
             )
-        self._mode = ""
-        for path in self._paths:
-            with _opened(path) as picture:
-                self._mode = self._mode or ("L" if picture.mode == "L" else "RGB")
-                shape = (picture.height, picture.width, len(self._mode))
-            if path == self._paths[0]:
-                self.shape = shape
-            elif shape != self.shape:
-                raise UserError(
-                    f"{path} is {shape[1]}x{shape[0]}, {self._paths[0].name} is "
-                    f"{self.shape[1]}x{self.shape[0]}: all pictures must have one size"
-                )
+        headers = [pictures.header(path, _REMEDY) for path in self._paths]
+        height, width, _ = headers[0]
+        self.shape = (height, width, max(channels for *_, channels in headers))
+        for path, header in zip(self._paths, headers, strict=True):
+            self._check_size(path, header)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -110,20 +101,20 @@ class FolderImages:
             paths = self._paths[start : min(start + size, num)]
             yield np.stack([self._read(path) for path in paths])
 
-    def _read(self, path: Path) -> np.ndarray:
-        with _opened(path) as picture:
-            try:
-                pixels = np.asarray(picture.convert(self._mode))
-            except OSError as error:
-                raise UserError(f"{path} is a broken picture ({error}): delete it") from None
-        return pixels.reshape(self.shape)
+    def _read(self, path: str) -> np.ndarray:
+        picture = pictures.read(path, path, _REMEDY)
+        self._check_size(path, (picture.height, picture.width))
+        return np.asarray(picture.convert("L" if self.shape[-1] == 1 else "RGB")).reshape(
+            self.shape
+        )
 
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path} is a broken picture ({error}): delete or replace it") from None
+    def _check_size(self, path: str, size: Sequence[int]) -> None:
+        """Raises a UserError unless a picture is of the height and width of the first."""
+        if tuple(size[:2]) != self.shape[:2]:
+            raise UserError(
+                f"{path} is {size[1]}x{size[0]}, {Path(self._paths[0]).name} is "
+                f"{self.shape[1]}x{self.shape[0]}: all pictures must have one size"
+            )
 
 
 class SourceImages:
@@ -151,21 +142,40 @@ def open_images(text: str, size: tuple[int, int] | None = None) -> Images:
     Raises:
       UserError: `text` names nothing that exists, or it cannot be read, or its kind is unknown.
     """
-    path = Path(text)
-    if path.suffix == ".npz":
-        return ArchiveImages(path)
-    if path.is_dir():
-        return FolderImages(path)
-    name, _, split = text.partition("@")
-    if name.partition(":")[0] not in ("digits", "synthetic", "folder", "tfds"):
+    name, split = split_of(text)
+    if not is_source(text):
+        if text.endswith(".npz"):
+            return ArchiveImages(text)
+        if Path(text).is_dir():
+            return FolderImages(text)
         raise UserError(
             f"{text} is not there: give an .npz, a folder of pictures, or a data source "
-            "(folder:<path>, tfds:<name>, digits), with @test for its other split"
+            "(folder:<path>, tfds:<name>, digits), with @test for another split of the latter two"
         )
+    if Path(text).is_dir():
+        print(f"{text} is a data source; the folder of that name is ./{text}", file=sys.stderr)
     if not size and name != "digits":
         raise UserError(f"{text} needs --size: the side in pixels to which its images are cropped")
     source = sources.open_images(name, (*(size or (0, 0)), 3), split=split or "train")
     return SourceImages(source, text)
+
+
+def is_source(text: str) -> bool:
+    """Whether a text names a data source, rather than a file or a folder of pictures."""
+    return split_of(text)[0] in ("digits", "synthetic") or text.startswith(("folder:", "tfds:"))
+
+
+def split_of(text: str) -> tuple[str, str]:
+    """ "digits@test" -> ("digits", "test"): the name of a data source, and its split or "".
+
+    Sources without splits, and datasets of tfds that are named by an existing folder, may have an @
+    in their names.
+    """
+    name, _, split = text.rpartition("@")
+    kind, _, place = text.partition(":")
+    if kind.partition("@")[0] not in ("digits", "synthetic", "tfds") or not name:
+        return text, ""
+    return (text, "") if place and Path(place).exists() or "/" in split else (name, split)
 
 
 def check_shape(shape: tuple[int, ...], name: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from moe_diffusion.classes import NOTHING, Classes
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.expert_tables import extreme_classes
@@ -123,6 +124,7 @@ def write_report(
     images: np.ndarray,
     cond: Cond,
     texts: Sequence[str] | None,
+    known: Classes = NOTHING,
 ) -> tuple[list[str], dict[str, str]]:
     """Writes the files of this module's docstring.
 
@@ -131,6 +133,7 @@ def write_report(
       blocks: those of the pictures that do not show all.
       images, cond: f32[N, H, W, C] in [-1, 1] and their conditions, of `draw`.
       texts: the captions of the images.
+      known: has the names of the classes.
 
     Returns:
       The names of the files, and of those that were not written: name -> why.
@@ -148,7 +151,7 @@ def write_report(
     if "tokens" in stats:
         pixels, _ = to_pixels(images[:MAPS])
         made["tokens.png"] = pictures.tokens_picture(stats, blocks, pixels, texts)
-    made |= _extreme_pictures(stats, images, cond.get(LABEL))
+    made |= _extreme_pictures(stats, images, cond.get(LABEL), known)
     save_json(stats, folder / "routing.json")
     for name, picture in made.items():
         if isinstance(picture, str):
@@ -160,7 +163,10 @@ def write_report(
 
 
 def _extreme_pictures(
-    stats: Mapping[str, Any], images: np.ndarray, labels: np.ndarray | None
+    stats: Mapping[str, Any],
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    known: Classes = NOTHING,
 ) -> dict[str, Image.Image | str]:
     """hardest.png and easiest.png, or why there are none."""
     names = "hardest.png", "easiest.png"
@@ -178,7 +184,9 @@ def _extreme_pictures(
     for name, classes, what in zip(names, found, ("hardest", "easiest"), strict=True):
         columns = min(sum(labels == int(c)) for c in classes)
         rows = [np.flatnonzero((labels == int(c)) & (rank < columns)) for c in classes]
-        texts = [f"{c}: {per_class[c]:.3f}" for c in classes for _ in range(columns)]
+        texts = [
+            f"{known.name(int(c))}: {per_class[c]:.3f}" for c in classes for _ in range(columns)
+        ]
         made[name] = image_grid(
             images[np.concatenate(rows)],
             texts,

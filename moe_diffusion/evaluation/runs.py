@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from moe_diffusion import classes
 from moe_diffusion.config import validate
 from moe_diffusion.diffusion.samplers import Sampler, make_sampler
 from moe_diffusion.errors import UserError
@@ -26,7 +27,7 @@ from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.sampling.bound import BoundObserver, warning
 from moe_diffusion.sampling.conditions import conditions_of_run
 from moe_diffusion.sampling.generate import generate_batches, pool_of
-from moe_diffusion.sampling.labels import LABEL, num_labels
+from moe_diffusion.sampling.labels import LABEL, num_labels, untrained
 from moe_diffusion.sampling.load import load_workdir
 
 
@@ -66,7 +67,8 @@ class RunImages:
         self.config, self._model, self._variables, self.note = load_workdir(
             workdir, overrides, step=step, ema=ema, mesh=self._mesh, preset="dp"
         )
-        self._num_labels = num_labels(self._model, "evaluate --workdir")
+        self._known = classes.of_run(workdir)
+        self._num_labels = num_labels(self._model, "evaluate --workdir", self._known)
         self._autoencoder = autoencoders.for_config(self.config, vae)
         self.shape = self._model.input_shape
         if self._autoencoder is not None:
@@ -96,7 +98,7 @@ class RunImages:
         drawn = generate_batches(
             sampler,
             self._variables,
-            conditions_of_run(self.config, self._model, num) | {LABEL: labels},
+            conditions_of_run(self.config, self._model, num, self._known) | {LABEL: labels},
             self._model.input_shape,
             seed=protocol.seed,
             batch_size=protocol.batch_size,
@@ -190,7 +192,8 @@ class RunImages:
     @property
     def warnings(self) -> list[str]:
         """What a reader of the result must know about the images that were drawn."""
-        return list(filter(None, [warning(self.config, self._dropped)]))
+        bound = warning(self.config, self._dropped)
+        return list(filter(None, [untrained(self._model, self._known), bound]))
 
     @property
     def conditions(self) -> dict[str, Any]:

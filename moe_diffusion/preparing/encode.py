@@ -19,6 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from moe_diffusion.classes import of_source
 from moe_diffusion.data.latents import (
     FORMAT,
     MANIFEST,
@@ -116,12 +117,14 @@ def finish(job: Job) -> dict[str, Any]:
     count = sum(note["count"] for note in notes)
     if not count:
         raise UserError("every image is broken: nothing was prepared")
+    skipped = sum((note["skipped"] for note in notes), [])
     manifest = {
         "format": FORMAT,
         "count": count,
         **job.settings,
+        "class_counts": _class_counts(job, set(skipped)),
         "statistics": _statistics(job, notes, count),
-        "skipped": sum((note["skipped"] for note in notes), []),
+        "skipped": skipped,
         "shards": [{k: note[k] for k in ("file", "count", "bytes")} for note in notes],
     }
     _write_json(job.folder / MANIFEST, manifest)
@@ -223,6 +226,15 @@ def _statistics(job: Job, notes: list[dict[str, Any]], count: int) -> dict[str, 
     scale, shift = job.settings["scale"], job.settings["shift"]
     deviation = scale * np.sqrt(np.maximum(second - first**2, 0))
     return {"mean": ((first - shift) * scale).tolist(), "std": deviation.tolist()}
+
+
+def _class_counts(job: Job, skipped: set[str]) -> list[int] | None:
+    """The images of each class that were prepared; None if the source does not list its labels."""
+    counts = list(of_source(job.source).counts)
+    if skipped and counts:
+        for index, label in enumerate(job.source.labels.tolist()):
+            counts[label] -= job.source.name(index) in skipped
+    return counts or None
 
 
 def _compare(path: Path, settings: dict[str, Any]) -> None:

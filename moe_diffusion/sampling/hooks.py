@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from moe_diffusion.classes import NOTHING, of_source
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.figures.images import image_grid, save_png
 from moe_diffusion.models.stack import Model
@@ -67,7 +68,8 @@ class SampleHook:
     ):
         self._folder, self._decode = Path(workdir) / "samples", decode
         self._samples = FixedSamples(config, model, config.train.samples, source)
-        self._captions = captions(model, self._samples.cond)
+        known = NOTHING if source is None else of_source(source)
+        self._captions = captions(model, self._samples.cond, known)
 
     def __call__(self, step: int, state: TrainState) -> dict[str, np.ndarray]:
         images = self._samples.draw(state)

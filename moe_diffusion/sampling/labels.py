@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
+from moe_diffusion.classes import LABEL, NOTHING, Classes, of_run, with_names
 from moe_diffusion.errors import UserError
 from moe_diffusion.models.stack import Model
 from moe_diffusion.sampling.conditions import spread
 
-LABEL = "label"
+_LONGEST = 60  # characters of a user's text in a message
 
 
-def num_labels(model: Model, asked_by: str) -> int:
-    """How many labels a model knows.
+def num_labels(model: Model, asked_by: str, known: Classes = NOTHING) -> int:
+    """How many labels there are to draw: those that were trained, or all that the model knows.
 
     Args:
       asked_by: what needs labels, like "--labels". The error begins with it.
+      known: of the run, see `classes.of_run`.
 
     Raises:
       UserError: the model takes no labels.
@@ -26,21 +30,78 @@ def num_labels(model: Model, asked_by: str) -> int:
             f"{asked_by}: this model takes no labels; its condition has "
             f"{', '.join(model.cond_spec())}"
         )
-    return field.num_values
+    return known.limit(LABEL, field.num_values)
 
 
-def chosen_labels(text: str, num: int, model: Model) -> np.ndarray:
-    """i32[num], spread evenly over the labels of a text like "3,7".
+def untrained(model: Model, known: Classes) -> str | None:
+    """One line if the data had fewer classes than the model knows; None if it had all."""
+    field = model.cond_spec().get(LABEL)
+    if field is None or known.limit(LABEL, field.num_values) == field.num_values:
+        return None
+    return (
+        f"the data has {known.num_values[LABEL]:,} of the {field.num_values:,} classes that the "
+        "model knows: only these are drawn"
+    )
+
+
+def chosen_labels(text: str, num: int, model: Model, known: Classes = NOTHING) -> np.ndarray:
+    """i32[num], spread evenly over the classes of a text like "3,7" or "cat,7".
+
+    A part that is exactly the name of a class means that class, also if it looks like a number or
+    holds commas. Any other part is a number.
 
     Raises:
-      UserError: the text names something that is no label, or the model takes no labels.
+      UserError: the text names something that is no class, that was not trained, or that several
+        classes are called; or the model takes no labels.
     """
-    known = num_labels(model, "--labels")
+    count = num_labels(model, "--labels", known)
+    chosen, parts = [], text.split(",")
+    while parts:
+        # The longest name first: "tench, Tinca tinca" before "tench".
+        for length in range(len(parts), 0, -1):
+            name = ",".join(parts[:length]).strip()
+            found = known.numbers_of(name)
+            if found or length == 1:
+                break
+        if len(found) > 1:
+            several = " and ".join(map(str, found))
+            raise UserError(f"--labels: {name} is the name of {several}: give a number")
+        chosen.append(found[0] if found else _number(parts[0], text, known))
+        del parts[:length]
+    bad = [label for label in chosen if not 0 <= label < count]
+    if bad:
+        whose = "the data of this run has" if untrained(model, known) else "this model knows"
+        raise UserError(f"--labels: {bad[0]} is no class; {whose} 0 to {count - 1}")
+    return np.array(chosen)[spread(num, len(chosen))].astype(np.int32)
+
+
+def _number(part: str, text: str, known: Classes) -> int:
     try:
-        chosen = np.array([int(part) for part in text.split(",")])
+        return int(part)
     except ValueError:
-        raise UserError(f"--labels {text!r} is not a list of numbers like 3,7") from None
-    bad = chosen[(chosen < 0) | (chosen >= known)]
-    if bad.size:
-        raise UserError(f"--labels: {bad[0]} is no class; this model knows 0 to {known - 1}")
-    return chosen[spread(num, len(chosen))].astype(np.int32)
+        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        if not known.names:
+            raise UserError(f"--labels {shown!r} is not a list of numbers like 3,7") from None
+        near = ", ".join(known.nearest(part.strip()[:_LONGEST])) or f"{known.name(0)} is one"
+        raise UserError(
+            f"--labels: no class is called {part.strip()[:_LONGEST]!r}; nearest: {near}"
+        ) from None
+
+
+def classes_of(workdir: str | os.PathLike, model: Model, names: str | None = None) -> Classes:
+    """The classes of a run (`classes.of_run`), with a printed line if the model knows more.
+
+    Args:
+      names: a file with other names for them, see `classes.with_names`.
+    """
+    known = of_run(workdir)
+    if names is not None:
+        known = with_names(known, names, num_labels(model, "--class-names"))
+    if line := untrained(model, known):
+        print(line)
+    return known
+
+
+def described(labels: np.ndarray, known: Classes) -> str:
+    """The classes of some labels, like "0 cat, 7 owl"."""
+    return ", ".join(f"{label} {known.name(label)}" for label in np.unique(labels).tolist())

@@ -34,7 +34,8 @@ from moe_diffusion.training.step import Frozen, Metrics, large_constants
 
 Tree = Any
 _LARGEST_CONSTANT = 100 << 20  # bytes; tables of positions are smaller
-# (step, state) -> images for TensorBoard, name -> [H, W, C], and numbers for the metrics
+# (step, state with the untrained parameters, too) -> images for TensorBoard, name -> [H, W, C], and
+# numbers for the metrics
 Hook = Callable[[int, TrainState], "dict[str, np.ndarray | float] | None"]
 
 
@@ -47,6 +48,7 @@ def train(
     *,
     hooks: Sequence[Hook] = (),
     frozen: Any = None,
+    notes: Mapping[str, str] | None = None,
 ) -> TrainState:
     """Trains until step `config.train.num_steps`; called again on the same workdir, it resumes.
 
@@ -57,10 +59,10 @@ def train(
       model, loss_fn: see `models.stack.Model` and `step.make_train_step`.
       iterator_fn: makes this process's iterator over batches of numpy arrays, which all processes'
         together are `data.batch_size` images, with the methods of `data.pipeline.BatchIterator`.
-      hooks: called as hook(step, state) every `train.sample_every` steps on every process; state
-        has the untrained parameters, too. See `Hook`.
+      hooks: see `Hook`; called on every process every `train.sample_every` steps.
       frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights; not saved.
         Those that lie on the run's mesh stay as they are; others go whole to every device.
+      notes: texts to keep in the workdir beside config.json, by the names of their files.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -87,14 +89,13 @@ def train(
         if start >= num_steps:
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state
-
         key, first = jax.random.key(config.seed), next(iterator)
         _check_batch(model, first)
         place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
         held = Frozen(untrained, on_every_device(run.mesh, frozen))
         batch, train_step = place(first), run.step()
         _check_constants(train_step.trace(state, batch, key, held))  # nothing is written yet
-        writer = opened(_open_workdir(run, workdir, start))
+        writer = opened(_open_workdir(run, workdir, start, notes or {}))
         checkpoints.save_untrained(untrained)
         _tell_start(run, start, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
@@ -241,8 +242,12 @@ def _check_constants(traced: Any) -> None:
         )
 
 
-def _open_workdir(run: Run, workdir: str | os.PathLike, start: int) -> MetricWriter:
+def _open_workdir(
+    run: Run, workdir: str | os.PathLike, start: int, notes: Mapping[str, str]
+) -> MetricWriter:
     if is_main_process():
+        for name, text in notes.items():
+            configs.save_text(text, epath.Path(workdir) / name)
         configs.save_json(run.config, epath.Path(workdir) / "config.json")
     writer = MetricWriter(workdir, start)
     writer.write_setup(run.config.to_dict(), run.variables["params"])

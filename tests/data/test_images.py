@@ -45,6 +45,49 @@ def test_classes_and_files_are_sorted(folder):
     np.testing.assert_allclose(grey[..., 0], luma, atol=0.02)
 
 
+def test_what_is_no_class_changes_no_label(folder, capsys):
+    before = open_folder(folder)
+    capsys.readouterr()
+    for name in (".ipynb_checkpoints", "@eaDir", "cat/.ipynb_checkpoints", "dog/__MACOSX"):
+        (folder / name).mkdir()
+        Image.new("RGB", (9, 9)).save(folder / name / "0.png")
+    (folder / "cats").symlink_to(folder / "cat")
+    Image.new("RGB", (9, 9)).save(folder / "0.png")
+    source = open_folder(folder)
+    assert source.class_names == ["cat", "dog"] and len(source) == 5
+    np.testing.assert_array_equal(source.labels, before.labels)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"left out of {folder}: .ipynb_checkpoints, @eaDir, cat/.ipynb_checkpoints, dog/__MACOSX "
+        "(hidden or of the system)",
+        f"left out of {folder}: cats (links to what counts already)",
+        f"left out of {folder}: 0.png (in no sub-folder)",
+    ]
+
+
+def test_every_kind_of_picture_becomes_the_same_record(tmp_path):
+    """Of one picture: 16 bits, upside down, a palette, transparent where it is white."""
+    grey = np.full((8, 8), 255, np.uint8)
+    grey[:4, :4] = np.arange(16, dtype=np.uint8).reshape(4, 4) * 15
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[274] = 3
+    picture = Image.fromarray(grey)
+    alpha = Image.fromarray(np.where(grey == 255, 0, 255).astype(np.uint8))
+    clear = Image.merge("LA", (Image.fromarray(np.where(grey == 255, 0, grey)), alpha))
+    picture.save(tmp_path / "a/0.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a/1.png")
+    picture.rotate(180).save(tmp_path / "a/2.png", exif=exif)
+    picture.convert("P").save(tmp_path / "a/3.png")
+    clear.save(tmp_path / "a/4.png")
+    clear.convert("RGBA").save(tmp_path / "a/5.png")
+    for channels in (1, 3):
+        source = open_folder(tmp_path, channels=channels)
+        expected = np.repeat(grey[..., None].astype(np.float32) / 127.5 - 1, channels, -1)
+        for i in range(6):
+            np.testing.assert_array_equal(source[i]["image"], expected, err_msg=source.name(i))
+
+
 def test_center_crop_by_hand():
     """9x4 -> (halved by box) 4x2 -> crop 2x2: each pixel is the mean of 4; the 9th column goes."""
     pixels = np.arange(36, dtype=np.uint8).reshape(4, 9) * 7

@@ -66,13 +66,71 @@ def test_records_of_a_prepared_folder(prepared):
     assert "tensorflow" not in sys.modules
 
 
-def test_a_dataset_by_name():
-    with tfds.testing.mock_data(num_examples=5):
-        source = sources.open_images("tfds:mnist", (28, 28, 1), split="test")
-        assert len(source) == 5 and source.cond_spec == {"label": Field((), "int32", 10)}
-        record = source[4]
-    assert record["image"].shape == (28, 28, 1) and record["image"].dtype == np.float32
-    assert 0 <= record["label"] < 10
+def test_a_dataset_by_name(prepared, monkeypatch):
+    # tfds read $TFDS_DATA_DIR when it was imported.
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(prepared.parents[1]))
+    source = sources.open_images("tfds:pets:1.0.0", (28, 20, 1), split="validation")
+    assert len(source) == 3 and source.cond_spec == {"label": Field((), "int32", 3)}
+    record = source[2]
+    assert record["image"].shape == (28, 20, 1) and record["image"].dtype == np.float32
+    assert 0 <= record["label"] < 3
+
+
+class Scans(tfds.core.GeneratorBasedBuilder):
+    """The files of one picture: plain, on its side, of 16 bits; and one that is cut off."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 1)),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        pixels, exif = GREY, Image.Exif()
+        exif[274] = 6  # the 0th row is the right side: np.rot90 turned it to the left
+        turned, wide = np.rot90(pixels), pixels.astype(np.uint16) * 257
+        for i, (array, options) in enumerate(((pixels, {}), (turned, {"exif": exif}), (wide, {}))):
+            file = io.BytesIO()
+            Image.fromarray(array).save(file, "png", **options)
+            file.seek(0)
+            yield i, {"image": file, "label": 0}
+        yield 3, {"image": io.BytesIO(file.getvalue()[:45]), "label": 1}
+
+
+GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+
+
+def test_pictures_mean_what_they_mean_in_folders(tmp_path):
+    Scans(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    source = sources.open_images(f"tfds:{tmp_path / 'scans' / '1.0.0'}", (6, 8, 1))
+    records = {}
+    for i in range(4):
+        try:
+            record = source[i]
+        except UserError as error:
+            assert f"record {i} of tfds:{tmp_path}/scans/1.0.0 cannot be read" in str(error)
+        else:
+            records[i] = record
+    assert len(records) == 3
+    for record in records.values():
+        np.testing.assert_array_equal(record["image"][..., 0], GREY / np.float32(127.5) - 1)
+
+
+def test_arrays_that_are_no_files(prepared):
+    """A feature that is a tensor comes as an array."""
+    source = sources.open_images(f"tfds:{prepared}", (6, 8, 1))
+    source._records = [{"image": GREY[..., None], "label": 1}]
+    record = source[0]
+    np.testing.assert_array_equal(record["image"][..., 0], GREY / np.float32(127.5) - 1)
+    source._records = [{"image": GREY.astype(np.float32), "label": 1}]
+    with pytest.raises(UserError, match="record 0 of tfds:.* mode F means white"):
+        source[0]
 
 
 def test_what_is_not_prepared_is_refused(prepared, tmp_path, monkeypatch):

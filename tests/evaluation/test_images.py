@@ -163,11 +163,96 @@ def test_bad_pictures_are_named(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="2.png is a broken picture"):
+    with pytest.raises(UserError, match="2.png cannot be read as an image"):
         everything(images.open_images(str(tmp_path)))
     (tmp_path / "2.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="2.png is a broken picture"):
+    with pytest.raises(UserError, match="2.png cannot be read as an image"):
         images.open_images(str(tmp_path))
     Image.fromarray(pictures(1, side=8)[0]).save(tmp_path / "2.png")
     with pytest.raises(UserError, match="2.png is 8x8, 0.png is 6x6: all pictures must have one"):
         images.open_images(str(tmp_path))
+
+
+def red_and_grey(folder):
+    """A grey picture, then two red ones, then one of 16 bits; its grey level is 128 * 257."""
+    wide = np.full((6, 6), 128 * 257, np.uint16)
+    kinds = [np.full((6, 6), 40, np.uint8), *[np.full((6, 6, 3), (200, 0, 0), np.uint8)] * 2, wide]
+    for i, pixels in enumerate(kinds):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_the_first_picture_does_not_decide_on_colour(tmp_path):
+    red_and_grey(tmp_path)
+    found = images.open_images(str(tmp_path))
+    assert found.shape == (6, 6, 3)
+    pixels = everything(found)
+    expected = [(40, 40, 40), (200, 0, 0), (200, 0, 0), (128, 128, 128)]
+    assert pixels[:, 3, 2].tolist() == list(map(list, expected))
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).unlink()
+    found = images.open_images(str(tmp_path))
+    assert found.shape == (6, 6, 1) and everything(found)[:, 0, 0, 0].tolist() == [40, 128]
+
+
+def test_pictures_to_judge_are_upright_and_seen_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (8, 6), (9, 9, 9)).save(tmp_path / "0.png")
+    Image.new("RGBA", (6, 8), (0, 0, 0, 0)).save(tmp_path / "1.png", exif=exif)
+    (tmp_path / "._0.png").write_bytes(b"of another system")
+    (tmp_path / "2.png").symlink_to(tmp_path / "0.png")
+    found = images.open_images(str(tmp_path))
+    assert len(found) == 2 and found.shape == (6, 8, 3)
+    assert everything(found).min((1, 2, 3)).tolist() == [9, 255]
+
+
+def test_pictures_without_a_meaning_are_refused_at_once(tmp_path):
+    red_and_grey(tmp_path)
+    Image.new("F", (6, 6)).save(tmp_path / "5.tiff")
+    (tmp_path / "5.tiff").rename(tmp_path / "5.png")
+    with pytest.raises(UserError, match="5.png cannot be read .* mode F means white"):
+        images.open_images(str(tmp_path))
+
+
+def test_names_of_sources_win_over_folders(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "synthetic", "digits@test"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pictures(1)[0]).save(tmp_path / name / "0.png")
+    assert images.open_images("digits").shape == (8, 8, 1)
+    assert "digits is a data source; the folder of that name is ./digits" in capsys.readouterr().err
+    assert len(images.open_images("digits@test")) == 360
+    assert images.open_images("synthetic", (12, 16)).shape == (12, 16, 3)
+    for name in ("./digits", "./synthetic", "./digits@test", str(tmp_path / "digits")):
+        found = images.open_images(name)
+        assert found.shape == (6, 6, 3) and len(found) == 1
+    assert features.open_features("digits").images.shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize("name", ["me@host/val", "a:b@c", "two words", "x.npz", "@", "digits@test"])
+def test_paths_may_hold_any_character(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for label in "ab":
+        (tmp_path / name / label).mkdir(parents=True)
+        Image.fromarray(pictures(1)[0]).save(tmp_path / name / label / "0.png")
+    for text in (f"folder:{name}", f"folder:{tmp_path / name}"):
+        found = features.open_features(text, (6, 6)).images
+        assert len(found) == 2 and found.shape == (6, 6, 3)
+    if not name.endswith(".npz"):
+        assert len(images.open_images(f"./{name}/a")) == 1
+
+
+def test_the_split_of_a_source(tmp_path):
+    for text, expected in (
+        ("digits", ("digits", "")),
+        ("digits@test", ("digits", "test")),
+        ("tfds:imagenet2012:5.1.0@validation", ("tfds:imagenet2012:5.1.0", "validation")),
+        ("tfds:/data/me@host/1.0.0", ("tfds:/data/me@host/1.0.0", "")),
+        ("tfds:/data/me@host/1.0.0@test", ("tfds:/data/me@host/1.0.0", "test")),
+        (f"tfds:{tmp_path}", (f"tfds:{tmp_path}", "")),
+        ("folder:me@host", ("folder:me@host", "")),
+        ("me@host", ("me@host", "")),
+    ):
+        assert images.split_of(text) == expected, text
+    (tmp_path / "me@host").mkdir()
+    assert images.split_of(f"tfds:{tmp_path}/me@host") == (f"tfds:{tmp_path}/me@host", "")

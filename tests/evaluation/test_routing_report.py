@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moe_diffusion.classes import Classes
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import expert_tables, routing_report
 from moe_diffusion.figures import routing as pictures
@@ -98,6 +99,18 @@ def test_the_images_of_the_extremes():
 
     assert levels_of(made["hardest.png"]) == [-0.5, 0]
     assert levels_of(made["easiest.png"]) == [-1, 0.5]
+
+
+def test_the_extremes_have_the_names_of_their_classes(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        routing_report, "image_grid", lambda images, texts, **_: shown.append(texts)
+    )
+    stats = {"per_class": {"0": 1.0, "1": 3.0, "2": 2.0, "3": 1.5, "null": 0.1}}
+    images, labels = np.zeros((4, 8, 8, 1)), np.arange(4)
+    known = Classes({"label": 4}, ("ant", "bee", "cow", "dog"))
+    routing_report._extreme_pictures(stats, images, labels, known)
+    assert shown == [["bee: 3.000", "cow: 2.000"], ["ant: 1.000", "dog: 1.500"]]
 
 
 def test_many_experts_are_a_heat_map():
