@@ -33,7 +33,7 @@ from moe_diffusion.interop.prompts import TEXT_LENGTH, PromptEncoders
 from moe_diffusion.models.autoencoder import images_at_once
 from moe_diffusion.parallel import distributed
 from moe_diffusion.preparing import encode
-from moe_diffusion.preparing.captions import CaptionFolder
+from moe_diffusion.preparing.captions import CaptionFolder, read_metadata
 
 
 def make_job(args: Any) -> encode.Job:
@@ -57,9 +57,10 @@ def make_job(args: Any) -> encode.Job:
     pixels = (height, width, network.channels)
     told: dict[str, Any] = {"source": args.source, "split": args.split}
     if args.captions:
+        rows = read_metadata(Path(args.captions))
         encoders = PromptEncoders(args.text_encoders, args.text_length)
         options = {"guidance": args.guidance, "skip_broken": args.skip_broken}
-        source = CaptionFolder(args.captions, pixels, encoders, **options)
+        source = CaptionFolder(rows, pixels, encoders, **options)
         told |= {"source": f"captions:{args.captions}", "guidance": args.guidance}
         told["text"] = encoders.describe()
     else:

@@ -28,22 +28,20 @@ class CaptionFolder:
     """The source of such a folder: records of an image, its text and, if given, a guidance scale.
 
     `read` gives an image with its caption. `complete` encodes the captions of a batch, because an
-    encoder takes many at once. Every process reads the metadata at the start.
+    encoder takes many at once.
 
     Args:
+      rows: of `read_metadata`.
       image_shape: (H, W, C) of the images; see `data.images.to_array`.
       encoders: what encodes the captions.
       guidance: value of a field "guidance" f32 in every record, for models that were distilled
         from guided ones; None: there is no such field.
       skip_broken: files that are no images are named on stderr and left out.
-
-    Raises:
-      UserError: the metadata or a file that it names is not there, or a line is not as above.
     """
 
     def __init__(
         self,
-        folder: str,
+        rows: list[tuple[Path, str]],
         image_shape: tuple[int, int, int],
         encoders: PromptEncoders,
         guidance: float | None = None,
@@ -53,7 +51,7 @@ class CaptionFolder:
         self._encoders = encoders
         self._fixed = {} if guidance is None else {"guidance": np.float32(guidance)}
         self.cond_spec = encoders.cond_spec | {n: Field((), "float32") for n in self._fixed}
-        self._rows = read_metadata(Path(folder))
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,7 +89,8 @@ def read_metadata(folder: Path) -> list[tuple[Path, str]]:
     """(image file, caption) of every line of a folder's `metadata.jsonl`.
 
     Raises:
-      UserError: see `CaptionFolder`; the message names the line.
+      UserError: the metadata or a file that it names is not there, or a line is not as above; the
+        message names the line.
     """
     path, rows = folder / METADATA, []
     if not path.is_file():
