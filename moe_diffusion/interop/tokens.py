@@ -48,7 +48,14 @@ class PromptTokenizer:
         return self.tokenizer.get_vocab_size()
 
     def __call__(self, prompts: Sequence[str], length: int) -> np.ndarray:
-        """Ids of the prompts; a line on stderr names the words of a prompt that do not fit."""
+        """Ids of the prompts; a line on stderr names the words of a prompt that do not fit.
+
+        Raises:
+          UserError: the tokens that begin and end a prompt are more than `length`.
+        """
+        least = self.tokenizer.num_special_tokens_to_add(False)
+        if length < least:
+            raise UserError(f"{length} tokens are too few: a prompt's ends are {least} already")
         self.tokenizer.enable_truncation(length)
         ids = np.full((len(prompts), length), self.pad, np.int32)
         for row, prompt, found in zip(

@@ -150,9 +150,14 @@ class TextNetwork(Network, kw_only=True):
 
     @nn.nowrap
     def table(self, name: str, rows: int) -> jax.Array:
-        """A table of `rows` vectors, f32[rows, D]; for use in `__call__`."""
-        shape = (rows, self.hidden_size)
-        return parameter(self, name, _TOKENS, (None, "embed"), shape).astype(jnp.float32)
+        """A table of `rows` vectors, [rows, D]; for use in `__call__`."""
+        return parameter(self, name, _TOKENS, (None, "embed"), (rows, self.hidden_size))
+
+    @nn.nowrap
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """The vectors of tokens, f32[B, L, D]; for use in `__call__`."""
+        table = self.table("tokens", self.vocab_size)
+        return jnp.take(table, ids, axis=0, mode="clip").astype(jnp.float32)
 
     @nn.nowrap
     def layers(self, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -186,7 +191,7 @@ class CLIPText(TextNetwork, kw_only=True):
     def __call__(self, ids, mask=None):
         """mask bool[B, L]: which tokens are seen; FLUX has None, so padding is seen, too."""
         length = ids.shape[1]
-        x = jnp.take(self.table("tokens", self.vocab_size), ids, axis=0, mode="clip")
+        x = self.embed(ids)
         x += self.table("positions", self.max_length)[:length]
         seen = np.tril(np.ones((length, length), bool))[None, None]
         return self.layers(x, _penalty(seen, mask))
@@ -220,7 +225,7 @@ class T5Encoder(TextNetwork, kw_only=True):
     @nn.compact
     def __call__(self, ids, mask=None):
         """mask bool[B, L]: which tokens are seen; FLUX has None, so padding is seen, too."""
-        x = jnp.take(self.table("tokens", self.vocab_size), ids, axis=0, mode="clip")
+        x = self.embed(ids)
         shape = (self.buckets, self.num_heads)
         table = parameter(self, "position_bias", _TOKENS, (None, "heads"), shape)
         buckets = relative_buckets(ids.shape[1], self.buckets, self.max_distance)

@@ -14,6 +14,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop import lora
 from moe_diffusion.training.checkpoint import StoredWeights
 from tests import cli
+from tests.golden import cases
 
 SIT = cli.ROOT / "tests" / "goldens" / "sit"
 
@@ -166,6 +167,28 @@ def test_native_names_on_weights_of_diffusers(tmp_path):
     tensors[f"{names[0]}.lora_up.weight"] = b[:-1]
     with pytest.raises(UserError, match=r"linear1 has A \(1, 2\) and B \(10, 1\), which is no ch"):
         merged(tmp_path, tensors, weights=weights)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["flux", "flux_schnell"])
+@pytest.mark.parametrize("base,other", [("", "_diffusers"), ("_diffusers", "")])
+def test_the_same_weights_in_both_names(tmp_path, name, base, other):
+    """Two recorded files hold one network in both names. A is the identity and B minus the weights
+    in one of them, so the merged weights in the other are all zero, the biases as they were."""
+    files = [cases.folder() / f"{name}{end}" / "weights.safetensors" for end in (base, other)]
+    if not all(file.is_file() for file in files):
+        pytest.skip("this folder of goldens has no FLUX.1")
+    weights, source = (load_file(file) for file in files)
+    tensors = {}
+    for key, value in source.items():
+        if value.ndim == 2:
+            module = key.removesuffix(".weight")
+            tensors[f"{module}.lora_A.weight"] = np.eye(value.shape[1], dtype=np.float32)
+            tensors[f"{module}.lora_B.weight"] = -value
+    found = merged(tmp_path, tensors, weights=weights)
+    for key, value in weights.items():
+        wanted = np.zeros_like(value) if value.ndim == 2 else value
+        np.testing.assert_allclose(found[key], wanted, atol=1e-6, err_msg=key)
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def test_words_that_are_cut_are_named(tmp_path, capfd):
         "warning: a prompt of more than 6 tokens is cut; lost: digits",
     ]
     end = open_tokenizer(tmp_path).pad
+    with pytest.raises(UserError, match="1 tokens are too few: a prompt's ends are 2 already"):
+        encode_prompts(prompts, tmp_path, 1)
     assert found[1:, -1].tolist() == [end, end] and (found[0, -3:] == end).all()
 
 
