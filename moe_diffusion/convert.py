@@ -7,6 +7,8 @@
       --config.init_from=converted/dsmoe_l
   python -m moe_diffusion.convert --family promoe_tc --input ckpt_step_500000.pth \\
       --config configs/promoe_l.py --output converted/promoe_l
+  python -m moe_diffusion.convert --family sit --input SiT-XL-2-256x256.pt \\
+      --output converted/styled --lora style.safetensors --lora-scale 0.5
   python -m moe_diffusion.convert --export --family dsmoe --input runs/tuned --output w.safetensors
 
 Without --hparams and --config, the hyperparameters come from a .yaml or config.json beside the
@@ -17,13 +19,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
+from moe_diffusion.interop import lora
 from moe_diffusion.interop.families import FAMILIES
 from moe_diffusion.interop.transfer import DTYPES, export_file, import_folder
 
-_IMPORT_ONLY = ("weights", "hparams", "config", "dtype")
+_IMPORT_ONLY = ("weights", "hparams", "config", "dtype", "lora", "lora_scale")
 
 
 @exits_on_user_error
@@ -42,18 +46,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--config", help="config file of the model instead of hyperparameters")
     add("--dtype", choices=DTYPES, help="of the stored parameters: file (what the file has, and so "
         "the default), or a number format that they are rounded to")  # fmt: skip
+    add("--lora", help="LoRA file to merge into the weights: keys of diffusers, PEFT or kohya")
+    add("--lora-scale", type=float, help="what the LoRA is multiplied with (1)")
     add("--ema", help="--export: decay of the average to write, or none (the run's first)")
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
-    misplaced = [n for n in (_IMPORT_ONLY if args.export else ("ema",)) if getattr(args, n)]
+    misplaced = [
+        n for n in (_IMPORT_ONLY if args.export else ("ema",)) if getattr(args, n) is not None
+    ]
     if misplaced:
         wrong = "does not go with" if args.export else "needs"
-        raise UserError(f"--{misplaced[0]} {wrong} --export")
+        raise UserError(f"--{misplaced[0].replace('_', '-')} {wrong} --export")
+    if args.lora_scale is not None and not args.lora:
+        raise UserError("--lora-scale needs --lora: the file that is to be merged")
     if args.export:
         done = export_file(args.family, args.input, args.output, ema=args.ema, progress=True)
         what = f"step {done['step']}, ema {done['ema']}"
     else:
-        given = {name: getattr(args, name) for name in _IMPORT_ONLY}
+        given = {name: getattr(args, name) for name in _IMPORT_ONLY if "lora" not in name}
+        if args.lora:
+            scale = 1.0 if args.lora_scale is None else args.lora_scale
+            given["change"] = partial(lora.merge, path=args.lora, scale=scale)
         done = import_folder(args.family, args.input, args.output, **given, progress=True)
         entry = f"weights '{done['weights']}', " if done["weights"] else ""
         what = f"{entry}{done['dtype']}, hyperparameters of {done['hparams']}"

@@ -4,6 +4,8 @@
       --vae sd-vae-ft-ema/ --out data/imagenet256_latents
   python -m moe_diffusion.prepare --source tfds:imagenet2012:5.1.0 --size 256 \\
       --vae ae.safetensors --kind flux --out data/imagenet256_flux
+  python -m moe_diffusion.prepare --captions pictures/ --text-encoders FLUX.1-dev/ --size 512 \\
+      --vae FLUX.1-dev/ --out data/pictures_flux
 
 On several hosts, start it on each, as for train; --out must be a folder that all of them see. Then
 train with --config.data.source=latents:<out>. After --no-flip, add --config.data.augment=none.
@@ -12,6 +14,7 @@ train with --config.data.source=latents:<out>. After --no-flip, add --config.dat
 from __future__ import annotations
 
 import json
+import math
 import os
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
@@ -27,9 +30,11 @@ from moe_diffusion.data.latents import describe_fields, read_manifest
 from moe_diffusion.data.sources import open_images
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import autoencoder as autoencoders
+from moe_diffusion.interop.prompts import TEXT_LENGTH, PromptEncoders
 from moe_diffusion.models.autoencoder import images_at_once
 from moe_diffusion.parallel import distributed
 from moe_diffusion.preparing import encode
+from moe_diffusion.preparing.captions import CaptionFolder, read_metadata
 
 
 def make_job(args: Any) -> encode.Job:
@@ -42,6 +47,7 @@ def make_job(args: Any) -> encode.Job:
     for name, least in (("shard_size", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    _check_source(args)
     autoencoder = autoencoders.load(args.vae, args.kind)
     network = autoencoder.network
     if height % network.factor or width % network.factor:
@@ -50,20 +56,29 @@ def make_job(args: Any) -> encode.Job:
             f"{args.vae}"
         )
     pixels = (height, width, network.channels)
-    source = open_images(args.source, pixels, split=args.split, skip_broken=args.skip_broken)
+    told: dict[str, Any] = {"source": args.source, "split": args.split}
+    if args.captions:
+        rows = read_metadata(Path(args.captions))
+        encoders = PromptEncoders(args.text_encoders, args.text_length)
+        options = {"guidance": args.guidance, "skip_broken": args.skip_broken}
+        source = CaptionFolder(rows, pixels, encoders, **options)
+        told |= {"source": f"captions:{args.captions}", "guidance": args.guidance}
+        told["text"] = encoders.describe()
+    else:
+        source = open_images(args.source, pixels, split=args.split, skip_broken=args.skip_broken)
     if tuple(source.image_shape) != pixels:
         raise UserError(
             f"--source {args.source} has images of shape {tuple(source.image_shape)}, --size and "
             f"--vae need {pixels}"
         )
     settings = {
-        "source": args.source,
-        "split": args.split,
+        **told,
         "records": len(source),
         "fields": describe_fields(source.cond_spec),
         "shape": [height // network.factor, width // network.factor, network.latent_channels],
         "moments": not args.samples,
-        "flip": args.flip,
+        # A mirrored picture may not be what its caption says.
+        "flip": not args.captions if args.flip is None else args.flip,
         "seed": args.seed,
         "scale": network.scale,
         "shift": network.shift,
@@ -72,7 +87,21 @@ def make_job(args: Any) -> encode.Job:
         "class_names": getattr(source, "class_names", None),
     }
     batch = images_at_once(height * width) * jax.local_device_count()
-    return encode.Job(source, autoencoder.moments, batch, Path(args.out), settings, args.workers)
+    complete = getattr(source, "complete", None)
+    out = Path(args.out)
+    return encode.Job(source, autoencoder.moments, batch, out, settings, args.workers, complete)
+
+
+def _check_source(args: Any) -> None:
+    """Raises a UserError unless the flags name one source, with encoders for its captions."""
+    if bool(args.source) == bool(args.captions):
+        raise UserError("give one of --source and --captions: what shall be encoded")
+    if args.captions and not args.text_encoders:
+        raise UserError("--captions needs --text-encoders: the folder of a FLUX.1 pipeline")
+    if not args.captions and (args.text_encoders or args.guidance is not None):
+        raise UserError("--text-encoders and --guidance go with --captions only")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise UserError(f"--guidance {args.guidance} is no number that a model can take")
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -100,14 +129,21 @@ def run(job: encode.Job) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("prepare", __doc__)
     add = parser.add_argument
-    add("--source", required=True, help="folder:<path>, tfds:<name>, digits or synthetic")
+    add("--source", help="folder:<path>, tfds:<name>, digits or synthetic")
+    add("--captions", help="in place of --source: a folder with metadata.jsonl, whose lines are "
+        '{"file_name": ..., "text": ...}')  # fmt: skip
+    add("--text-encoders", help="with --captions: a folder with tokenizer, text_encoder, "
+        "tokenizer_2 and text_encoder_2, as FLUX.1 has them")  # fmt: skip
+    add("--text-length", type=int, default=TEXT_LENGTH, help="tokens of a caption that are stored, "
+        "padding included; FLUX.1 [schnell] has 256 (%(default)s)")  # fmt: skip
+    add("--guidance", type=float, help="with --captions: value of a field guidance in all records")
     add("--split", default="train", help="of a tfds source (%(default)s)")
     add("--size", required=True, help="of the images, in pixels: 256, or height x width: 256x384")
     add("--vae", required=True, help="the autoencoder: a weight file or a folder of diffusers")
     add("--kind", default="auto", help="sd or flux, for weights without config.json (%(default)s)")
     add("--out", required=True, help="folder of the latents")
-    flip = "encode the mirrored images, too, for data.augment=flip (the default)"
-    add("--flip", action=BooleanOptionalAction, default=True, help=flip)
+    flip = "encode the mirrored images, too, for data.augment=flip (the default without captions)"
+    add("--flip", action=BooleanOptionalAction, default=None, help=flip)
     add("--samples", action="store_true", help="store one sample an image, in half the space")
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--shard-size", type=int, default=8192, help="records in a file (%(default)s)")

@@ -214,16 +214,8 @@ def periods_at_once(repeats: int, remat: str, platform: str) -> int:
 _QUESTIONS = frozenset(("cond_spec", "null", "blocks", "is_stacked", "kind_of", "routers"))
 
 
-class Model(nn.Module, kw_only=True):
-    """The base class of models: apply(variables, x, t, cond, train, capture=()) -> prediction.
-
-    x is [B, H, W, C], t is f32[B] (0 noise, 1 data) and cond is {field: [B, ...]}. The prediction
-    is f32[B, H, W, C or 2C]. If `capture` has numbers of layers, the result is the prediction and
-    {number: features after that layer}. Every model also defines:
-
-      input_shape: (H, W, C) of the samples that it is trained on.
-      cond_spec() -> {field: Field}, the fields of one sample's condition.
-      null(cond) -> the cond that stands for "no condition".
+class Network(nn.Module, kw_only=True):
+    """The base class of models and text encoders: dtypes, layout on the mesh, questions by path.
 
     Attributes:
       dtype: of computations; the kernels are chosen for it.
@@ -235,7 +227,7 @@ class Model(nn.Module, kw_only=True):
     # `layer_parts` names inside a layer, of which the innermost counts.
     parts = {}
     layer_parts = {}
-    stack = None  # the model's `Stack`, if it has one
+    stack = None  # the network's `Stack`, if it has one
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -278,6 +270,19 @@ class Model(nn.Module, kw_only=True):
         if names[0] in self.parts:
             return self.parts[names[0]]
         return next((self.layer_parts[n] for n in names[::-1] if n in self.layer_parts), "other")
+
+
+class Model(Network, kw_only=True):
+    """The base class of models: apply(variables, x, t, cond, train, capture=()) -> prediction.
+
+    x is [B, H, W, C], t is f32[B] (0 noise, 1 data) and cond is {field: [B, ...]}. The prediction
+    is f32[B, H, W, C or 2C]. If `capture` has numbers of layers, the result is the prediction and
+    {number: features after that layer}. Every model also defines:
+
+      input_shape: (H, W, C) of the samples that it is trained on.
+      cond_spec() -> {field: Field}, the fields of one sample's condition.
+      null(cond) -> the cond that stands for "no condition".
+    """
 
     @nn.nowrap
     def routers(self) -> dict[str, Router]:

@@ -49,6 +49,8 @@ class Job:
       settings: what the manifest says of the source and the autoencoder. This module reads
         "shape", "moments", "flip", "fields", "scale", "shift", "seed" and "shard_size".
       workers: threads that read images.
+      complete: records that were read together -> the same with all fields of their conditions,
+        for what is computed of many at once; None if a record is read complete.
     """
 
     source: Any
@@ -57,6 +59,7 @@ class Job:
     folder: Path
     settings: dict[str, Any]
     workers: int
+    complete: Callable[[list[Any]], list[Any]] | None = None
 
     @property
     def shards(self) -> list[range]:
@@ -143,6 +146,8 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
             skipped += [job.source.name(i) for i, record in found.items() if record is None]
             good = {i: record for i, record in found.items() if record is not None}
             if good:
+                if job.complete:
+                    good = dict(zip(good, job.complete(list(good.values())), strict=True))
                 batch = stack(list(good.values()))
                 check_batch(batch, list(good), spec)
                 latents = _encode(job, list(good), batch["image"])

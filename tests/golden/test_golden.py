@@ -22,6 +22,7 @@ from . import (
     metrics,
     network,
     probe,
+    text,
     trajectory,
     trajectory_ddpm,
     trajectory_jit,
@@ -34,6 +35,7 @@ from . import (
 HANDLERS = (
     (r"diffusers \S+ AutoencoderKL.*", None, autoencoder.check),
     (r"FLUX\.1 native autoencoder.*", None, autoencoder.check),
+    (r"transformers \S+ (CLIPTextModel|T5EncoderModel)", None, text.check),
     (r"\w+/evaluation/inception\.py: InceptionV3.*", None, inception.check),
     (r"\w+/evaluation/evaluator\.py and fid\.py.*", None, metrics.check),
     (r"DiT-MoE \(feizc\), models\.py: DiT; .*", "dit_moe", dit_moe.check),
