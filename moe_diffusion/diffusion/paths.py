@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError
@@ -53,6 +54,15 @@ def shift_time(t: jax.Array, shift: float) -> jax.Array:
     More than 1 means more noise (arXiv 2403.03206, eq. 23); 1 changes nothing.
     """
     return t / (1 + (shift - 1) * (1 - t))
+
+
+def resolution_shift(sides: tuple[int, int]) -> float:
+    """The shift exp(mu) with which FLUX.1 [dev] samples a latent of these sides (H, W).
+
+    mu is linear in the number of tokens H/2 * W/2: 0.5 at 256 and 1.15 at 4096. `shift_time` of
+    exp(mu) is what flux/sampling.py writes as exp(mu) / (exp(mu) + 1 / u - 1).
+    """
+    return np.exp(0.5 + (1.15 - 0.5) * (np.prod(sides) / 4 - 256) / (4096 - 256))
 
 
 def sample_time(rng: jax.Array, shape: tuple[int, ...], diffusion: ConfigDict) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from moe_diffusion.models.blocks import Attention
+from moe_diffusion.models.flux import JointAttention
 from moe_diffusion.models.stack import Model, abstract_variables
 from moe_diffusion.moe.layer import MoE
 
@@ -122,8 +123,8 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
             shape = args[0].shape
             contract = getattr(module, "contract", 1)  # trailing axes that a Linear sums over
             rows[path] = math.prod(shape[:-contract])
-            if isinstance(module, Attention):
-                maps[path] = 4 * shape[-2] ** 2 * shape[-1]
+            if isinstance(module, Attention | JointAttention):  # x [1, S, D] or q [1, heads, S, d]
+                maps[path] = 4 * shape[-2] * math.prod(shape)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):

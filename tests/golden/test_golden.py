@@ -17,6 +17,7 @@ from . import (
     ddpm,
     dit_moe,
     flow,
+    flux,
     inception,
     jit,
     metrics,
@@ -34,6 +35,8 @@ from . import (
 HANDLERS = (
     (r"diffusers \S+ AutoencoderKL.*", None, autoencoder.check),
     (r"FLUX\.1 native autoencoder.*", None, autoencoder.check),
+    (r"FLUX\.1 native layout .*/flux: src/flux/model\.py.*", "flux", flux.check),
+    (r"diffusers \S+ FluxTransformer2DModel", "flux_diffusers", flux.check),
     (r"\w+/evaluation/inception\.py: InceptionV3.*", None, inception.check),
     (r"\w+/evaluation/evaluator\.py and fid\.py.*", None, metrics.check),
     (r"DiT-MoE \(feizc\), models\.py: DiT; .*", "dit_moe", dit_moe.check),
