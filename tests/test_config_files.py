@@ -51,7 +51,8 @@ DIT_MOE = [
     for objective in ("flow", "ddpm")
 ]
 PREDICTOR = [f"configs/ecdit_{size}.py:predictor=true" for size in "sbl"]
-SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR
+FLUX = [f"configs/flux_{name}.py" for name in ("dev", "schnell", "tiny")]
+SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
 
 
 @pytest.mark.parametrize("spec", SPECS)

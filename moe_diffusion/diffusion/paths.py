@@ -85,6 +85,5 @@ def sample_time(rng: jax.Array, shape: tuple[int, ...], diffusion: ConfigDict) -
         normal = jax.random.normal(rng, shape)
         t = jax.nn.sigmoid(diffusion.time_mean + diffusion.time_std * normal)
     else:
-        choices = "'uniform' or 'logit_normal'"
-        raise UserError(f"diffusion.time_sampling is {sampling!r}; choose {choices}")
+        raise UserError(f"diffusion.time_sampling is {sampling!r}; choose uniform | logit_normal")
     return shift_time(t, diffusion.time_shift)

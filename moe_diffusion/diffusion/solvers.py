@@ -59,9 +59,8 @@ def time_grid(sampling: ConfigDict, shape: tuple[int, ...]) -> np.ndarray:
       shape: (B, H, W, C) of a batch.
     """
     grid = np.arange(sampling.steps + 1) / sampling.steps
-    if sampling.time_shift == "none":
-        return grid
-    return paths.shift_time(grid, paths.resolution_shift(shape[1:3]))
+    shift = 1.0 if sampling.time_shift == "none" else paths.resolution_shift(shape[1:3])
+    return paths.shift_time(grid, shift)
 
 
 def solve(

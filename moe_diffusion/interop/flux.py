@@ -253,6 +253,7 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
         text_width=h["context_in_dim"],
         pooled_width=h["vec_in_dim"],
         guidance=h["guidance_embed"],
+        text_dtype="bfloat16",  # as the authors run T5
     )
     config.diffusion.cond_dropout = 0.0
     config.sampling.update(sampler="euler", steps=28 if h["guidance_embed"] else 4, cfg=1.0)

@@ -97,7 +97,7 @@ def table(counts: dict[str, Count], flops: dict[str, float]) -> str:
     for kind, count in counts.items():
         if kind == "total":
             lines.append("-" * len(lines[0]))
-        numbers = f"{_millions(count.total):>12}{_millions(count.activated):>12}"
+        numbers = f" {_millions(count.total):>11} {_millions(count.activated):>11}"
         lines.append(f"{kind:<20}{numbers}{flops.get(kind, 0) / 1e9:>12,.3f}")
         if kind == "attention" and "attention maps" in flops:
             lines.append(f"{'attention maps':<44}{flops['attention maps'] / 1e9:>12,.3f}")
