@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
         "mlp": "gelu",  # dense blocks: gelu (tanh) | silu, two layers; swiglu, gated
         "mlp_bias": True,
         "norm": "layernorm",  # layernorm (no parameters) | rmsnorm (learned scale)
-        "qk_norm": False,
+        "qk_norm": False,  # of queries and keys; flux always has it
         "qk_norm_kind": "rmsnorm",  # rmsnorm (scale) | layernorm_affine (scale and bias)
         "qk_norm_eps": 1e-6,
         # sincos | rope1d | rope2d | rope2d_pairs; jit always adds sincos; flux has its own rope

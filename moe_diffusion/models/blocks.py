@@ -186,8 +186,7 @@ class Norm(nn.Module):
     """A norm over the last axis, then adaLN's y * (1 + scale) + shift if it is modulated.
 
     `layernorm` has no parameters, `layernorm_affine` has scale and bias, `rmsnorm` has a scale. The
-    norm is computed in f32. The backward pass keeps x alone: the rest, in f32, is three times as
-    much.
+    norm is computed in f32. The backward pass keeps x alone: the rest is three times as much.
     """
 
     kind: str = "layernorm"

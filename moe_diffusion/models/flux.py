@@ -36,7 +36,8 @@ from moe_diffusion.models.stack import Model, Stack
 
 FIELDS = {
     "single_depth": (38, "blocks of one stream; model.depth counts those of two"),
-    "rope_axes": ((16, 56, 56), "channels of a head that turn with 0, the row and the column"),
+    # Of heads of 64 channels; FLUX.1 has 128 and 16, 56, 56.
+    "rope_axes": ((8, 28, 28), "channels of a head that turn with 0, the row and the column"),
     "text_tokens": (512, "tokens of a prompt, padding included; nothing is masked"),
     "text_width": (4096, "width of the text encoder's tokens (T5-XXL)"),
     "text_dtype": ("float32", "in which they come: float32 | bfloat16"),
