@@ -51,7 +51,8 @@ DIT_MOE = [
     for objective in ("flow", "ddpm")
 ]
 PREDICTOR = [f"configs/ecdit_{size}.py:predictor=true" for size in "sbl"]
-SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR
+FLUX = [f"configs/flux_{name}.py" for name in ("dev", "schnell", "tiny")]
+SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -220,10 +221,10 @@ def test_arguments_that_dsmoe_does_not_have(arg, message):
 
 def test_every_model_of_images_is_trained_on_flipped_images():
     """DiffMoE B.1 and DSMoE appendix A: "the only data augmentation". DiT, SiT, ProMoE and DiT-MoE
-    flip in their train.py. A mirrored digit is none.
+    flip in their train.py. A mirrored digit is none, and a prompt may tell left from right.
     """
     for spec in SPECS:
-        wanted = "none" if spec in DIGITS else "flip"
+        wanted = "none" if spec in DIGITS + FLUX else "flip"
         assert configs.load(spec).data.augment == wanted, spec
 
 

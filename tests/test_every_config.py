@@ -26,6 +26,7 @@ QUICK = [
     [f"diffmoe_{size}.py:experts={e}" for size in "lsb" for e in (8, 16)]
     + ["diffmoe_xl.py", "diffmoe_l.py:experts=2"],
     [f"ecdit_{size}.py" for size in "lsb"],
+    ["flux_dev.py"],
 ]
 # Their blocks, routers and objectives are those of the above in other combinations.
 SLOW = [
@@ -48,6 +49,8 @@ SLOW = [
     [f"tcdit_{size}.py" for size in "sbl"],
     ["tcdit_l.py:objective=ddpm"],
     [f"ecdit_{size}.py:predictor=true" for size in "sbl"],
+    ["flux_schnell.py"],
+    ["flux_tiny.py"],
 ]
 FIRST = [specs[0] for specs in QUICK]
 OTHERS = [spec for specs in QUICK + SLOW for spec in specs if spec not in FIRST]
@@ -71,6 +74,11 @@ def small(spec: str) -> configs.ConfigDict:
         "model.jit.in_context_tokens": 2,
         "model.jit.in_context_start": 1,
         "model.jit.dropout": 0,  # its blocks, the middle half, are none of two
+        "model.flux.single_depth": 2,
+        "model.flux.rope_axes": (2, 4, 2),
+        "model.flux.text_tokens": 3,
+        "model.flux.text_width": 4,
+        "model.flux.pooled_width": 4,
         "data.batch_size": BATCH,
         "data.source": "synthetic",
         # No part of a step on one device, and different from size to size:
@@ -86,6 +94,8 @@ def small(spec: str) -> configs.ConfigDict:
         sizes["model.moe.num_experts"] = 4  # as many as an image has tokens
     if model.num_kv_heads:
         sizes["model.num_kv_heads"] = 1
+    if model.architecture == "flux":
+        sizes["model.patch_size"] = model.patch_size  # it has no other
     config = configs.load(f"configs/{spec}", [f"{key}={value}" for key, value in sizes.items()])
     config.sampling.update(configs.default().sampling)  # no part of a step either
     return config

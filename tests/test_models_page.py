@@ -62,7 +62,7 @@ PINNED = {
 }
 # Built from their hyperparameters in test_accounting.py; the rest are models of other kinds.
 BY_HYPERPARAMETERS = ("dsmoe_yaml_configs", "diffmoe_yaml_configs")
-OUT_OF_SCOPE = ("flux_and_encoders",)
+OUT_OF_SCOPE = ("flux_and_encoders",)  # but for the two below
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,29 @@ OUT_OF_SCOPE = ("flux_and_encoders",)
 def test_configs_are_the_authors_networks(family, name):
     spec, *overrides = PINNED[family][name]
     check(FAMILIES[family][name], generate_models.measure(f"configs/{spec}", *overrides).counts)
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_flux_is_the_authors_network(name):
+    """Their 11.9B, by kind: the bias of a single block's last layer counts as attention."""
+    entry = generate_models.measure(f"configs/flux_{name}.py")
+    check(FAMILIES["flux_and_encoders"][f"FLUX.1-{name}"], entry.counts)
+
+
+def test_flops_of_flux():
+    """FLUX.1 [dev] at 1024 x 1024 with 512 text tokens, by hand: 2 FLOPs a weight and token.
+
+    In a double block 4096 image and 512 text tokens meet 12 D^2 weights each, in a single block all
+    of them meet 12 D^2; the maps of 57 blocks are 4 S^2 D. That is 74.36T. Embedders, final layer
+    and modulations are the rest.
+    """
+    width, tokens = 3072, 4096 + 512
+    blocks = 57 * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+    assert blocks == pytest.approx(74.36e12, rel=1e-4)
+    embedded = 2 * width * (4096 * 64 + 512 * 4096) + 2 * (2 * 256 + 768 + 3 * width) * width
+    modulations = 2 * width**2 * (19 * 12 + 38 * 3 + 2)
+    total = blocks + embedded + modulations + 2 * 4096 * 64 * width
+    assert generate_models.measure("configs/flux_dev.py").flops == pytest.approx(total, rel=1e-6)
 
 
 def test_every_entry_is_pinned():

@@ -32,6 +32,11 @@ BAD_COMBINATIONS = [
     ({"model.num_heads": 5}, "model.num_heads = 5 does not divide model.hidden_size = 384"),
     ({"model.num_kv_heads": 4}, "model.num_kv_heads = 4 does not divide model.num_heads = 6"),
     (
+        {"sampling.sampler": "dopri5", "sampling.time_shift": "resolution"},
+        "sampling.time_shift = resolution is for sampling.sampler = heun or euler, and this is "
+        "dopri5: set it to none",
+    ),
+    (
         {"model.hidden_size": 6, "model.num_heads": 1},
         "model.positions = sincos needs model.hidden_size = 6 to be a multiple of 4",
     ),

@@ -17,7 +17,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "init_from": "",  # workdir or converted folder whose weights a new run begins with
     "model": {
-        "architecture": "dit",  # dit (and what descends from it) | jit (large patches of pixels)
+        # dit (and what descends from it) | jit (large patches of pixels) | flux (texts, FLUX.1)
+        "architecture": "dit",
         "image_size": 32,  # height of the model's input, in pixels or latents
         "image_width": 0,  # its width; 0 = as image_size
         "channels": 4,
@@ -30,10 +31,11 @@ DEFAULTS: dict[str, Any] = {
         "mlp": "gelu",  # dense blocks: gelu (tanh) | silu, two layers; swiglu, gated
         "mlp_bias": True,
         "norm": "layernorm",  # layernorm (no parameters) | rmsnorm (learned scale)
-        "qk_norm": False,
+        "qk_norm": False,  # of queries and keys; flux always has it
         "qk_norm_kind": "rmsnorm",  # rmsnorm (scale) | layernorm_affine (scale and bias)
         "qk_norm_eps": 1e-6,
-        "positions": "sincos",  # sincos | rope1d | rope2d | rope2d_pairs; jit always adds sincos
+        # sincos | rope1d | rope2d | rope2d_pairs; jit always adds sincos; flux has its own rope
+        "positions": "sincos",
         "num_classes": 1000,  # label num_classes is the null label of guidance
         "learn_sigma": False,  # twice the output channels; the second half is not trained by flow
         "time_scale": 1.0,  # the sinusoidal embedding sees time_scale * t
@@ -85,6 +87,9 @@ DEFAULTS: dict[str, Any] = {
     "sampling": {
         "sampler": "heun",  # flow: heun | euler | dopri5 | sde | sde_heun; ddpm: ddpm | ddim
         "steps": 50,  # dopri5 chooses its own steps
+        # heun, euler: none (equal steps) | resolution (shorter ones near the noise, the more so the
+        # larger the image is, as in FLUX.1 [dev])
+        "time_shift": "none",
         "final_euler": False,  # heun: the last step is an Euler step, as in JiT's sampler
         "cfg": 2.0,  # guidance scale; 1 = off
         "cfg_interval": (0.0, 1.0),  # times at which guidance acts; 0 is noise, 1 is data

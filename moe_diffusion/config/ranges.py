@@ -29,6 +29,7 @@ CHOICES = {
     "diffusion.prediction": ("velocity", "data"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
     "sampling.sampler": ("heun", "euler", "dopri5", "sde", "sde_heun", "ddpm", "ddim"),
+    "sampling.time_shift": ("none", "resolution"),
     "sampling.sde_diffusion": ("sigma", "constant", "decreasing", "increasing_decreasing"),
     "sampling.sde_last_step": ("mean", "euler"),
     "data.augment": ("none", "flip", "dequantize"),

@@ -195,6 +195,11 @@ def _check_diffusion(config: ConfigDict) -> None:
             f"sampling.cfg_interval = {interval} is for diffusion.path = flow: set it to (0, 1)",
         )
     require(
+        sampling.time_shift == "none" or sampling.sampler in ("heun", "euler"),
+        f"sampling.time_shift = {sampling.time_shift} is for sampling.sampler = heun or euler, and "
+        f"this is {sampling.sampler}: set it to none",
+    )
+    require(
         sampling.sampler not in ("sde", "sde_heun") or sampling.steps >= 2,
         f"sampling.steps = {sampling.steps} is too few for sampling.sampler = {sampling.sampler}, "
         "whose last step is one without noise: take at least 2",

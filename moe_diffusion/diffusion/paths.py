@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError
@@ -55,6 +56,15 @@ def shift_time(t: jax.Array, shift: float) -> jax.Array:
     return t / (1 + (shift - 1) * (1 - t))
 
 
+def resolution_shift(sides: tuple[int, int]) -> float:
+    """The shift exp(mu) with which FLUX.1 [dev] samples a latent of these sides (H, W).
+
+    mu is linear in the number of tokens H/2 * W/2: 0.5 at 256 and 1.15 at 4096. `shift_time` of
+    exp(mu) is what flux/sampling.py writes as exp(mu) / (exp(mu) + 1 / u - 1).
+    """
+    return np.exp(0.5 + (1.15 - 0.5) * (np.prod(sides) / 4 - 256) / (4096 - 256))
+
+
 def sample_time(rng: jax.Array, shape: tuple[int, ...], diffusion: ConfigDict) -> jax.Array:
     """Training times in (0, 1), float32.
 
@@ -75,6 +85,5 @@ def sample_time(rng: jax.Array, shape: tuple[int, ...], diffusion: ConfigDict) -
         normal = jax.random.normal(rng, shape)
         t = jax.nn.sigmoid(diffusion.time_mean + diffusion.time_std * normal)
     else:
-        choices = "'uniform' or 'logit_normal'"
-        raise UserError(f"diffusion.time_sampling is {sampling!r}; choose {choices}")
+        raise UserError(f"diffusion.time_sampling is {sampling!r}; choose uniform | logit_normal")
     return shift_time(t, diffusion.time_shift)

@@ -91,8 +91,7 @@ def make_sampler(
         start = scale * z
         if sampling.sampler in ("sde", "sde_heun"):
             return sde.solve(of_cond, start, sampling, noise_of, scale, return_trajectory)
-        adaptive = sampling.sampler == "dopri5"
-        solve = solvers.solve_adaptive if adaptive else solvers.solve
+        solve = solvers.solve_adaptive if sampling.sampler == "dopri5" else solvers.solve
         return solve(of_cond, start, sampling, return_trajectory)
 
     return jax.jit(sampler)

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
+from moe_diffusion.diffusion import paths
 from moe_diffusion.errors import UserError
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, scalar t) -> dx/dt
@@ -48,10 +50,23 @@ def run_steps(
     return states if return_trajectory else x
 
 
+def time_grid(sampling: ConfigDict, shape: tuple[int, ...]) -> np.ndarray:
+    """The times f64[steps + 1] between which `solve` steps: i / steps, unless they are shifted.
+
+    Args:
+      sampling: the section of a config, of which this function reads steps and time_shift;
+        "resolution" takes `paths.resolution_shift`.
+      shape: (B, H, W, C) of a batch.
+    """
+    grid = np.arange(sampling.steps + 1) / sampling.steps
+    shift = 1.0 if sampling.time_shift == "none" else paths.resolution_shift(shape[1:3])
+    return paths.shift_time(grid, shift)
+
+
 def solve(
     velocity: Velocity, z: jax.Array, sampling: ConfigDict, return_trajectory: bool = False
 ) -> jax.Array:
-    """Integrates on the uniform grid t_i = i / steps.
+    """Integrates from t = 0 to 1 on the times of `time_grid`.
 
     Args:
       velocity: called with x and the time of all its samples, a float32 scalar.
@@ -71,21 +86,19 @@ def solve(
         raise UserError(f"sampling.sampler is {sampler!r}; choose 'euler' or 'heun'")
     if num_steps < 1:
         raise UserError(f"sampling.steps is {num_steps}; take at least 1")
-    dt = 1.0 / num_steps
 
     def step(x, times, corrected=sampler == "heun"):
-        t, t_next = times
+        t, t_next, dt = times
         slope = velocity(x, t)
         if corrected:
             slope = (slope + velocity(x + dt * slope, t_next)) / 2
         return x + dt * slope
 
-    times = jnp.arange(num_steps + 1, dtype=jnp.float32) / num_steps
-    starts, ends, last = times[:-1], times[1:], None
+    grid, last = time_grid(sampling, z.shape), None
+    times = np.stack([grid[:-1], grid[1:], np.diff(grid)], axis=1).astype(np.float32)
     if sampling.final_euler:
-        last = partial(step, times=times[-2:], corrected=False)
-        starts, ends = starts[:-1], ends[:-1]
-    return run_steps(step, z, (starts, ends), return_trajectory, last)
+        last, times = partial(step, times=times[-1], corrected=False), times[:-1]
+    return run_steps(step, z, times, return_trajectory, last)
 
 
 def solve_adaptive(

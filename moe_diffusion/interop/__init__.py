@@ -18,6 +18,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop import families, files, keymap
 from moe_diffusion.interop.families import config_from_torch, model_config_from_torch
 from moe_diffusion.interop.tensors import listed
+from moe_diffusion.models.flux import Flux
 from moe_diffusion.models.jit import JiT
 from moe_diffusion.moe import routers
 
@@ -100,6 +101,8 @@ def save_torch(
 def family_of(model: nn.Module) -> str:
     """The family of a model, by the model's class, its router and the router's selection bias."""
     router = next(iter(model.routers().values()), None)
+    if isinstance(model, Flux):
+        return "flux"
     if isinstance(model, JiT):
         return "jit" if router is None else "jitmoe"
     if router is None:

@@ -102,8 +102,9 @@ def _beside(weights: Path) -> Path | None:
     A file with the weights' name comes first; otherwise it must be the only one in its folder.
     """
     for suffix in (*_PLAIN, ".json"):
-        if weights.with_suffix(suffix).is_file():
-            return weights.with_suffix(suffix)
+        named = weights.with_suffix(suffix)
+        if named.is_file() and named != weights:  # the index of shards is a .json itself
+            return named
     folders = [weights if weights.is_dir() else weights.parent]
     if weights.absolute().parent.name == "checkpoints":
         folders.append(weights.absolute().parent.parent)

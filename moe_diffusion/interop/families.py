@@ -9,7 +9,7 @@ import ml_collections
 
 from moe_diffusion import config as config_lib
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import dit, dit_moe, jit, promoe
+from moe_diffusion.interop import dit, dit_moe, flux, jit, promoe
 from moe_diffusion.interop.rows import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,6 +17,7 @@ FAMILIES: dict[str, Family] = {
     **dit_moe.FAMILIES,
     **promoe.FAMILIES,
     **jit.FAMILIES,
+    **flux.FAMILIES,
 }
 
 

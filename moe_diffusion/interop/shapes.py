@@ -159,7 +159,7 @@ def jit_from_shapes(shapes: Shapes) -> dict[str, Any]:
 
 def moe_blocks(shapes: Shapes) -> list[int]:
     """Numbers of the blocks that have experts."""
-    return sorted(_numbers(r"blocks\.(\d+)\.mlp\.experts\.", shapes))
+    return sorted(numbers(r"blocks\.(\d+)\.mlp\.experts\.", shapes))
 
 
 def first(shapes: Shapes, pattern: str) -> str | None:
@@ -169,11 +169,11 @@ def first(shapes: Shapes, pattern: str) -> str | None:
 
 def _experts(shapes: Shapes) -> dict[str, Any]:
     """How many experts there are, and whether only odd blocks have them; {} without experts."""
-    numbers = _numbers(r"blocks\.\d+\.mlp\.experts\.(?:blocks\.)?(\d+)\.", shapes)
-    if not numbers:
+    experts = numbers(r"blocks\.\d+\.mlp\.experts\.(?:blocks\.)?(\d+)\.", shapes)
+    if not experts:
         return {}
     interleave = all(block % 2 for block in moe_blocks(shapes))
-    return {"num_experts": 1 + max(numbers), "interleave": interleave}
+    return {"num_experts": 1 + max(experts), "interleave": interleave}
 
 
 def _labels_and_depth(shapes: Shapes) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _labels_and_depth(shapes: Shapes) -> dict[str, Any]:
     labels = shapes.get("y_embedder.embedding_table.weight", ())
     if len(labels) == 2:
         found["num_classes"] = labels[0] - 1  # the last row stands for "no label"
-    blocks = _numbers(r"blocks\.(\d+)\.", shapes)
+    blocks = numbers(r"blocks\.(\d+)\.", shapes)
     if blocks:
         found["depth"] = 1 + max(blocks)
     return found
@@ -199,5 +199,6 @@ def _heads(shapes: Shapes, width: int) -> dict[str, Any]:
     return {"num_heads": width // norm[0]} if len(norm) == 1 else {}
 
 
-def _numbers(pattern: str, keys: Shapes) -> set[int]:
+def numbers(pattern: str, keys: Shapes) -> set[int]:
+    """The numbers that the group of a pattern finds at the beginning of the keys."""
     return {int(match[1]) for match in map(re.compile(pattern).match, keys) if match}

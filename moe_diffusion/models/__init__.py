@@ -26,6 +26,7 @@ __all__ = ["ARCHITECTURES", "abstract_variables", "architecture", "build"]
 ARCHITECTURES = {
     "dit": "moe_diffusion.models.dit",
     "jit": "moe_diffusion.models.jit",
+    "flux": "moe_diffusion.models.flux",
 }
 
 

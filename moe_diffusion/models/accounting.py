@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from moe_diffusion.models.blocks import Attention
+from moe_diffusion.models.flux import JointAttention
 from moe_diffusion.models.stack import Model, abstract_variables
 from moe_diffusion.moe.layer import MoE
 
@@ -96,7 +97,7 @@ def table(counts: dict[str, Count], flops: dict[str, float]) -> str:
     for kind, count in counts.items():
         if kind == "total":
             lines.append("-" * len(lines[0]))
-        numbers = f"{_millions(count.total):>12}{_millions(count.activated):>12}"
+        numbers = f" {_millions(count.total):>11} {_millions(count.activated):>11}"
         lines.append(f"{kind:<20}{numbers}{flops.get(kind, 0) / 1e9:>12,.3f}")
         if kind == "attention" and "attention maps" in flops:
             lines.append(f"{'attention maps':<44}{flops['attention maps'] / 1e9:>12,.3f}")
@@ -122,8 +123,8 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
             shape = args[0].shape
             contract = getattr(module, "contract", 1)  # trailing axes that a Linear sums over
             rows[path] = math.prod(shape[:-contract])
-            if isinstance(module, Attention):
-                maps[path] = 4 * shape[-2] ** 2 * shape[-1]
+            if isinstance(module, Attention | JointAttention):  # x [1, S, D] or q [1, heads, S, d]
+                maps[path] = 4 * shape[-2] * math.prod(shape)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):

@@ -138,17 +138,17 @@ def time_features(t: jax.Array, width: int = 256, max_period: float = 10000.0) -
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class TimeEmbed(nn.Module):
-    """Times f32[B] -> [B, D]: sinusoidal features, Linear, SiLU, Linear."""
+class VectorEmbed(nn.Module):
+    """Vectors [B, n], like the sinusoidal features of a time, -> [B, D]: Linear, SiLU, Linear."""
 
     width: int
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, t):
+    def __call__(self, x):
         normal = nn.initializers.normal(0.02)
         make = partial(linear, self.width, dtype=self.dtype, kernel_init=normal)
-        x = make((None, "embed"), name="dense_0")(time_features(t))
+        x = make((None, "embed"), name="dense_0")(x)
         return make(("embed", None), name="dense_1")(nn.silu(x))
 
 
@@ -186,8 +186,7 @@ class Norm(nn.Module):
     """A norm over the last axis, then adaLN's y * (1 + scale) + shift if it is modulated.
 
     `layernorm` has no parameters, `layernorm_affine` has scale and bias, `rmsnorm` has a scale. The
-    norm is computed in f32. The backward pass keeps x alone: the rest, in f32, is three times as
-    much.
+    norm is computed in f32. The backward pass keeps x alone: the rest is three times as much.
     """
 
     kind: str = "layernorm"
@@ -232,12 +231,14 @@ class MLP(nn.Module):
 
     Attributes:
       kind: one of kernels/mlp.py.
+      down_bias: whether the last layer has a bias, if the others have (`use_bias`).
       dropout: rate at which hidden units are dropped.
     """
 
     hidden_size: int
     kind: str = "gelu"
     use_bias: bool = True
+    down_bias: bool = True
     dtype: Dtype = jnp.float32
     dropout: float = 0.0
 
@@ -245,11 +246,12 @@ class MLP(nn.Module):
     def __call__(self, x, is_null=None, train=False):
         """x [.., D]. The other arguments serve a layer of experts, whose place this takes."""
         del is_null, train
-        make = partial(linear, dtype=self.dtype, use_bias=self.use_bias)
-        names = mlp.inputs(self.kind)
-        hidden = (make(self.hidden_size, ("embed", "mlp"), name=name)(x) for name in names)
-        inner = jax.checkpoint(mlp.activation(self.kind))(*hidden)
-        return make(x.shape[-1], ("mlp", "embed"), name="down")(drop(inner, self.dropout))
+        make = partial(linear, dtype=self.dtype)
+        bias, inputs = self.use_bias, mlp.inputs(self.kind)
+        up = partial(make, self.hidden_size, ("embed", "mlp"), use_bias=bias)
+        inner = jax.checkpoint(mlp.activation(self.kind))(*(up(name=name)(x) for name in inputs))
+        down = make(x.shape[-1], ("mlp", "embed"), name="down", use_bias=bias and self.down_bias)
+        return down(drop(inner, self.dropout))
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from moe_diffusion.models.blocks import LabelEmbed, TimeEmbed, linear, patchify, sincos_table
+from moe_diffusion.models import blocks
 from moe_diffusion.models.parts import transformer
 from moe_diffusion.models.patches import PatchTransformer
 
@@ -37,13 +37,13 @@ class DiT(PatchTransformer):
     def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
         """See `Model`. Only the routers use `train`; features are tokens [B, S, D]."""
         width, dtype, label = self.hidden_size, self.dtype, cond["label"]
-        embed = linear(width, (None, "embed"), name="patch_embed", dtype=dtype)
-        x = embed(patchify(x, self.patch_size)).astype(self.residual_dtype)
+        embed = blocks.linear(width, (None, "embed"), name="patch_embed", dtype=dtype)
+        x = embed(blocks.patchify(x, self.patch_size)).astype(self.residual_dtype)
         if self.positions == "sincos":
-            x += jnp.asarray(sincos_table(self.grid, width), x.dtype)
+            x += jnp.asarray(blocks.sincos_table(self.grid, width), x.dtype)
         time = (1 - t if self.reverse_time else t) * self.time_scale
-        c = TimeEmbed(width, dtype, name="time_embed")(time)
-        c += LabelEmbed(self.num_classes, width, name="label_embed")(label)
+        c = blocks.VectorEmbed(width, dtype, name="time_embed")(blocks.time_features(time))
+        c += blocks.LabelEmbed(self.num_classes, width, name="label_embed")(label)
         is_null = label == self.num_classes
         x, features = self.layers(train)(x, c, is_null, capture=capture)
         x = self.to_image(x, c)

@@ -111,7 +111,8 @@ class JiT(PatchTransformer):
         x = embed(blocks.patchify(x, self.patch_size))
         x += jnp.asarray(blocks.sincos_table(self.grid, width), dtype)
         embedded = blocks.LabelEmbed(self.num_classes, width, name="label_embed")(label)
-        c = blocks.TimeEmbed(width, dtype, name="time_embed")(t * self.time_scale) + embedded
+        time = blocks.time_features(t * self.time_scale)
+        c = blocks.VectorEmbed(width, dtype, name="time_embed")(time) + embedded
 
         layers, is_null = self.layers(train), label == self.num_classes
         first = self.in_context_start if self.in_context_tokens else 0

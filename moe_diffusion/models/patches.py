@@ -53,17 +53,9 @@ class PatchTransformer(Model):
 
     embedders = ("patch_embed", "time_embed", "label_embed", "in_context_embed")
     parts = {"final": "final layer"} | dict.fromkeys(embedders, "embedders")
-    layer_parts = {
-        "attn": "attention",
-        "mlp": "dense ffn",
-        "adaLN": "adaLN",
-        "norm1": "norms",
-        "norm2": "norms",
-        "router": "router",
-        "predictor": "capacity predictor",
-        "experts": "routed experts",
-        "shared": "shared experts",
-    }
+    layer_parts = {"attn": "attention", "mlp": "dense ffn", "adaLN": "adaLN", "router": "router"}
+    layer_parts |= {"experts": "routed experts", "shared": "shared experts"}
+    layer_parts |= {"norm1": "norms", "norm2": "norms", "predictor": "capacity predictor"}
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -58,6 +58,12 @@ def test_a_shift_moves_times_towards_noise():
         assert (shifted < plain).all()
 
 
+def test_the_shift_of_a_resolution():
+    """mu is 0.5 at 256 tokens, 1.15 at 4096, and 0.825 half-way between; any sides count."""
+    mus = [np.log(paths.resolution_shift(sides)) for sides in ((32, 32), (128, 128), (64, 136))]
+    np.testing.assert_allclose(mus, [0.5, 1.15, 0.825])
+
+
 def test_unknown_time_sampling():
     with pytest.raises(UserError, match="time_sampling is 'cosine'"):
         times(1, time_sampling="cosine")

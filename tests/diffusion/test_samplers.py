@@ -64,6 +64,24 @@ def test_evaluation_times(method, times):
     assert seen == times
 
 
+def test_shifted_times():
+    """FLUX.1 [dev], 256 tokens (a latent of 32 x 32): exp(mu) = e^0.5 = 1.648721.
+
+    Half noise becomes 1.648721 * 0.5 / (1 + 0.648721 * 0.5) = 0.622459; so of dx/dt = t, Euler's
+    second of two steps has the slope 0.377541 and the length 0.622459.
+    """
+    z = jnp.zeros((1, 32, 32, 1))
+    grid = solvers.time_grid(section(steps=2, time_shift="resolution"), z.shape)
+    np.testing.assert_allclose(grid, [0, 0.377541, 1], atol=1e-6)
+    x = solve(lambda x, t: t + 0 * x, z, 2, "euler", time_shift="resolution")
+    np.testing.assert_allclose(x, 0.377541 * 0.622459, rtol=1e-5)
+    # Heun is exact for dx/dt = t on any grid, and of a last Euler step the length counts, too.
+    x = solve(lambda x, t: t + 0 * x, z, 2, "heun", time_shift="resolution")
+    np.testing.assert_allclose(x, 0.5, rtol=1e-6)
+    x = solve(lambda x, t: t + 0 * x, z, 2, final_euler=True, time_shift="resolution")
+    np.testing.assert_allclose(x, 0.377541**2 / 2 + 0.377541 * 0.622459, rtol=1e-5)
+
+
 def test_trajectory():
     states = solve(lambda x, t: 1 + 0 * x, jnp.zeros((2,)), 4, return_trajectory=True)
     np.testing.assert_allclose(states, np.repeat([[0.25], [0.5], [0.75], [1.0]], 2, axis=1))

@@ -24,6 +24,7 @@ KINDS = {
     "embedders": "embedders",
     "attention": "attention",
     "dense_ffn": "dense ffn",
+    "ffn": "dense ffn",
     "adaLN": "adaLN",
     "routed_experts": "routed experts",
     "shared_experts": "shared experts",

@@ -15,7 +15,15 @@ from flax import linen as nn
 
 from moe_diffusion.checks import check_values
 from moe_diffusion.conditions import Field
-from moe_diffusion.models.blocks import FinalLayer, Norm, TimeEmbed, linear, patchify, unpatchify
+from moe_diffusion.models.blocks import (
+    FinalLayer,
+    Norm,
+    VectorEmbed,
+    linear,
+    patchify,
+    time_features,
+    unpatchify,
+)
 from moe_diffusion.models.parts import make_mlp, make_moe
 from moe_diffusion.models.stack import Model, Stack
 from moe_diffusion.moe.routers.expert_race import ExpertRace
@@ -116,8 +124,9 @@ class Texty(Model):
         words = linear(features, (None, "embed"), name="words_embed", dtype=jnp.float32)(
             cond["text"]
         )
-        c = TimeEmbed(features, jnp.float32, name="time_embed")(t)
-        c += TimeEmbed(features, jnp.float32, name="guidance_embed")(cond["guidance"])
+        embed = partial(VectorEmbed, features, jnp.float32)
+        c = embed(name="time_embed")(time_features(t))
+        c += embed(name="guidance_embed")(time_features(cond["guidance"]))
         mask = cond["text_mask"]
         carry = {"image": image, "words": words}
         layers = self.layers(train)

@@ -1,0 +1,64 @@
+"""FLUX.1 [dev] and [schnell] (github.com/black-forest-labs/flux), and a tiny one for tests."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from moe_diffusion import config as configs
+from moe_diffusion.interop.flux import configure
+
+# The fields of FluxParams, flux/util.py.
+PARAMS = {
+    "in_channels": 64,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "num_heads": 24,
+    "depth": 19,
+    "depth_single_blocks": 38,
+    "axes_dim": (16, 56, 56),
+}
+TINY = {
+    "in_channels": 16,
+    "vec_in_dim": 12,
+    "context_in_dim": 16,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 3,
+    "axes_dim": (8, 12, 12),
+}
+
+
+def flux(name: str, guidance: bool, pixels: int = 1024) -> ConfigDict:
+    """A published FLUX.1 transformer, with the authors' sampler.
+
+    Args:
+      guidance: whether it takes a guidance scale: [dev] does, [schnell] does not.
+      pixels: side of the images, a multiple of 16.
+    """
+    config = configs.default()
+    config.name = name
+    configure({**PARAMS, "guidance_embed": guidance}, config)
+    config.model.image_size = pixels // 8
+    config.model.dtype, config.model.remat = "auto", "full"
+    # How FLUX.1 was trained is not published. These are the times of SD3 (2403.03206).
+    config.diffusion.time_sampling = "logit_normal"
+    config.data.source = "latents:data/captioned_latents"
+    config.data.batch_size = 64
+    config.parallel.preset = "fsdp"
+    return config
+
+
+def tiny() -> ConfigDict:
+    """Both kinds of blocks, a guidance scale and prompts of eight tokens; made-up data."""
+    config = configs.default()
+    config.name = "flux_tiny"
+    configure({**TINY, "guidance_embed": True}, config)
+    config.model.image_size = 8
+    config.model.flux.update(text_tokens=8, text_dtype="float32")
+    config.data.source = "synthetic"
+    config.data.batch_size = 32
+    config.train.num_steps = 200
+    config.sampling.steps = 8
+    return config
