@@ -246,7 +246,7 @@ def test_the_width_counts_in_a_group():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_field_of_an_architecture_has_a_comment(name):
-    config = changed({"model.architecture": name})
+    config = changed({"model.architecture": name, "model.router.name": "dense"})
     validate(config)
     for field, (default_value, comment) in architecture(name).FIELDS.items():
         assert config.model[name][field] == default_value and len(comment) > 10
