@@ -378,7 +378,7 @@ def test_likely_families():
     """By their names alone."""
     for name, expected in (
         ("dsmoe_gqa", ["dsmoe"]),
-        ("dit", ["dit", "sit"]),
+        ("sit", ["dit", "sit"]),
         ("tcdit_shared", ["tcdit"]),
         ("ecdit_shared", ["ecdit"]),
         ("diffmoe_shared", ["diffmoe"]),

@@ -38,8 +38,16 @@ JIT_MOE = {
 }
 
 
+FLUX = {
+    **{"in_channels": 16, "vec_in_dim": 5, "context_in_dim": 6, "hidden_size": 16, "num_heads": 2},
+    **{"depth": 2, "depth_single_blocks": 1, "axes_dim": (2, 4, 2), "guidance_embed": True},
+}
+
+
 def build(family, **changes):
     hparams = {**HPARAMS, **changes}
+    if family.startswith("flux"):  # one network, in two layouts
+        return models.build(interop.model_config_from_torch("flux", FLUX))
     if family in ("jit", "jitmoe"):
         hparams = {"net": {**JIT, "moe_config": JIT_MOE if family == "jitmoe" else None}}
     if family in MOE:
