@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -281,7 +282,7 @@ def _fits(value: Any, kind: type) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, Mapping if kind is dict else kind)
 
 

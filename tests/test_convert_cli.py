@@ -292,7 +292,7 @@ def test_no_hyperparameters(capfd, golden):
     assert "holds a.yaml, b.yaml: choose one with --hparams" in refused(capfd, golden)
     message = refused(capfd, golden, "--hparams", golden / "c.yaml")
     assert "no hyperparameter file at" in message
-    for text, said in (("{", "is no valid yaml file"), ("3", "holds no hyperparameters")):
+    for text, said in (("{", "is no valid yaml file"), ("3", "holds 3, not a table")):
         (golden / "a.yaml").write_text(text)
         assert said in refused(capfd, golden, "--hparams", golden / "a.yaml")
 

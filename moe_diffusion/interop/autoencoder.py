@@ -33,7 +33,7 @@ KINDS = {
     "sd": {"latent_channels": 4, "quant_conv": True, "scale": 0.18215, "shift": 0.0},
     "flux": {"latent_channels": 16, "quant_conv": False, "scale": 0.3611, "shift": 0.1159},
 }
-_OTHER = "restore it, or take another autoencoder"
+_OTHER = "no such KL autoencoder is known; restore the file, or take another"
 _WIDTH, _LAYERS_IN = Key((int,), least=1, most=1 << 14), Key((int,), least=1, most=64)
 _SCALE = Key((float,), least=1e-6, most=1e6)
 _SHIFT = Key((float,), least=-1e6, most=1e6)
@@ -194,7 +194,7 @@ def network_from_config(config: Mapping[str, Any], where: str = "config.json") -
         channel (latents_mean, latents_std) that `AutoencoderKL` has not.
     """
     if "ch_mult" in config:
-        check_keys(config, _FLUX, f"{where} is of no KL autoencoder: it", _OTHER)
+        check_keys(config, _FLUX, where, _OTHER)
         network = AutoencoderKL(
             channels=config["in_channels"],
             latent_channels=config["z_channels"],
@@ -205,7 +205,7 @@ def network_from_config(config: Mapping[str, Any], where: str = "config.json") -
             shift=config["shift_factor"],
         )
     else:
-        check_keys(config, _DIFFUSERS, f"{where} is of no KL autoencoder: it", _OTHER)
+        check_keys(config, _DIFFUSERS, where, _OTHER)
         _check_supported(config, where)
         network = AutoencoderKL(
             channels=config["in_channels"],

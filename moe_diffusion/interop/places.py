@@ -13,6 +13,7 @@ from moe_diffusion.reading import Key, check_keys, plain_name, read_table, regul
 PICKLED = (".pt", ".pth", ".ckpt")  # .ckpt: PyTorch Lightning
 SUFFIXES = (".safetensors", *PICKLED)
 INDEX = ".safetensors.index.json"
+_NO_INDEX = "it is no index of shards; fetch it again"
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -71,15 +72,10 @@ def shards(path: Path) -> list[Path]:
     """
     found = shard_set(path if path.is_dir() else path.parent)
     if path.name.endswith(INDEX):
-        index = read_table(path, "fetch it again", "index of shards")
-        check_keys(
-            index,
-            {"weight_map": Key((dict,))},
-            f"{path} is no index of shards: it",
-            "fetch it again",
-        )
+        index = read_table(path, _NO_INDEX)
+        check_keys(index, {"weight_map": Key((dict,))}, str(path), _NO_INDEX)
         for key, name in index["weight_map"].items():
-            Key((str,)).check(name, f"{path}: weight_map.{key}", "fetch it again")
+            Key((str,)).check(name, f"{path}: weight_map.{key}", _NO_INDEX)
         names = sorted({plain_name(n, f"{path}: weight_map") for n in index["weight_map"].values()})
         folder = path.parent
     elif path.is_dir() or path in found:

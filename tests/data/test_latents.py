@@ -170,7 +170,7 @@ def test_manifests_that_are_not_whole(copy):
     manifest = json.loads(path.read_text())
     for text, message in (
         ("{", "is not valid JSON"),
-        ("[2]", "is not valid JSON"),
+        ("[2]", r"holds \[2\], not a table"),
         (json.dumps(manifest | {"format": 99}), "is of format 99, .* reads 1 to 2: update moe_dif"),
         (json.dumps(manifest | {"format": None}), "is of format None"),
         (json.dumps(manifest | {"count": 99}), "says 99 records, its shards hold 21"),
