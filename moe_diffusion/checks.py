@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from operator import attrgetter
 from typing import Any
 
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
 
 
 def require(condition: bool, message: str) -> None:
@@ -21,6 +21,11 @@ def require(condition: bool, message: str) -> None:
 def at_most(key: str, value: float, limit: str, most: float, remedy: str = "lower it") -> None:
     """Raises a UserError if the value of a key exceeds `most`, the value of the key `limit`."""
     require(value <= most, f"{key} = {value} exceeds {limit} = {most}: {remedy}")
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Raises a UserError for a seed that random numbers cannot begin with: 0 to 2^63 - 1 can."""
+    require(0 <= seed < 2**63, f"{key} = {shown(seed)} must be from 0 to 2^63 - 1")
 
 
 def divides(
@@ -39,6 +44,7 @@ def check_values(
     not_negative: Collection[str] = (),
     fraction: Collection[str] = (),
     share: Collection[str] = (),
+    most: Mapping[str, float] | None = None,
 ) -> None:
     """Checks values of a config section one by one.
 
@@ -47,13 +53,14 @@ def check_values(
       prefix: what stands before the keys in a message, such as "model.jit.".
       choices: key -> the texts that are allowed.
       positive, not_negative, fraction (in [0, 1)), share (in [0, 1]): keys of numbers.
+      most: key of a number -> the largest that is possible.
 
     Raises:
       UserError: at the first value that is not possible.
     """
     for key, allowed in (choices or {}).items():
         value = attrgetter(key)(section)
-        named = f"{prefix}{key} = {value!r}"
+        named = f"{prefix}{key} = {shown(value)}"
         require(value in allowed, f"{named} is unknown; choose {' | '.join(allowed)}")
     for keys, condition, wanted in (
         (positive, lambda value: value > 0, "positive"),
@@ -64,3 +71,6 @@ def check_values(
         for key in keys:
             value = attrgetter(key)(section)
             require(condition(value), f"{prefix}{key} = {value} must be {wanted}")
+    for key, limit in (most or {}).items():
+        value = attrgetter(key)(section)
+        require(value <= limit, f"{prefix}{key} = {value} is beyond {limit:,}: lower it")

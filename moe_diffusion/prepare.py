@@ -25,6 +25,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from moe_diffusion import classes
+from moe_diffusion.checks import check_seed
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.latents import describe_fields, read_manifest
 from moe_diffusion.data.sources import open_images
@@ -44,7 +45,8 @@ def make_job(args: Any) -> encode.Job:
       UserError: a flag is wrong, or something cannot be read or does not fit the rest.
     """
     height, width = _parse_size(args.size)
-    for name, least in (("shard_size", 1), ("workers", 1), ("seed", 0)):
+    check_seed("--seed", args.seed)
+    for name, least in (("shard_size", 1), ("workers", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     _check_source(args)

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_diffusion.checks import check_seed
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation.routing_report import (
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser.parse_with_overrides(argv)
     if args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1")
+    check_seed("--seed", args.seed)
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a file: name a folder")
     check_writable(args.out)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_diffusion.checks import check_seed
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError, check_writable
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser.parse_with_overrides(argv)
     if args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1")
+    check_seed("--seed", args.seed)
     for path in filter(None, (args.out, args.npz, args.stats)):
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder: name a file in it")

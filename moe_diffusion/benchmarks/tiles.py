@@ -93,7 +93,7 @@ def agree(result: Any, expected: Any, tolerance: float = 0.03) -> bool:
 
 def merge(path: Path, device_kind: str, found: dict[str, list[Any]]) -> None:
     """Adds `found` to a table; it replaces entries for the same device and shapes."""
-    table = json.loads(path.read_text()) if path.exists() else {}
+    table = tuning.read_table_of_tiles(path) if path.exists() else {}
     table[device_kind] = dict(sorted({**table.get(device_kind, {}), **found}.items()))
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")

@@ -25,7 +25,8 @@ from moe_diffusion.config.defaults import RUN_CONTROL
 from moe_diffusion.config.draft import is_draft
 from moe_diffusion.config.schema import leaves, parse, settle, unknown_key
 from moe_diffusion.config.validation import validate
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
+from moe_diffusion.reading import read_table
 
 ROOT = Path(__file__).resolve().parents[2]  # config files may import `configs.families` from it
 VERSION = 2  # of config.json; files without a version are of version 1, with the old names
@@ -90,21 +91,14 @@ def load_json(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigD
         wrong values.
     """
     path = epath.Path(path)
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror or error}): is it a workdir?"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore it or delete it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a config: restore it or delete it")
+    if not path.exists():
+        raise UserError(f"cannot read {path} (No such file or directory): is it a workdir?")
+    values = read_table(path, "restore it or delete it", "config")
     version = values.pop("version", 1)
-    if not (isinstance(version, int) and version <= VERSION):
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise UserError(
-            f"{path} is of version {version}, and this code reads versions up to {VERSION}: update "
-            "moe_diffusion"
+            f"{path} is of version {shown(version)}, and this code reads versions up to {VERSION}: "
+            "update moe_diffusion"
         )
     config = settle(values, overrides, origin=str(path))
     validate(config)

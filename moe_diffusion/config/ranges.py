@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from moe_diffusion.checks import check_values
+from moe_diffusion.checks import check_seed, check_values
 
 _MLPS = ("gelu", "silu", "swiglu")
 
@@ -55,7 +55,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     *("model.image_width", "model.unroll"),
-    *("seed", "model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
+    *("model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
     *("sampling.cfg", "sampling.cfg_channels", "sampling.pool"),
     *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
     *("optim.weight_decay", "optim.min_learning_rate"),
@@ -64,6 +64,22 @@ _NOT_NEGATIVE = (
 
 _FRACTION = ("model.moe.dropout", "optim.b1", "optim.b2")  # in [0, 1)
 _SHARE = ("diffusion.cond_dropout", "sampling.eta", "sampling.sde_last_step_size")  # in [0, 1]
+
+# No machine holds more; a slip of the keyboard is told at once, before anything is allocated.
+_MOST = {
+    **{f"model.{key}": 1 << 14 for key in ("image_size", "image_width", "channels", "patch_size")},
+    "model.hidden_size": 1 << 17,
+    "model.depth": 1 << 12,
+    "model.unroll": 1 << 12,
+    "model.mlp_ratio": 1 << 10,
+    "model.num_classes": 1 << 24,
+    "model.moe.num_experts": 1 << 14,
+    "model.moe.hidden_size": 1 << 20,
+    "model.moe.shared_hidden_size": 1 << 20,
+    "sampling.steps": 1 << 20,
+    "data.batch_size": 1 << 24,
+    "data.prefetch": 1 << 12,
+}
 
 
 def check_ranges(config: ConfigDict) -> None:
@@ -75,4 +91,6 @@ def check_ranges(config: ConfigDict) -> None:
         not_negative=_NOT_NEGATIVE,
         fraction=_FRACTION,
         share=_SHARE,
+        most=_MOST,
     )
+    check_seed("seed", config.seed)

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import difflib
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,10 @@ from ml_collections import ConfigDict
 from moe_diffusion import models
 from moe_diffusion.config.defaults import DEFAULTS
 from moe_diffusion.config.renamed import new_key, new_value
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.moe import routers
 
+_LARGEST = 3.4e38  # of float32, in which everything is computed
 ROUTER, WEIGHTS = "model.router", "loss_weights"
 
 # (dotted key, value, function that gives the value the kind of the default: `convert` or `parse`)
@@ -115,7 +115,7 @@ def _override(text: str) -> Setting:
     key, equals, value = text.partition("=")
     key = key.strip().lstrip("-").removeprefix("config.")
     if not equals:
-        raise UserError(f"override {text!r} has no value; write {key}=<value>")
+        raise UserError(f"override {shown(text)} has no value; write {key}=<value>")
     return new_key(key), value.strip(), parse
 
 
@@ -155,6 +155,7 @@ def unknown_key(key: str, known: Iterable[str] = ()) -> str:
     Args:
       known: further keys that exist, besides the shared ones and those of all built-in routers.
     """
+    key = key[:200]  # spellings of longer texts take minutes to compare
     known = [*{**leaves(shared()), **fields_of_others(), **dict.fromkeys(known)}]
     sections = {k.rpartition(".")[0] for k in known} - {""}
     if key in sections:
@@ -171,7 +172,7 @@ def unknown_key(key: str, known: Iterable[str] = ()) -> str:
         return word == other_word, word == initials, sum(spelling)
 
     nearest = max([*known, *sorted(sections)], key=likeness)
-    return f"unknown config key {key!r}; the nearest is {nearest}"
+    return f"unknown config key {shown(key)}; the nearest is {nearest}"
 
 
 _KINDS = {
@@ -194,7 +195,7 @@ def convert(key: str, value: Any, wanted: Any) -> Any:
     kind = type(wanted)
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and math.isfinite(value):
+        if number and abs(value) <= _LARGEST:
             return float(value)
     elif kind is tuple and isinstance(value, list | tuple):
         return tuple(convert(key, item, _item(wanted)) for item in value)
@@ -205,7 +206,7 @@ def convert(key: str, value: Any, wanted: Any) -> Any:
         if isinstance(_item(wanted), str)
         else "a list of numbers like 0.5,1.0"
     )
-    raise UserError(f"{key} = {value!r} is not {described} (the default is {wanted!r})")
+    raise UserError(f"{key} = {shown(value)} is not {described} (the default is {wanted!r})")
 
 
 def parse(key: str, text: str, wanted: Any) -> Any:

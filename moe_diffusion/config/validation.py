@@ -95,6 +95,14 @@ def _check_transformer(model: ConfigDict) -> None:
         f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = "
         f"{model.num_heads}: choose a divisor, or 0 for as many",
     )
+    height, width = (side // model.patch_size for side in _sides(model))
+    values = height * width * model.hidden_size
+    require(
+        values <= 1 << 28,
+        f"model.image_size and model.patch_size make {height * width:,} tokens of "
+        f"model.hidden_size = {model.hidden_size}, beyond {1 << 28:,} values of a sample: take "
+        "larger patches or a smaller image",
+    )
     head_size = model.hidden_size // model.num_heads
     # One sine-cosine pair needs two channels; two axes need twice as many.
     for positions, name, size, step in (
@@ -125,6 +133,11 @@ def _check_architecture(model: ConfigDict) -> None:
 
 def _check_moe(model: ConfigDict) -> None:
     moe = model.moe
+    require(
+        model.depth * moe.num_experts <= 1 << 18,
+        f"model.depth = {model.depth} and model.moe.num_experts = {moe.num_experts} make more than "
+        f"{1 << 18:,} experts: lower one of them",
+    )
     blocks = range(moe.skip_first, model.depth)
     require(
         any(not moe.interleave or block % 2 for block in blocks),

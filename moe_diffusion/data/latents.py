@@ -10,7 +10,6 @@ Format 1 of the manifest had no "fields": its records hold one int32 label, as `
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from moe_diffusion.conditions import IMAGE, Field
 from moe_diffusion.errors import UserError, explained
+from moe_diffusion.manifest import MANIFEST, REMEDY, check_manifest, check_settings
+from moe_diffusion.reading import read_table
 
-MANIFEST = "manifest.json"
 UNFINISHED = "prepare.json"  # settings of a run that has not ended; the manifest repeats them
-FORMAT = 2
-_NO_JSON = ValueError, AttributeError  # AttributeError: it is JSON, but no object
 _DAMAGED = RuntimeError, IndexError, ValueError
 _READER_OPTIONS = "readahead_buffer_size:0"
 
@@ -61,12 +59,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A manifest, or the settings of an unfinished run. Both have "fields", also in format 1.
 
     Raises:
-      UserError: the file is no JSON object.
+      UserError: the file is no JSON object, of a later format, or one of its values cannot be.
     """
-    with explained(f"{path} is not valid JSON", "prepare the folder again", _NO_JSON):
-        settings = json.loads(path.read_text())
-        label = Field((), "int32", settings.get("num_classes"))
-    return {"fields": describe_fields({"label": label}), **settings}
+    settings = read_table(path, REMEDY)
+    if "num_classes" in settings:
+        label = Field((), "int32", settings["num_classes"])
+        settings.setdefault("fields", describe_fields({"label": label}))
+    check = check_manifest if path.name == MANIFEST else check_settings
+    check(settings, str(path))
+    return settings
 
 
 class Latents:
@@ -154,7 +155,11 @@ class Latents:
         with explained(f"{path} is damaged", "delete the folder and prepare it again", _DAMAGED):
             if shard not in self._readers:
                 self._readers[shard] = ArrayRecordReader(path, _READER_OPTIONS)
-            return self._readers[shard].read(indices)
+            records = self._readers[shard].read(indices)
+        size = self._record.itemsize
+        if any(len(record) != size for record in records):
+            raise UserError(f"{path} has no records of {size} bytes, as {MANIFEST} says: {REMEDY}")
+        return records
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -168,16 +173,4 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         if (Path(folder) / UNFINISHED).is_file():
             raise UserError(f"{folder} is half prepared: run the same `prepare` command again")
         raise UserError(f"{folder} holds no prepared latents (it has no {MANIFEST})")
-    manifest = read_settings(path)
-    number = manifest.get("format")
-    if not isinstance(number, int) or not 1 <= number <= FORMAT:
-        raise UserError(
-            f"{path} is of format {number!r}, this version of moe_diffusion reads 1 to {FORMAT}: "
-            "update moe_diffusion, or prepare the folder again"
-        )
-    counted = sum(shard["count"] for shard in manifest["shards"])
-    if counted != manifest["count"]:
-        raise UserError(
-            f"{path} says {manifest['count']} records, its shards hold {counted}: prepare it again"
-        )
-    return manifest
+    return read_settings(path)

@@ -8,7 +8,6 @@ import contextlib
 import importlib.metadata
 import os
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,10 @@ from scipy.spatial.distance import cdist
 from moe_diffusion.caches import cache_folder
 from moe_diffusion.data.sources import Digits
 from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation.archives import open_archive
 from moe_diffusion.evaluation.images import to_floats
+
+_WIDTHS = (64, 32)  # of the layers before the last
 
 
 class DigitsJudge:
@@ -95,14 +97,12 @@ class DigitsFeatures:
     note = {"network": "digits classifier 64-64-32-10"}
 
     def __init__(self, cache: Path | None = None):
-        folder = cache or cache_folder("")
+        folder = cache or cache_folder("digits")
         version = importlib.metadata.version("scikit-learn")
         path = folder / f"digits_features_sklearn{version}.npz"
         try:
-            with path.open("rb") as file, np.load(file) as stored:
-                self._layers = [(stored[f"weight_{i}"], stored[f"bias_{i}"]) for i in range(2)]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            # There is no file yet, or it is damaged.
+            self._layers = _load(path)
+        except UserError:  # there is no file yet, or it is damaged
             self._layers = _train_layers()
             with contextlib.suppress(OSError):  # the cache is optional
                 _store(self._layers, path)
@@ -121,7 +121,7 @@ def _train_layers() -> list[tuple[np.ndarray, np.ndarray]]:
 
     train = Digits("train")
     network = MLPClassifier(
-        (64, 32),
+        _WIDTHS,
         activation="tanh",
         alpha=0.01,
         batch_size=64,
@@ -133,6 +133,19 @@ def _train_layers() -> list[tuple[np.ndarray, np.ndarray]]:
         warnings.simplefilter("ignore", ConvergenceWarning)
         network.fit(_flat_pixels(train.images), train.labels)
     return list(zip(network.coefs_[:2], network.intercepts_[:2], strict=True))
+
+
+def _load(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The layers that `_store` wrote. Raises UserError if the file holds something else."""
+    with open_archive(path) as archive:
+        layers = []
+        for i, width in enumerate(_WIDTHS):
+            shapes = {f"weight_{i}": (8 * 8, *_WIDTHS)[i : i + 2], f"bias_{i}": (width,)}
+            for name, shape in shapes.items():
+                if archive.headers[name].shape != shape:
+                    raise UserError(f"{name} of {path} has another shape than {shape}")
+            layers.append(tuple(archive.numbers(name, np.float64) for name in shapes))
+        return layers
 
 
 def _store(layers: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:

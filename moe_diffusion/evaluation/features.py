@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import os
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import inception
+from moe_diffusion.evaluation.archives import Archive, open_archive
 from moe_diffusion.evaluation.images import (
     Images,
     check_range,
@@ -29,10 +29,12 @@ from moe_diffusion.evaluation.images import (
 from moe_diffusion.evaluation.metrics import (
     Gaussian,
     Moments,
+    check_covariance,
     check_finite,
     chosen,
     gaussian_of,
 )
+from moe_diffusion.interop.tensors import listed
 
 MAX_VECTORS = 50_000  # kept for all but mean and covariance, which use every vector
 _PER_DEVICE = 32  # images; 299 x 299 pixels each take about 20 MB in the network
@@ -186,29 +188,35 @@ def open_features(text: str, size: tuple[int, int] | None = None, num: int = 0) 
 
 
 def _open_archive(path: Path) -> FeatureSet:
-    if not path.is_file():
-        raise UserError(f"{path} is not there: give the path of an .npz")
-    try:
-        with path.open("rb") as file, np.load(file) as archive:
-            return _read_archive(archive, path)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged or no .npz ({error}): fetch or make it again") from None
+    with open_archive(path) as archive:
+        features = _read_archive(archive, path)
+    return features
 
 
-def _read_archive(archive: Any, path: Path) -> FeatureSet:
-    keys = set(archive.files)
+def _read_archive(archive: Archive, path: Path) -> FeatureSet:
+    keys = archive.headers.keys()
     features = FeatureSet(str(path))
     found = next((key for key in _VECTOR_KEYS if key in keys), None)
     if found:
-        features.vectors = np.asarray(archive[found], np.float32)
-        if features.vectors.ndim != 2:
-            raise UserError(f"{found} of {path} has shape {features.vectors.shape}, not [N, D]")
+        shape = archive.headers[found].shape
+        if len(shape) != 2 or min(shape) < 1:
+            raise UserError(f"{found} of {path} has shape {shape}, not [N, D]")
+        features.vectors = archive.numbers(found, np.float32)
         check_finite(features.vectors)
-    count = int(archive["count"]) if "count" in keys else len(features.vectors) if found else 0
+    count = _count(archive, path) if "count" in keys else 0
+    if found and count not in (0, len(features.vectors)):
+        raise UserError(
+            f"{path} says {count} images and holds {len(features.vectors)} feature vectors: make "
+            "it again"
+        )
+    count = len(features.vectors) if found else count
     if {"mu", "sigma"} <= keys:
         features.pool = _gaussian(archive, "mu", "sigma", count, path)
+        if found and features.vectors.shape[1] != len(features.pool.mean):
+            raise UserError(
+                f"{found} and mu of {path} have {features.vectors.shape[1]} and "
+                f"{len(features.pool.mean)} dimensions, which do not fit: make it again"
+            )
     elif found:
         features.pool = gaussian_of(features.vectors)
     if {"mu_s", "sigma_s"} <= keys:
@@ -217,21 +225,30 @@ def _read_archive(archive: Any, path: Path) -> FeatureSet:
         features.images = open_images(str(path))
     if features.pool is None and features.images is None:
         raise UserError(
-            f"{path} holds {', '.join(sorted(keys)) or 'nothing'}: wanted are images (arr_0), "
+            f"{path} holds {listed(sorted(keys)) or 'nothing'}: wanted are images (arr_0), "
             "features, or statistics (mu and sigma)"
         )
     return features
 
 
-def _gaussian(archive: Any, mu: str, sigma: str, count: int, path: Path) -> Gaussian:
-    mean, covariance = (np.asarray(archive[key], np.float64) for key in (mu, sigma))
-    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+def _count(archive: Archive, path: Path) -> int:
+    """How many images a file says that its statistics are of."""
+    shape, _, dtype = archive.headers["count"]
+    count = archive.numbers("count", np.float64) if shape == () and dtype.kind in "iu" else None
+    if count is None or count < 0:
+        raise UserError(f"count of {path} is no number of images: make the file again")
+    return int(count)
+
+
+def _gaussian(archive: Archive, mu: str, sigma: str, count: int, path: Path) -> Gaussian:
+    mean, covariance = (archive.headers[key].shape for key in (mu, sigma))
+    if len(mean) != 1 or not mean[0] or covariance != (*mean, *mean):
         raise UserError(
-            f"{mu} and {sigma} of {path} have shapes {mean.shape} and {covariance.shape}, which do "
+            f"{mu} and {sigma} of {path} have shapes {mean} and {covariance}, which do "
             "not fit: fetch the file again"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{mu} or {sigma} of {path} hold NaN or infinity: make the file again")
+    mean, covariance = (archive.numbers(key, np.float64) for key in (mu, sigma))
+    check_covariance(covariance, f"{sigma} of {path}")
     return Gaussian(mean, covariance, count)
 
 

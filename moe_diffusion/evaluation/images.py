@@ -7,21 +7,25 @@ its header says.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from moe_diffusion import pictures
 from moe_diffusion.data import sources
 from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation.archives import open_archive
 
 QUANTIZATIONS = ("round", "none")
 _REMEDY = "delete or replace it"
+_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image; pictures of more are taken for an attack
+_AT_ONCE = 1 << 26  # numbers that are read to look at the range
 _LARGEST = 8.0  # samples overshoot [-1, 1] a little; larger values show that the range is another
 
 
@@ -38,42 +42,38 @@ class ArchiveImages:
     """`arr_0` [N, H, W, C] of an `.npz`, read piece by piece: u8, or floats in [-1, 1]."""
 
     def __init__(self, path: str | os.PathLike, key: str = "arr_0"):
-        self.name, self._path, self._member = str(path), Path(path), f"{key}.npy"
-        with zipfile.ZipFile(path) as archive, archive.open(self._member) as file:
-            shape, in_order, self._dtype = _read_header(file)
+        self.name, self._path, self._key = str(path), Path(path), key
+        with open_archive(path) as archive:
+            if key not in archive.headers:
+                raise UserError(f"{path} holds no {key}: name an .npz of images")
+            shape, in_order, self._dtype = archive.headers[key]
         if in_order:
             raise UserError(f"{key} of {path} is in Fortran order: save it as a C-ordered array")
-        self._count, self.shape = shape[0], tuple(shape[1:])
         if self._dtype != np.uint8 and self._dtype.kind != "f":
             raise UserError(
                 f"{key} of {path} is {self._dtype}: images are uint8, or floats in [-1, 1]"
             )
-        check_shape(self.shape, self.name)
-        for batch in self.batches(64, min(64, self._count)):
+        check_shape(tuple(shape[1:]), self.name)
+        self._count, self.shape = shape[0], tuple(shape[1:])
+        if not self._count:
+            raise UserError(f"{path} holds no image: make it again")
+        size = max(1, min(64, _AT_ONCE // math.prod(self.shape)))
+        for batch in self.batches(size, min(size, self._count)):
             check_range(batch, self.name)
 
     def __len__(self) -> int:
         return self._count
 
     def batches(self, size: int, num: int) -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(self._path) as archive, archive.open(self._member) as file:
-            _read_header(file)
+        with open_archive(self._path) as archive, archive.stream(self._key) as file:
             for start in range(0, num, size):
                 shape = (min(size, num - start), *self.shape)
-                length = int(np.prod(shape)) * self._dtype.itemsize
+                length = math.prod(shape) * self._dtype.itemsize
                 data = file.read(length)
                 if len(data) != length:
                     raise UserError(f"{self._path} is cut off: make it again")
                 batch = np.frombuffer(data, self._dtype).reshape(shape)
                 yield batch if batch.dtype == np.uint8 else batch.astype(np.float32)
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-        version, np.lib.format.read_array_header_2_0
-    )
-    return read(file)
 
 
 class FolderImages:
@@ -184,6 +184,8 @@ def check_shape(shape: tuple[int, ...], name: str) -> None:
             f"{name} holds arrays of shape {list(shape)}, not images [H, W, 1 or 3]; latents must "
             "be decoded first"
         )
+    if shape[0] * shape[1] > _PIXELS:
+        raise UserError(f"{name} holds images of {shape[0]}x{shape[1]} pixels, beyond {_PIXELS:,}")
 
 
 def check_range(batch: np.ndarray, name: str) -> None:

@@ -75,6 +75,25 @@ def check_finite(features: np.ndarray, first: int = 0) -> None:
         )
 
 
+def check_covariance(matrix: np.ndarray, name: str) -> None:
+    """Raises a UserError unless a finite matrix f64[D, D] can be a covariance.
+
+    Files in float32 are symmetric and positive semidefinite only up to rounding, so an asymmetry
+    and a negative eigenvalue of 1e-4 times the largest variance pass.
+    """
+    slack = 1e-4 * max(np.diagonal(matrix).max(), 1e-30)
+    symmetric = np.abs(matrix - matrix.T).max() <= slack
+    try:
+        np.linalg.cholesky(matrix + slack * np.eye(len(matrix)))
+    except np.linalg.LinAlgError:
+        symmetric = False
+    if not symmetric:
+        raise UserError(
+            f"{name} is no covariance, which is symmetric and positive semidefinite: fetch or make "
+            "the file again"
+        )
+
+
 def chosen(count: int, limit: int) -> np.ndarray:
     """Which vectors stand for all `count` of a set: indices i64[min(count, limit)], ascending.
 

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
+from moe_diffusion.checks import check_seed
 from moe_diffusion.config.schema import leaves
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.compare import SCORES
@@ -96,6 +97,7 @@ def validate(protocol: ConfigDict) -> None:
     for key in ("num_samples", "batch_size"):
         if protocol[key] < 1:
             raise UserError(f"{key} = {protocol[key]} must be at least 1")
+    check_seed("--seed", protocol.seed)
 
 
 def overrides(protocol: ConfigDict) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moe_diffusion.errors import UserError
+from moe_diffusion import reading
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.figures.canvas import (
     BLUE,
     GREY,
@@ -58,20 +58,17 @@ def _running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[int, np.ndarra
 
 def read_losses(path: Path) -> dict[int, float]:
     """Step -> loss, of a metrics.jsonl; raises what `loss_curve` raises."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the metrics {path}: {error.strerror}") from None
-    losses = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise UserError(f"line {number} of {path} is not JSON: {line[:80]!r}") from None
-        if isinstance(record, dict) and None not in (record.get("step"), record.get("loss")):
-            losses[int(record["step"])] = float(record["loss"])
+    losses, broken = {}, None
+    for number, line in reading.lines(path, "metrics"):
+        if broken is not None:
+            raise UserError(f"line {broken[0]} of {path} is not JSON: {shown(broken[1])}")
+        record = reading.table_of(line)
+        if record is None:
+            broken = number, line  # the last line may be cut off
+            continue
+        step, loss = record.get("step"), record.get("loss")
+        if type(step) is int and isinstance(loss, int | float):
+            losses[step] = float(loss)
     if not losses:
         raise UserError(f"no line of {path} holds a step and a loss")
     return losses

@@ -6,6 +6,7 @@ Three layouts of the same network: `native` (CompVis, FLUX.1's ae.safetensors), 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,17 +20,42 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from moe_diffusion.data import latents
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.interop import files, keymap
 from moe_diffusion.interop.rows import CONV, CONV_1X1, LINEAR, SAME, Family, Row
 from moe_diffusion.interop.tensors import lazy, without
 from moe_diffusion.models.autoencoder import Autoencoder, AutoencoderKL
+from moe_diffusion.reading import Key, check_keys, key_like, read_table
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # beside config.json in a folder of diffusers
 # The kinds of bare weight files. The papers' models see (z - shift) * scale.
 KINDS = {
     "sd": {"latent_channels": 4, "quant_conv": True, "scale": 0.18215, "shift": 0.0},
     "flux": {"latent_channels": 16, "quant_conv": False, "scale": 0.3611, "shift": 0.1159},
+}
+_OTHER = "no such KL autoencoder is known; restore the file, or take another"
+_WIDTH, _LAYERS_IN = Key((int,), least=1, most=1 << 14), Key((int,), least=1, most=64)
+_SCALE = Key((float,), least=1e-6, most=1e6)
+_SHIFT = Key((float,), least=-1e6, most=1e6)
+_PER_CHANNEL = Key((list, type(None)), None, most=1 << 14, items=Key((float,)))
+_FLUX = {
+    **dict.fromkeys(("in_channels", "z_channels", "ch"), _WIDTH),
+    "ch_mult": Key((list,), least=1, most=12, items=_LAYERS_IN),
+    "num_res_blocks": _LAYERS_IN,
+    "scale_factor": _SCALE,
+    "shift_factor": _SHIFT,
+}
+_DIFFUSERS = {
+    **dict.fromkeys(("in_channels", "latent_channels"), _WIDTH),
+    "block_out_channels": Key((list,), least=1, most=12, items=_WIDTH),
+    "layers_per_block": _LAYERS_IN,
+    "norm_num_groups": Key((int,), 32, least=1, most=1 << 14),
+    "use_quant_conv": key_like(True),
+    "use_post_quant_conv": key_like(True),
+    "scaling_factor": dataclasses.replace(_SCALE, default=1.0),
+    "shift_factor": Key((float, type(None)), None, least=-1e6, most=1e6),
+    "latents_mean": _PER_CHANNEL,
+    "latents_std": _PER_CHANNEL,
 }
 _IGNORED = ("loss.", "model_ema.")  # tensors of the training, in CompVis's own checkpoints
 
@@ -90,10 +116,10 @@ def load(path: str | os.PathLike, kind: str = "auto") -> Autoencoder:
         path = path / "vae"
     if path.is_dir():
         path = path / WEIGHTS
-    state = files.read_state_dict(path)
     described = path.with_name("config.json")
+    state = files.read_state_dict(path)
     if described.is_file() and kind == "auto":
-        network = network_from_config(_read_json(described))
+        network = network_from_config(read_table(described, "restore it"), str(described))
     else:
         network = _guess(state, kind, path)
     return Autoencoder(network, import_state_dict(state, network), _name(path))
@@ -157,20 +183,31 @@ def save(autoencoder: Autoencoder, folder: str | os.PathLike) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def network_from_config(config: Mapping[str, Any]) -> AutoencoderKL:
-    """The network of a config in diffusers' names, or in those of FLUX.1's `AutoEncoderParams`."""
-    try:
-        if "ch_mult" in config:
-            return AutoencoderKL(
-                channels=config["in_channels"],
-                latent_channels=config["z_channels"],
-                block_channels=tuple(config["ch"] * factor for factor in config["ch_mult"]),
-                layers_per_block=config["num_res_blocks"],
-                quant_conv=False,
-                scale=config["scale_factor"],
-                shift=config["shift_factor"],
-            )
-        return AutoencoderKL(
+def network_from_config(config: Mapping[str, Any], where: str = "config.json") -> AutoencoderKL:
+    """The network of a config in diffusers' names, or in those of FLUX.1's `AutoEncoderParams`.
+
+    Args:
+      where: the file, for messages.
+
+    Raises:
+      UserError: it is of no KL autoencoder, a value cannot be, or it has a network or a scale per
+        channel (latents_mean, latents_std) that `AutoencoderKL` has not.
+    """
+    if "ch_mult" in config:
+        check_keys(config, _FLUX, where, _OTHER)
+        network = AutoencoderKL(
+            channels=config["in_channels"],
+            latent_channels=config["z_channels"],
+            block_channels=tuple(config["ch"] * factor for factor in config["ch_mult"]),
+            layers_per_block=config["num_res_blocks"],
+            quant_conv=False,
+            scale=config["scale_factor"],
+            shift=config["shift_factor"],
+        )
+    else:
+        check_keys(config, _DIFFUSERS, where, _OTHER)
+        _check_supported(config, where)
+        network = AutoencoderKL(
             channels=config["in_channels"],
             latent_channels=config["latent_channels"],
             block_channels=tuple(config["block_out_channels"]),
@@ -180,8 +217,35 @@ def network_from_config(config: Mapping[str, Any]) -> AutoencoderKL:
             scale=config.get("scaling_factor", KINDS["sd"]["scale"]),
             shift=config.get("shift_factor") or 0.0,
         )
-    except KeyError as error:
-        raise UserError(f"this config.json is of no KL autoencoder: it lacks {error}") from None
+    if uneven := [width for width in network.block_channels if width % network.norm_groups]:
+        raise UserError(
+            f"{where}: {uneven[0]} channels do not split into {network.norm_groups} groups: "
+            f"{_OTHER}"
+        )
+    return network
+
+
+def _check_supported(config: Mapping[str, Any], where: str) -> None:
+    """Refuses what changes the meaning of weights and has no counterpart in `AutoencoderKL`."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if any(mean or ()) or any(value != 1 for value in std or ()):
+        raise UserError(
+            f"{where} has latents_mean or latents_std, a shift and scale for every channel, which "
+            "are not supported: take an autoencoder with scaling_factor alone"
+        )
+    quant = config.get("use_quant_conv", True)
+    for key, wanted in (
+        ("_class_name", "AutoencoderKL"),
+        ("act_fn", "silu"),
+        ("mid_block_add_attention", True),
+        ("use_post_quant_conv", quant),
+    ):
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{where}: {key} is {shown(config[key])}, not {wanted}: {_OTHER}")
+    for key, kind in (("down_block_types", "DownEncoder"), ("up_block_types", "UpDecoder")):
+        levels = len(config["block_out_channels"])
+        if config.get(key, [f"{kind}Block2D"] * levels) != [f"{kind}Block2D"] * levels:
+            raise UserError(f"{where}: {key} are not {levels} times {kind}Block2D: {_OTHER}")
 
 
 def import_state_dict(state: Mapping[str, Any], network: AutoencoderKL) -> dict[str, Any]:
@@ -264,13 +328,3 @@ def _name(path: Path) -> str:
         folder = path.resolve().parent
         return folder.parent.name if folder.name == "vae" else folder.name
     return path.stem
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): restore it") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not describe an autoencoder: restore it")
-    return values

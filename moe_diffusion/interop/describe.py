@@ -9,20 +9,21 @@ shape shows.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, explained, shown
 from moe_diffusion.interop import files, keymap, tensors
 from moe_diffusion.interop.families import FAMILIES
+from moe_diffusion.interop.places import INDEX
 from moe_diffusion.interop.rows import Family
+from moe_diffusion.reading import read_table
 
 _PLAIN = (".yaml", ".yml")
+_HPARAMS = "hyperparameter file"
+_USUAL_CLASSES = (10, 100, 1000)  # CIFAR-10 and digits, CIFAR-100, ImageNet
 
 
 def hyperparameters(
@@ -43,10 +44,14 @@ def hyperparameters(
     told = from_shapes(family, weights.state)
     source = Path(given) if given else _beside(path)
     if source is not None:
-        return merge(told, read_hparams(source)), str(source)
+        given = read_hparams(source)
+        _check_null_label(told, given, path)
+        return merge(told, given), str(source)
     from_args = family.from_args(weights.args) if weights.args else None
     if from_args is not None:
+        _check_null_label(told, from_args, path)
         return merge(told, from_args), f"the training arguments in {path.name}"
+    _check_null_label(told, {}, path)
     lacking = untold(family, told)
     if not lacking:
         return told, f"the shapes in {path.name}, and the family's usual number of heads"
@@ -55,6 +60,29 @@ def hyperparameters(
         f"family {family.name}: write {', '.join(lacking)} into a file and pass --hparams "
         "file.yaml, or pass --config configs/x.py"
     )
+
+
+def _check_null_label(told: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
+    """Refuses a file whose class table has no row for "no label".
+
+    The authors' LabelEmbedder makes that row only if labels are dropped in training. Rows alone do
+    not tell 10 classes without it from 9 classes with it.
+    """
+    told, given = (table.get("net", table) for table in (told, given))
+    if "num_classes" not in told or not isinstance(given, Mapping):
+        return
+    rows = told["num_classes"] + 1
+    stated = given.get("num_classes")
+    never = given.get("class_dropout_prob") == 0 and stated in (None, rows)
+    if stated == rows or never or (stated is None and rows in _USUAL_CLASSES):
+        sure = "was" if stated == rows or never else "was, as it seems,"
+        otherwise = "" if sure == "was" else f" (if it has {rows - 1} classes, pass num_classes)"
+        raise UserError(
+            f"the class table of {path} has {rows} rows for {rows} classes: it {sure} trained "
+            "without label dropout, so it has no null label and cannot be guided (cfg 1 alone "
+            "means something). Models here need the row of the null label: append one of zeros to "
+            f"y_embedder.embedding_table.weight, and sample with --cfg 1{otherwise}"
+        )
 
 
 def untold(family: Family, told: Mapping[str, Any]) -> list[str]:
@@ -76,34 +104,29 @@ def read_hparams(path: Path) -> dict[str, Any]:
     Raises:
       UserError: there is no such file, it is not valid, or it holds no table.
     """
-    if not path.is_file():
-        raise UserError(f"no hyperparameter file at {path}")
-    try:
-        text = path.read_text()
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no valid {path.suffix.lstrip('.')} file: {reason}") from None
-    basic = content.get("basic") if isinstance(content, Mapping) else None
+    content = read_table(path, "write the names and values of hyperparameters", _HPARAMS)
+    if isinstance(content.get("weight_map"), Mapping):
+        raise UserError(f"{path} is an index of shards, no {_HPARAMS}: pass another to --hparams")
+    basic = content.get("basic")
     told = {"rf": basic["rf"]} if isinstance(basic, Mapping) and "rf" in basic else {}
-    while isinstance(content, Mapping):
+    while True:
         inner = [content[k] for k in ("model", "params") if isinstance(content.get(k), Mapping)]
         if not inner:
-            break
+            return {**told, **content}
         content = inner[0]
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no hyperparameters: a table of names and values is needed")
-    return {**told, **content}
 
 
 def _beside(weights: Path) -> Path | None:
     """The hyperparameter file beside the weights or above their folder `checkpoints`, or None.
 
-    A file with the weights' name comes first; otherwise it must be the only one in its folder.
+    A file with the weights' name comes first. Otherwise it must be the only one in its folder:
+    the only config*.yaml, else the only .yaml or config.json.
     """
+    bare = weights.with_name(weights.name.removesuffix(INDEX))
+    stem = bare if bare != weights or weights.is_dir() else weights.with_suffix("")
     for suffix in (*_PLAIN, ".json"):
-        named = weights.with_suffix(suffix)
-        if named.is_file() and named != weights:  # the index of shards is a .json itself
+        named = stem.with_name(stem.name + suffix)
+        if named.is_file():
             return named
     folders = [weights if weights.is_dir() else weights.parent]
     if weights.absolute().parent.name == "checkpoints":
@@ -112,8 +135,10 @@ def _beside(weights: Path) -> Path | None:
         found = sorted(
             path for path in folder.iterdir() if path.suffix in _PLAIN or path.name == "config.json"
         )
+        configs = [path for path in found if path.name.startswith("config")]
+        found = configs if len(configs) == 1 else found
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+            names = tensors.listed([path.name for path in found])
             raise UserError(f"{folder} holds {names}: choose one with --hparams")
         if found:
             return found[0]
@@ -121,10 +146,15 @@ def _beside(weights: Path) -> Path | None:
 
 
 def from_shapes(family: Family, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters that the shapes of a state dict show."""
-    return family.from_shapes(
-        {keymap.bare(k): v.shape for k, v in tensors.lazy(state).specs.items()}
-    )
+    """The hyperparameters that the shapes of a state dict show.
+
+    Raises:
+      UserError: the shapes are those of no such model.
+    """
+    shapes = {keymap.bare(k): v.shape for k, v in tensors.lazy(state).specs.items()}
+    kinds = (ArithmeticError, LookupError, ValueError)
+    with explained(f"the shapes fit no model of family {family.name}", "name its family", kinds):
+        return family.from_shapes(shapes)
 
 
 def merge(told: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +173,7 @@ def contradictions(told: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
         if isinstance(told[key], Mapping) and isinstance(given[key], Mapping):
             texts += contradictions(told[key], given[key])
         elif told[key] != given[key]:
-            texts.append(f"{key} is {given[key]}, but {told[key]} in the file")
+            texts.append(f"{key} is {shown(given[key])}, but {told[key]} in the file")
     return texts
 
 

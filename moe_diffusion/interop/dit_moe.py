@@ -10,7 +10,7 @@ import ml_collections
 
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import BLOCK, MOE, TABLE, TRUNK, experts, linear, mlp
-from moe_diffusion.interop.hparams import fill
+from moe_diffusion.interop.hparams import UNUSED, fill
 from moe_diffusion.interop.rows import FLAT, HEADS_IN, HEADS_OUT, LINEAR, SAME, Family, Row
 
 # Size -> depth, width, heads.
@@ -41,12 +41,12 @@ _HPARAMS = {
     "hidden_size": 1152,
     "depth": 28,
     "num_heads": 16,
-    "mlp_ratio": 4,
+    "mlp_ratio": 4.0,
     "class_dropout_prob": 0.1,
     "num_classes": 1000,
     "num_experts": 8,
     "num_experts_per_tok": 2,
-    "pretraining_tp": 2,
+    "pretraining_tp": UNUSED,
     "learn_sigma": True,
     "use_flash_attn": False,
     "rf": True,
@@ -96,13 +96,13 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
 
 def _from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
     """Hyperparameters from the arguments of the authors' train.py; None if of another program."""
-    match = re.fullmatch(r"DiT-(S|B|L|XL|G)/(\d+)", str(args.get("model")))
+    match = re.fullmatch(r"DiT-(S|B|L|XL|G)/(\d{1,4})", str(args.get("model")))
     if not match or "num_experts" not in args:
         return None
     depth, hidden_size, num_heads = SIZES[match[1]]
     known = ("num_classes", "num_experts", "num_experts_per_tok", "rf")
     return {
-        "input_size": args.get("image_size", 256) // 8,
+        "input_size": shapes.input_size_of(args),
         "patch_size": int(match[2]),
         "depth": depth,
         "hidden_size": hidden_size,

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from moe_diffusion import config as config_lib
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, explained
 from moe_diffusion.interop import dit, dit_moe, flux, jit, promoe
 from moe_diffusion.interop.rows import Family
 
@@ -35,11 +35,11 @@ def config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.C
       UserError: unknown family or key, a key without default left out, a value of the wrong kind,
         an impossible combination, or an option that has no counterpart here.
     """
-    config = config_lib.default()
-    try:
-        family(name).configure(hparams, config)
-    except TypeError as error:  # a value of the wrong kind, such as depth: "12"
-        raise UserError(f"hyperparameters of {name}: {error}") from error
+    config, chosen = config_lib.default(), family(name)
+    # What is left is arithmetic with impossible sizes, and a fraction where a whole number belongs.
+    kinds = (TypeError, ArithmeticError)
+    with explained(f"hyperparameters of {name} are impossible", "correct them", kinds):
+        chosen.configure(hparams, config)
     config = config_lib.settle(config)
     config_lib.validate(config)
     return config

@@ -1,7 +1,8 @@
 """Reading and writing PyTorch's weight files, one tensor at a time.
 
-`.safetensors` needs no PyTorch. `.pt` and `.pth` are read with `torch.load(weights_only=True)`,
-which runs no code of the file. `argparse.Namespace` is the only foreign class that it accepts.
+Nothing here needs PyTorch, except files from before PyTorch 1.6, which were no zip archives. `.pt`,
+`.pth` and `.ckpt` are read by `pickled`, those older ones with `torch.load(weights_only=True)`.
+Both run no code of the file and refuse classes other than those that hold plain values.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import math
 import mmap
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from moe_diffusion.errors import UserError, first_line
-from moe_diffusion.interop.tensors import Lazy, Spec, joined, of_torch
+from moe_diffusion.errors import UserError, explained
+from moe_diffusion.interop import pickled
+from moe_diffusion.interop.places import PICKLED, find, shard_set, shards, subfolders
+from moe_diffusion.interop.tensors import Lazy, Spec, joined, listed, of_torch
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
-INDEX = ".safetensors.index.json"
 # Name of a dtype in safetensors -> numpy's dtype.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?"}
 DTYPES |= {f"{sign}{8 * size}": f"<{sign.lower()}{size}" for sign in "IU" for size in (1, 2, 4, 8)}
@@ -33,6 +33,8 @@ DTYPES |= {f"{sign}{8 * size}": f"<{sign.lower()}{size}" for sign in "IU" for si
 # one that comes first here.
 AVERAGES = ("ema", "ema_model_state_dict", "model_ema1", "model_ema", "ema_state_dict")
 LIVE = ("model", "model_state_dict", "state_dict", "module")
+# Names of an average begin so where one state dict holds it beside the live weights.
+AVERAGED = "ema_model."
 
 
 class Weights(NamedTuple):
@@ -64,6 +66,8 @@ def of_safetensors(*paths: str | os.PathLike) -> Lazy:
             if entry["dtype"] not in DTYPES:
                 known = ", ".join(DTYPES)
                 raise UserError(f"{path}: {key} is {entry['dtype']}; readable are {known}")
+            if key in specs:
+                raise UserError(f"{path}: {key} is in another shard, too: fetch the shards again")
             specs[key] = Spec(tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]]))
             places[key] = mapped, start + entry["data_offsets"][0]
 
@@ -101,117 +105,103 @@ def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights
         or unsafe.
     """
     path = find(path)
-    if path.is_dir():
-        parts = {f"{folder.name}/": open_weights(folder, weights) for folder in _subfolders(path)}
+    if path.is_dir() and not shard_set(path):
+        parts = {f"{folder.name}/": open_weights(folder, weights) for folder in subfolders(path)}
         return Weights(joined({prefix: opened.state for prefix, opened in parts.items()}))
-    if path.suffix not in (".pt", ".pth"):
-        if weights is not None:
-            raise UserError(f"{path.name} holds one state dict; leave out weights={weights!r}")
-        paths = _shards(path) if path.name.endswith(INDEX) else [path]
-        try:
-            return Weights(of_safetensors(*paths))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
-    return _pick(path, _torch_load(path), weights)
+    if path.suffix in PICKLED:
+        opened = _pick(path, _unpickled(path), weights)
+    else:
+        paths = shards(path)
+        with explained(f"{path} is damaged or no safetensors file", "fetch it again"):
+            opened = Weights(of_safetensors(*paths))
+    return _split(path, opened, weights)
 
 
-def find(path: str | os.PathLike, subfolder: str = "") -> Path:
-    """The weight file of a path, which may be the file or its folder.
-
-    Args:
-      subfolder: is used if the folder has it, for example "transformer" of a diffusers pipeline.
-
-    Returns:
-      A weight file, or a folder whose subfolders hold weight files.
-
-    Raises:
-      UserError: there is no weight file, or there are several.
-    """
-    path = Path(path)
-    if subfolder and (path / subfolder).is_dir():
-        path = path / subfolder
-    if path.is_dir():
-        inside = _weight_files(path)
-        if len(inside) == 1:
-            return inside[0]
-        if not inside and _subfolders(path):
-            return path
-        names = ", ".join(p.name for p in inside) or "none"
-        raise UserError(f"{path} should hold one weight file; it holds {names}: name a file")
-    if not path.is_file():
-        raise UserError(f"no weight file at {path}")
-    if path.suffix not in SUFFIXES and not path.name.endswith(INDEX):
-        raise UserError(f"{path.name}: weight files end in {', '.join((*SUFFIXES, INDEX))}")
-    return path
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The indices of shards in a folder; if it has none, its weight files."""
-    indices = sorted(folder.glob(f"*{INDEX}"))
-    return indices or sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """The subfolders that hold `.safetensors`, as in a diffusers pipeline."""
-    inner = sorted(path for path in folder.iterdir() if path.is_dir())
-    return [path for path in inner if any(p.suffix == SUFFIXES[0] for p in path.iterdir())]
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is no index of shards: it lacks a table 'weight_map'") from None
-    absent = [name for name in names if not (index.parent / name).is_file()]
-    if absent:
-        raise UserError(f"{index} names shards that are not beside it: {', '.join(absent)}")
-    return [index.parent / name for name in names]
-
-
-def _torch_load(path: Path) -> Any:
+def _unpickled(path: Path) -> Any:
+    if pickled.is_archive(path):
+        return pickled.load(path)
     try:
         import torch
     except ImportError:
         raise UserError(
-            f"reading {path.name} needs PyTorch: pip install 'moe_diffusion[torch]', "
-            "or convert the file to .safetensors"
+            f"{path.name} is damaged, or of a PyTorch before 1.6, which needs PyTorch to be read: "
+            "pip install 'moe_diffusion[torch]', or save it again with a newer one"
         ) from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-            mmap = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises many kinds: pickle, zip, runtime, EOF
-        raise UserError(
-            f"{path} is damaged or holds more than weights: {first_line(error)}"
-        ) from None
+    with (
+        explained(f"{path} is damaged or holds more than weights", "save the weights alone"),
+        torch.serialization.safe_globals([argparse.Namespace]),
+    ):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _pick(path: Path, loaded: Any, weights: str | None) -> Weights:
     """Picks the state dict that `weights` stands for; see `open_weights`."""
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path.name} holds a {type(loaded).__name__}, not a state dict")
-    if _is_state_dict(loaded) and weights is None:
-        return Weights(of_torch(loaded))
+    if _is_state_dict(loaded):
+        return Weights(_lazy(loaded))
     nested = [k for k, v in loaded.items() if isinstance(v, Mapping) and _is_state_dict(v)]
     if weights in nested or (weights is None and len(nested) == 1):
         chosen = weights or nested[0]
     else:
         wanted = {None: AVERAGES + LIVE, "ema": AVERAGES, "model": LIVE}.get(weights, ())
         chosen = next((name for name in wanted if name in nested), None)
+        if chosen is None and weights == "ema":  # under a prefix, beside the live weights
+            chosen = next((name for name in nested if _averaged(loaded[name])), None)
     if chosen is None:
         asked = "" if weights is None else f"no state dict '{weights}'; "
-        raise UserError(f"{path.name}: {asked}choose weights= one of {', '.join(nested) or 'none'}")
+        names = listed([str(name) for name in nested]) or "none"
+        raise UserError(f"{path.name}: {asked}choose weights= one of {names}")
+    return Weights(_lazy(loaded[chosen]), str(chosen), _args(loaded))
+
+
+def _split(path: Path, opened: Weights, weights: str | None) -> Weights:
+    """Takes the average or the live weights of a state dict that holds both under prefixes.
+
+    Raises:
+      UserError: `weights` asks for something that is not there.
+    """
+    averaged = set(_averaged(opened.state))
+    # The rest may be bookkeeping of the average: its step, whether it has begun.
+    live = [k for k, spec in opened.state.specs.items() if k not in averaged and len(spec.shape)]
+    if not averaged or not live:
+        if weights is not None and opened.entry is None:
+            raise UserError(f"{path.name} holds one state dict; leave out weights={weights!r}")
+        return opened
+    if opened.entry is None and weights not in (None, "ema", "model"):
+        raise UserError(f"{path.name}: no state dict '{weights}'; choose weights= ema or model")
+    entry, keys = ("model", live) if weights == "model" else (AVERAGED[:-1], averaged)
+    specs = {key: opened.state.specs[key] for key in keys}
+    return opened._replace(state=Lazy(specs, opened.state.__getitem__), entry=entry)
+
+
+def _averaged(state: Mapping[str, Any]) -> list[str]:
+    return [key for key in state if isinstance(key, str) and key.startswith(AVERAGED)]
+
+
+def _args(loaded: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plain values of the training script's arguments, if the file holds them under "args"."""
     args = loaded.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    return Weights(
-        of_torch(loaded[chosen]), chosen, dict(args) if isinstance(args, Mapping) else None
-    )
+    elif isinstance(args, pickled.Record):
+        args = args.fields
+    if not isinstance(args, Mapping):
+        return None
+    plain = (str, int, float, type(None))
+    return {k: v for k, v in args.items() if isinstance(k, str) and isinstance(v, plain)}
 
 
 def _is_state_dict(mapping: Mapping) -> bool:
-    return bool(mapping) and all(hasattr(v, "detach") for v in mapping.values())
+    tensors = (isinstance(v, pickled.Tensor) or hasattr(v, "detach") for v in mapping.values())
+    return bool(mapping) and all(tensors) and all(isinstance(key, str) for key in mapping)
+
+
+def _lazy(state: Mapping[str, Any]) -> Lazy:
+    if not isinstance(next(iter(state.values())), pickled.Tensor):
+        return of_torch(state)
+    specs = {key: Spec(tensor.shape, tensor.dtype) for key, tensor in state.items()}
+    return Lazy(specs, lambda key: state[key].read())
 
 
 def write_state_dict(state: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:

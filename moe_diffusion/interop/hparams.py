@@ -12,8 +12,18 @@ from typing import Any
 
 import ml_collections
 
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
+from moe_diffusion.reading import Key, key_like
 
+_NOTHING = type(None)
+MAYBE_TABLE = Key((dict, _NOTHING), None)
+MAYBE_SIZE = Key((int, _NOTHING), None, least=0)
+MAYBE_BOOL = Key((bool, _NOTHING), None)
+SIZE = Key((int,), least=0)  # without a default
+# A value that no network depends on; it may be what the authors' code takes.
+UNUSED = Key((bool, float, str, list, dict, _NOTHING), None)
+
+# A table of known keys: name -> default, whose kind the value must have, or what else it may be.
 _COMMON = {
     "input_size": 32,
     "patch_size": 2,
@@ -26,53 +36,53 @@ _COMMON = {
     "num_classes": 1000,
     "learn_sigma": True,
     "use_swiglu": False,
-    "head_dim": None,
-    "rf": None,
+    "head_dim": MAYBE_SIZE,
+    "rf": MAYBE_BOOL,
 }
 _MOE_COMMON = {
-    "MoE_config": None,
-    "CapacityPred_loss_weight": 0.01,
-    "init_MoeMLP": False,
-    "use_capacity_schedule": None,
+    "MoE_config": MAYBE_TABLE,
+    "CapacityPred_loss_weight": UNUSED,
+    "init_MoeMLP": UNUSED,
+    "use_capacity_schedule": UNUSED,
 }
 _DSMOE = {
     "rope_type": "none",
     "use_sinks": False,
-    "sliding_window": 0,
+    "sliding_window": UNUSED,
     "enable_gqa": False,
     "norm_type": "layernorm",
     "use_kda": False,
-    "kda_kwargs": None,
+    "kda_kwargs": UNUSED,
 }
-# Keys of MoE_config; `...` marks those without a default. Some keys do not change the network: how
-# the experts are initialised, schedules, and fields that the family's code never reads.
+# Keys of MoE_config. Some keys do not change the network: how the experts are initialised,
+# schedules, and fields that the family's code never reads.
 _TOKEN_OR_EXPERT_CHOICE = {
-    "num_experts": ...,
-    "capacity": ...,
-    "n_shared_experts": 0,
+    "num_experts": SIZE,
+    "capacity": Key((float,), least=0),
+    "n_shared_experts": MAYBE_SIZE,
     "interleave": True,
-    "init_MoeMLP": False,
-    "capacity_schedule": None,
+    "init_MoeMLP": UNUSED,
+    "capacity_schedule": UNUSED,
 }
 _MOE_CONFIG = {
     "dsmoe": {
-        "num_experts": ...,
-        "moe_intermediate_size": ...,
-        "num_experts_per_tok": ...,
-        "hidden_size": None,
+        "num_experts": SIZE,
+        "moe_intermediate_size": SIZE,
+        "num_experts_per_tok": SIZE,
+        "hidden_size": MAYBE_SIZE,
         "n_group": 1,
         "topk_group": 1,
         "routed_scaling_factor": 1.0,
         "use_shared_expert": False,
         "interleave": True,
-        "skip_first2": False,
-        "skip_last2": False,
-        "capacity": 1,
-        "init_MoeMLP": False,
-        "capacity_schedule": None,
-        "use_type": "all",
-        "group_bins": None,
-        "local_top_p": None,
+        "skip_first2": Key((bool, int, _NOTHING), False, least=0),
+        "skip_last2": UNUSED,
+        "capacity": UNUSED,
+        "init_MoeMLP": UNUSED,
+        "capacity_schedule": UNUSED,
+        "use_type": UNUSED,
+        "group_bins": UNUSED,
+        "local_top_p": UNUSED,
     },
     "tcdit": _TOKEN_OR_EXPERT_CHOICE,
     "ecdit": _TOKEN_OR_EXPERT_CHOICE,
@@ -93,9 +103,8 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
         and false for a DDPM. Without it a dit is a DDPM, and the other families are flows.
 
     Raises:
-      UserError: a key is unknown, a key without default is left out, or an option has no
-        counterpart here.
-      TypeError: a value is of the wrong kind.
+      UserError: a key is unknown, a key without default is left out, a value is of the wrong kind,
+        or an option has no counterpart here.
     """
     known = dict(_COMMON)
     if family in _MOE_CONFIG:
@@ -143,7 +152,7 @@ def _set_dsmoe(model, h, moe, family) -> None:
         )
     positions = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
     if h["rope_type"] not in positions:
-        raise UserError(f"rope_type is {h['rope_type']!r}; known: {', '.join(positions)}")
+        raise UserError(f"rope_type is {shown(h['rope_type'])}; known: {', '.join(positions)}")
     model.positions = positions[h["rope_type"]]
     model.norm = h["norm_type"]
     model.num_kv_heads = h["num_heads"] // 2 if h["enable_gqa"] else 0
@@ -157,7 +166,7 @@ def _set_dsmoe(model, h, moe, family) -> None:
         shared_mlp="swiglu",
         shared_bias=False,
         residual_input=not moe["use_shared_expert"],
-        skip_first=(2 if skip else 0) if isinstance(skip, bool) else skip or 0,
+        skip_first=2 * skip if isinstance(skip, bool) else skip or 0,
     )
     model.router.update(
         name="token_choice",
@@ -216,16 +225,31 @@ def fill(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> dict
 
     Args:
       where: name of the table, for messages.
+      known: name -> default, or a `reading.Key`. A value must be of the default's kind; one of type
+        bool may be 0 or 1.
 
     Raises:
-      UserError: a key is unknown, or a key without default (`...`) is left out.
+      UserError: a key is unknown or left out although it has no default, or a value is not as its
+        key says.
     """
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown hyperparameter '{key}' in {where}; the nearest is '{near}'")
-    filled = {**known, **given}
-    lacking = [key for key, value in filled.items() if value is ...]
+            near = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"unknown hyperparameter {shown(key)} in {where}; the nearest is '{near}'"
+            )
+    keys = {name: key if isinstance(key, Key) else key_like(key) for name, key in known.items()}
+    filled = {name: given.get(name, key.default) for name, key in keys.items()}
+    lacking = [name for name, value in filled.items() if value is ...]
     if lacking:
         raise UserError(f"{where} lacks the hyperparameter(s) {', '.join(lacking)}")
+    for name in given:
+        keys[name].check(filled[name], f"{where}.{name}", "correct the hyperparameters")
+        if keys[name].kinds == (bool,):
+            filled[name] = bool(filled[name])
     return filled
+
+
+def without_default(known: Mapping[str, Any]) -> list[str]:
+    """The names of a table for `fill` that must be given."""
+    return [name for name, key in known.items() if isinstance(key, Key) and key.default is ...]

@@ -14,10 +14,10 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import linear
-from moe_diffusion.interop.hparams import fill
+from moe_diffusion.interop.hparams import MAYBE_TABLE, SIZE, UNUSED, fill, without_default
 from moe_diffusion.interop.rows import (
     CONV_1X1,
     FLAT,
@@ -32,6 +32,7 @@ from moe_diffusion.interop.rows import (
     Row,
 )
 from moe_diffusion.models import blocks
+from moe_diffusion.reading import Key
 
 # --- names ---------------------------------------------------------------------------------------
 
@@ -120,18 +121,18 @@ _NET = {
     "bottleneck_dim": 128,
     "in_context_len": 32,
     "in_context_start": 8,
-    "moe_config": None,
+    "moe_config": MAYBE_TABLE,
 }
 _MOE_CONFIG = {
-    "num_experts": ...,
-    "hidden_size": None,  # the code takes the model's
-    "moe_intermediate_size": ...,
-    "n_group": ...,
-    "topk_group": ...,
-    "num_experts_per_tok": ...,
-    "routed_scaling_factor": ...,
-    "interleave": ...,
-    "use_shared_expert": ...,
+    "num_experts": SIZE,
+    "hidden_size": UNUSED,  # the code takes the model's
+    "moe_intermediate_size": SIZE,
+    "n_group": SIZE,
+    "topk_group": SIZE,
+    "num_experts_per_tok": SIZE,
+    "routed_scaling_factor": Key((float,)),
+    "interleave": Key((bool,)),
+    "use_shared_expert": Key((bool,)),
     "proj_drop": 0.0,
 }
 # What the Denoiser reads of the command line of main_jit.py, with its defaults.
@@ -175,7 +176,9 @@ def net_of(name: str) -> dict[str, Any]:
     """
     match = re.fullmatch(r"JiT-([BLHG])/(16|32)(-E16)?", name)
     if not match or (match[3] and (match[1] not in MOE_SIZES or match[2] != "16")):
-        raise UserError(f"unknown model {name!r}; known are JiT-{{B,L,H,G}}/{{16,32}} and -E16")
+        raise UserError(
+            f"unknown model {shown(name)}; known are JiT-{{B,L,H,G}}/{{16,32}} and -E16"
+        )
     size, patch, experts = match.groups()
     depth, width, heads, bottleneck, start = SIZES[size]
     net = {"num_heads": heads, "bottleneck_dim": bottleneck, "in_context_start": start}
@@ -201,7 +204,7 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Arguments that concern neither the network nor the sampling are ignored.
     """
-    if not str(args.get("model")).startswith("JiT-"):
+    if not str(args.get("model"))[:100].startswith("JiT-"):
         return None
     net = net_of(args["model"])
     net |= {theirs: args.get(name, default) for name, (default, theirs) in _ARGS.items()}
@@ -217,10 +220,11 @@ def configure(family: str, hparams: Mapping[str, Any], config: ml_collections.Co
         or arguments that `from_args` reads. Those left out take the authors' default.
 
     Raises:
-      UserError: a key or the model is unknown, or an option has no counterpart here.
-      TypeError: a value is of the wrong kind.
+      UserError: a key or the model is unknown, a value is of the wrong kind, or an option has no
+        counterpart here.
     """
-    hparams = fill("hyperparameters", {"net": ..., "denoiser": {}}, from_args(hparams) or hparams)
+    known = {"net": Key((dict,)), "denoiser": {}}
+    hparams = fill("hyperparameters", known, from_args(hparams) or hparams)
     net = fill("net", _NET, hparams["net"])
     _set_net(config.model, net)
     moe = fill("moe_config", _MOE_CONFIG, net["moe_config"]) if net["moe_config"] else None
@@ -309,7 +313,7 @@ def _set_denoiser(config: ml_collections.ConfigDict, denoiser: Mapping[str, Any]
 # token chooses experts, how strong the noise is (2 for 512 pixels).
 _DEFAULTED = ("mlp_ratio", "attn_drop", "proj_drop", "moe_config")
 _ASKED = (*(f"net.{name}" for name in _NET if name not in _DEFAULTED), "denoiser.noise_scale")
-_ASKED_MOE = tuple(f"net.moe_config.{name}" for name, value in _MOE_CONFIG.items() if value is ...)
+_ASKED_MOE = tuple(f"net.moe_config.{name}" for name in without_default(_MOE_CONFIG))
 
 FAMILIES = {
     name: Family(

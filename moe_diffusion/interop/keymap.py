@@ -22,7 +22,8 @@ from moe_diffusion.interop.rows import Family, Layout, Row
 from moe_diffusion.interop.tensors import Lazy, Parts, Pieces, Spec, State, lazy, listed
 from moe_diffusion.models import stack
 
-WRAPPERS = ("module.", "_orig_mod.", "net.")  # DDP, torch.compile, JiT's Denoiser
+# DDP, torch.compile, JiT's Denoiser, Lightning, ema_pytorch (its average and its live weights)
+WRAPPERS = ("module.", "_orig_mod.", "net.", "model.", "ema_model.", "online_model.")
 Abstract = Mapping[str, Any]  # path of a leaf, like "params/final/linear/bias" -> array or shape
 
 
@@ -282,6 +283,12 @@ def _matched(
     fixed = constants(family, model)
     want = {**want, **{key: value.shape for key, value in fixed.items()}}
     found = {bare(key): key for key in state}
+    if len(found) < len(state):
+        twice = next(key for key in state if found[bare(key)] != key)
+        raise UserError(
+            f"{twice} and {found[bare(twice)]} are the same tensor under two prefixes: save one "
+            "state dict alone"
+        )
     names = {key: found[bare(key)] for key in want if bare(key) in found}
     shapes = {key: state.specs[name].shape for key, name in names.items()}
     problems = {
@@ -291,6 +298,11 @@ def _matched(
             f"{names[key]} (file {shape}, model {want[key]})"
             for key, shape in shapes.items()
             if _matrix(shape) != _matrix(want[key])
+        ],
+        "no floating numbers": [
+            f"{names[key]} ({state.specs[names[key]].dtype})"
+            for key in shapes
+            if not jnp.issubdtype(state.specs[names[key]].dtype, jnp.floating)
         ],
         "not the fixed value of this model": [
             names[key]

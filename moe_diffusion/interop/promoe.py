@@ -9,11 +9,12 @@ from typing import Any
 
 import ml_collections
 
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.interop import shapes
 from moe_diffusion.interop.dit import BLOCK, MOE, TABLE, TRUNK, linear
-from moe_diffusion.interop.hparams import fill
+from moe_diffusion.interop.hparams import MAYBE_SIZE, SIZE, UNUSED, fill
 from moe_diffusion.interop.rows import LINEAR, SAME, Family, Row
+from moe_diffusion.reading import Key
 
 _EXPERT = "blocks.{i}.mlp.experts.{e}"
 _ROWS = (
@@ -45,23 +46,23 @@ _HPARAMS = {
     "num_classes": 1000,
     "learn_sigma": True,
     "use_swiglu": False,
-    "MoE_config": ...,
-    "head_dim": None,
+    "MoE_config": Key((dict,)),
+    "head_dim": MAYBE_SIZE,
 }
 # norm_topk_prob and seq_aux have no effect in the code.
 _MOE_CONFIG = {
-    "num_routed_experts": ...,
-    "moe_intermediate_size": ...,
-    "shared_expert_intermediate_size": ...,
-    "interleave": ...,
-    "load_balance_loss_coef": 0,
-    "norm_topk_prob": False,
-    "seq_aux": False,
+    "num_routed_experts": SIZE,
+    "moe_intermediate_size": SIZE,
+    "shared_expert_intermediate_size": SIZE,
+    "interleave": Key((bool,)),
+    "load_balance_loss_coef": 0.0,
+    "norm_topk_prob": UNUSED,
+    "seq_aux": UNUSED,
     "use_shared_expert": True,
     "use_uncond_expert": True,
     "init_MoeMLP": False,
     "router_weight_mode": "softmax",
-    "routing_contrastive_lam": 0,
+    "routing_contrastive_lam": 0.0,
     "use_top_k_for_routing_contrastive": False,
     "routing_contrastive_temperature": 0.1,
 }
@@ -142,14 +143,17 @@ def _from_yaml(family: str, hparams: Mapping[str, Any]) -> Mapping[str, Any]:
     if len(sections) != 1:
         if "model_name" in hparams:  # one of the baselines that the authors compare with
             raise UserError(
-                f"model_name is {hparams['model_name']}: no ProMoE, whose yaml files have one "
-                f"section DiT_S_config, DiT_B_config, DiT_L_config or DiT_XL_config; {family} "
+                f"model_name is {shown(hparams['model_name'])}: no ProMoE, whose yaml files have "
+                f"one section DiT_S_config, DiT_B_config, DiT_L_config or DiT_XL_config; {family} "
                 "reads no other"
             )
         return hparams
     name = hparams.get("model_name", family)
-    if f"_{family[-2:].upper()}_" not in f"{name.upper()}_":
-        raise UserError(f"model_name is {name}: choose the family that it names, not {family}")
+    if f"_{family[-2:].upper()}_" not in f"{str(name)[:100].upper()}_":
+        raise UserError(
+            f"model_name is {shown(name)}: choose the family that it names, not {family}"
+        )
+    Key((dict,)).check(hparams[sections[0]], sections[0], "restore the authors' file")
     depth, hidden_size, num_heads = shapes.SIZES[sections[0].split("_")[1]]
     sizes = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads}
     others = {key: hparams[key] for key in _HPARAMS if key in hparams}

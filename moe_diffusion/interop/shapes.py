@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moe_diffusion.reading import Key
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Size -> depth, width, heads (DiT, 2212.09748, Table 1; SiT has the same).
@@ -20,18 +22,30 @@ TRUNK += ("num_classes", "learn_sigma")
 
 def dense_from_args(args: Mapping[str, Any]) -> dict[str, Any] | None:
     """Hyperparameters from the arguments of DiT's or SiT's train.py; None if of another program."""
-    match = re.fullmatch(r"[DS]iT-(S|B|L|XL)/(\d+)", str(args.get("model")))
+    match = re.fullmatch(r"[DS]iT-(S|B|L|XL)/(\d{1,4})", str(args.get("model")))
     if not match or "num_experts" in args:
         return None
     depth, hidden_size, num_heads = SIZES[match[1]]
     return {
-        "input_size": args.get("image_size", 256) // 8,
+        "input_size": input_size_of(args),
         "patch_size": int(match[2]),
         "depth": depth,
         "hidden_size": hidden_size,
         "num_heads": num_heads,
         "num_classes": args.get("num_classes", 1000),
     }
+
+
+def input_size_of(args: Mapping[str, Any]) -> int:
+    """The side of the latents of the images that a training script was told to use.
+
+    Raises:
+      UserError: it is no number of pixels.
+    """
+    pixels = args.get("image_size", 256)
+    sides = Key((int,), least=8, most=1 << 16)
+    sides.check(pixels, "the training arguments: image_size", "pass --hparams file.yaml")
+    return pixels // 8
 
 
 def dense_from_shapes(shapes: Shapes) -> dict[str, Any]:

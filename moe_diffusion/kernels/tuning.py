@@ -8,13 +8,14 @@ that is not in this table follows the rules below.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from moe_diffusion import reading
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.kernels.mlp import Params
 
 
@@ -88,7 +89,28 @@ def _tuned(params: Params, num_assignments: int) -> list[Any] | None:
     return table.get(device.device_kind, {}).get(key(params, num_assignments))
 
 
+def read_table_of_tiles(path: Path) -> dict[str, dict[str, list[Any]]]:
+    """Kind of device -> key of a shape -> the values of a `TPUTiles` or `GPUBlocks`.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    remedy = "delete it, or name another by MOE_DIFFUSION_TILES"
+    table = reading.read_table(path, remedy)
+    for kind, shapes in table.items():
+        reading.Key((dict,)).check(shapes, f"{path}: {kind}", remedy)
+        for shape, sizes in shapes.items():
+            named = f"{path}: {kind}: {shape}"
+            reading.Key((list,), least=2, most=5).check(sizes, named, remedy)
+            numbers, kernels = sizes[:4], sizes[4:]
+            if len(sizes) == 3 or kernels not in ([], ["triton"], ["mosaic"]):
+                raise UserError(f"{named} is {shown(sizes)}, not tiles of a kernel: {remedy}")
+            for number in numbers:
+                reading.Key((int,), least=1, most=1 << 16).check(number, named, remedy)
+    return table
+
+
 @functools.cache
 def _read(path: Path, modified: int) -> dict[str, dict[str, list[Any]]]:
     del modified
-    return json.loads(path.read_text())
+    return read_table_of_tiles(path)

@@ -20,16 +20,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from moe_diffusion.classes import of_source
-from moe_diffusion.data.latents import (
-    FORMAT,
-    MANIFEST,
-    UNFINISHED,
-    read_settings,
-    record_of,
-    spec_of,
-)
+from moe_diffusion.data.latents import UNFINISHED, read_settings, record_of, spec_of
 from moe_diffusion.data.sources import check_batch, stack
 from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.manifest import FORMAT, MANIFEST, check_note
+from moe_diffusion.reading import read_table
 
 # Each record is a separate group, for random access. Nothing is compressed, because f16 latents
 # are too noisy for it.
@@ -116,7 +111,7 @@ def write_shards(job: Job, process_index: int, process_count: int) -> None:
 
 def finish(job: Job) -> dict[str, Any]:
     """Writes and returns the manifest. Every process must have written its shards before."""
-    notes = [json.loads(job.note(n).read_text()) for n in range(len(job.shards))]
+    notes = [_read_note(job, n) for n in range(len(job.shards))]
     count = sum(note["count"] for note in notes)
     if not count:
         raise UserError("every image is broken: nothing was prepared")
@@ -240,6 +235,14 @@ def _class_counts(job: Job, skipped: set[str]) -> list[int] | None:
         for index, label in enumerate(job.source.labels.tolist()):
             counts[label] -= job.source.name(index) in skipped
     return counts or None
+
+
+def _read_note(job: Job, number: int) -> dict[str, Any]:
+    """The note of a finished shard. Raises UserError if it is damaged."""
+    path = job.note(number)
+    note = read_table(path, f"delete it and {job.shard_file(number).name}, and prepare again")
+    check_note(note, job.shard_file(number), str(path), job.settings["shape"][-1])
+    return note
 
 
 def _compare(path: Path, settings: dict[str, Any]) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_diffusion import config as configs
+from moe_diffusion.errors import UserError
 from moe_diffusion.figures.curves import comparison_picture, read_losses
 from moe_diffusion.figures.images import save_png
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.reading import Key, lines, read_table, table_of
 from moe_diffusion.reproduction import tables
 from moe_diffusion.reproduction.commands import Options, Step, judging, training, workdir
 from moe_diffusion.reproduction.items import Item
@@ -35,7 +37,7 @@ def make(item: Item, options: Options) -> dict[str, Any]:
         return _written(item, options, tables.counted(item))
     steps = training(item, options) + judging(item, options)
     kept = options.out / "results.json"
-    results: Results = json.loads(kept.read_text()) if kept.is_file() else {}
+    results: Results = _read_results(kept) if kept.exists() else {}
     for number, step in enumerate(steps, 1):
         if is_main_process():
             print(f"[{number}/{len(steps)}] $ {step}", flush=True)
@@ -67,9 +69,21 @@ def _train(step: Step) -> None:
 def _evaluate(step: Step) -> list[dict[str, Any]]:
     """Runs `evaluate`; returns the lines that it added to the run's evaluations.jsonl."""
     log = Path(step.argv[step.argv.index("--workdir") + 1]) / "evaluations.jsonl"
-    before = len(log.read_text().splitlines()) if log.is_file() else 0
+    before = sum(1 for _ in lines(log)) if log.exists() else 0
     _call(step)
-    return [json.loads(line) for line in log.read_text().splitlines()[before:]]
+    found = [table_of(line) for number, line in lines(log) if number > before]
+    if None in found:
+        raise UserError(f"{log} has a line that is no JSON object: delete that line")
+    return found
+
+
+def _read_results(path: Path) -> Results:
+    """The results that are there. Raises UserError if the file holds something else."""
+    results = read_table(path, "delete it, and what it holds is measured again")
+    for name, found in results.items():
+        judged = Key((list,), least=1, items=Key((dict,)))
+        judged.check(found, f"{path}: {name}", "delete it, and what it holds is measured again")
+    return results
 
 
 def _judge_all_steps(item: Item, options: Options, results: Results, kept: Path) -> None:

@@ -23,6 +23,7 @@ from etils import epath
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.reading import table_of
 
 
 class MetricWriter:
@@ -106,11 +107,9 @@ def _drop_after(path: epath.Path, step: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """Infinity for a line that a killed process left incomplete."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    """Infinity for a line that a killed process left incomplete, or that has no step."""
+    step = (table_of(line) or {}).get("step")
+    return step if type(step) is int else math.inf
 
 
 class Progress:

@@ -1,14 +1,14 @@
 """The C++ kernels (cpu.cc) as a library, compiled on this machine when it is first needed.
 
 The machine's own compiler makes the most of its CPU, and nobody has to build wheels. Compiling
-takes a few seconds, once: the library stays in ~/.cache/moe_diffusion/kernels, under a name that is
-a hash of everything that it was made from. Where no compiler works there are no C++ kernels, and a
-warning says what to install.
+takes a few seconds, once: the library stays in ~/.cache/moe_diffusion/kernels. Its name holds a
+hash of everything that it was made from, and one of its own bytes. A file that is not as its name
+says, or that somebody else could have written, is not loaded but made again. Where no compiler
+works there are no C++ kernels, and a warning says what to install.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import hashlib
@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
-from moe_diffusion.caches import cache_folder
+from moe_diffusion.caches import cache_folder, is_ours
 from moe_diffusion.errors import first_line
 
 SOURCE = Path(__file__).with_name("cpu.cc")
@@ -52,7 +52,7 @@ def available() -> bool:
     failures = []
     for compiler in compilers():
         try:
-            library = ctypes.CDLL(str(build(compiler, cache())))
+            library = ctypes.CDLL(str(build(compiler, cache_folder("kernels"))))
         except (OSError, subprocess.SubprocessError) as error:
             failures.append(f"{' '.join(compiler)}: {_reason(error)}")
             continue
@@ -81,20 +81,6 @@ def compilers() -> Iterator[tuple[str, ...]]:
         yield (sys.executable, "-m", "ziglang", "c++")
 
 
-def cache() -> Path:
-    """The folder for libraries: the user's cache, or a temporary one where that is not writable."""
-    try:
-        folder = cache_folder("kernels")
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # no home
-        pass
-    folder = tempfile.mkdtemp(prefix="moe_diffusion-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
 def build(
     compiler: tuple[str, ...], folder: Path, machine: tuple[tuple[str, ...], ...] = FOR_THIS_CPU
 ) -> Path:
@@ -115,9 +101,11 @@ def build(
     command = [*compiler, *FLAGS, *flags, "-isystem", include, str(SOURCE)]
     parts = [path.read_bytes() for path in (SOURCE, *HEADERS)]
     parts += [defines.stdout, jaxlib.__version__.encode(), " ".join(map(str, command)).encode()]
-    path = folder / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:24]}.so"
-    if path.exists():
-        return path
+    key = _digest(b"".join(parts))
+    for path in folder.glob(f"{key}-*.so"):
+        if is_ours(path) and path.stem == f"{key}-{_digest(path.read_bytes())}":
+            return path
+        path.unlink()
     logging.info("compiling %s for this CPU, once", SOURCE.name)
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
@@ -125,10 +113,16 @@ def build(
         subprocess.run(
             [*command, "-o", unfinished], check=True, capture_output=True, text=True, timeout=300
         )
+        os.chmod(unfinished, 0o700)
+        path = folder / f"{key}-{_digest(Path(unfinished).read_bytes())}.so"
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return path
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,141 @@
+"""What the manifest of a folder of prepared latents may say; `data/latents.py` reads the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_diffusion.errors import UserError, shown
+from moe_diffusion.reading import Key, check_keys, key_like, plain_name
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+REMEDY = "restore it, or prepare the folder again"
+DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"}
+DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_SIDE = Key((int,), least=1, most=1 << 16)
+_COUNT = Key((int,), least=0, most=1 << 40)
+_NUMBER = Key((float,), least=-1e6, most=1e6)
+_TEXT, _TEXTS = Key((str,)), Key((str,), None)
+_NOTHING = type(None)
+_RECORD = 1 << 30  # bytes of a record, at most
+
+_SETTINGS = {
+    "shape": Key((list,), least=3, most=3, items=_SIDE),
+    "moments": Key((bool,)),
+    "flip": Key((bool,)),
+    "scale": Key((float,), least=1e-6, most=1e6),
+    "shift": _NUMBER,
+    "fields": Key((list,), most=100, items=Key((dict,))),
+    "seed": Key((int,), 0, least=0),
+    "shard_size": Key((int,), 1, least=1),
+    "records": Key((int,), 0, least=0),
+    "source": key_like(""),
+    "split": key_like(""),
+    "autoencoder": Key((dict,), {}),  # format 1 began without it
+    "class_names": Key((list, _NOTHING), None, items=_TEXT),
+    "class_counts": Key((list, _NOTHING), None, items=_COUNT),
+}
+_MANIFEST = {
+    "count": Key((int,), least=1, most=1 << 40),
+    "shards": Key((list,), least=1, items=Key((dict,))),
+    "statistics": Key((dict,), {}),
+    "skipped": Key((list,), (), items=_TEXT),
+}
+_FIELD = {
+    "name": _TEXT,
+    "shape": Key((list,), most=8, items=Key((int,), least=0, most=1 << 24)),
+    "dtype": _TEXT,
+    "num_values": Key((int, _NOTHING), least=1, most=1 << 40),
+}
+_SHARD = {"file": _TEXT, "count": _COUNT, "bytes": Key((int,), least=0, most=1 << 60)}
+_MADE_BY = {"name": _TEXT, "fingerprint": _TEXT}
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Checks what a manifest and the settings of an unfinished run have in common.
+
+    Args:
+      settings: with "fields", also in format 1.
+      where: the file, with which the message begins.
+
+    Raises:
+      UserError: a key is lacking, or its value cannot be; the message names it. Other keys may be
+        there.
+    """
+    check_keys(settings, _SETTINGS, where, REMEDY)
+    if settings.get("autoencoder"):
+        check_keys(settings["autoencoder"], _MADE_BY, f"{where}: autoencoder", REMEDY)
+    height, width, channels = settings["shape"]
+    size = 2 * (1 + settings["flip"]) * (1 + settings["moments"]) * height * width * channels
+    names = []
+    for i, field in enumerate(settings["fields"]):
+        named = f"{where}: fields[{i}]"
+        check_keys(field, _FIELD, named, REMEDY)
+        if field["dtype"] not in DTYPES:
+            raise UserError(f"{named}: dtype is {field['dtype']!r}, not one of numbers: {REMEDY}")
+        if not field["name"].isidentifier() or field["name"] in (*names, "image"):
+            raise UserError(f"{named}: name is {field['name']!r}, no new name of a field: {REMEDY}")
+        if field["name"] == "label" and field["num_values"] is None:
+            raise UserError(f"{named}: num_values is null, not the number of classes: {REMEDY}")
+        names.append(field["name"])
+        values = 1
+        for side in field["shape"]:
+            values *= side
+        size += 8 * values
+    if size > _RECORD:
+        raise UserError(f"{where}: shape and fields make records of {size:,} bytes: {REMEDY}")
+
+
+def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
+    """Checks what only a finished folder says: counts, names and sizes of its shards, statistics.
+
+    Raises:
+      UserError: see `check_settings`; or the format is a later one, the numbers contradict each
+        other, or a shard does not lie in the folder.
+    """
+    number = manifest.get("format")
+    if type(number) is not int or not 1 <= number <= FORMAT:
+        raise UserError(
+            f"{where} is of format {shown(number)}, this version of moe_diffusion reads 1 to "
+            f"{FORMAT}: update moe_diffusion, or prepare the folder again"
+        )
+    check_settings(manifest, where)
+    check_keys(manifest, _MANIFEST, where, REMEDY)
+    channels = manifest["shape"][-1]
+    for name, least in (("mean", -1e30), ("std", 0)) if manifest.get("statistics") else ():
+        numbers = Key((float,), least=least, most=1e30)
+        wanted = {name: Key((list,), least=channels, most=channels, items=numbers)}
+        check_keys(manifest["statistics"], wanted, f"{where}: statistics", REMEDY)
+    for i, shard in enumerate(manifest["shards"]):
+        check_keys(shard, _SHARD, f"{where}: shards[{i}]", REMEDY)
+        plain_name(shard["file"], f"{where}: shards[{i}]: file", REMEDY)
+    files = [shard["file"] for shard in manifest["shards"]]
+    if len(set(files)) != len(files):
+        raise UserError(f"{where} names a shard twice: {REMEDY}")
+    counted = sum(shard["count"] for shard in manifest["shards"])
+    if counted != manifest["count"]:
+        raise UserError(
+            f"{where} says {manifest['count']} records, its shards hold {counted}: prepare it again"
+        )
+
+
+def check_note(note: Mapping[str, Any], shard: Path, where: str, channels: int) -> None:
+    """Checks the note of a finished shard, from which the manifest is made.
+
+    Args:
+      shard: the file that it is about.
+      channels: of a latent.
+
+    Raises:
+      UserError: a key is lacking, its value cannot be, or it contradicts the file.
+    """
+    remedy = f"delete it and {shard.name}, and prepare again"
+    check_keys(note, _SHARD | {"skipped": Key((list,), items=_TEXT)}, where, remedy)
+    if note["count"]:
+        row = Key((list,), least=channels, most=channels, items=Key((float,)))
+        check_keys(note, {"sums": Key((list,), least=2, most=2, items=row)}, where, remedy)
+    size = shard.stat().st_size if shard.is_file() else None
+    if note["file"] != shard.name or note["bytes"] != size:
+        raise UserError(f"{where} is not of the {size} bytes of {shard.name}: {remedy}")
