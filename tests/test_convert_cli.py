@@ -237,6 +237,95 @@ def test_hyperparameters_are_found(tmp_path, golden, monkeypatch):
     assert origin(moved, config=str(spec)) == str(spec)
 
 
+def test_the_index_of_shards_is_no_hyperparameter_file(tmp_path, golden, capfd):
+    """Beside it: nothing; a file with its name; the authors' config_*.yaml among other files."""
+    config = json.loads((golden / "config.json").read_text())
+    (golden / "config.json").unlink()
+    state, index = load_file(golden / "weights.safetensors"), "m.safetensors.index.json"
+    (golden / "weights.safetensors").unlink()
+    keys, shards = list(state), ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors")
+    for shard, names in zip(shards, (keys[::2], keys[1::2]), strict=True):
+        files.write_state_dict({key: state[key] for key in names}, golden / shard)
+    table = {key: shards[i % 2] for i, key in enumerate(keys)}
+    (golden / index).write_text(json.dumps({"weight_map": table}))
+    message = refused(capfd, golden / index)
+    assert "there is no .yaml file beside" in message and "write rope_type" in message
+    message = refused(capfd, golden / index, "--hparams", golden / index)
+    assert "is an index of shards, no hyperparameter file: pass another" in message
+
+    def origin(path):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        done = transfer.import_folder("dsmoe", path, tmp_path / "out")
+        assert done["tensors"] == len(state)
+        return done["hparams"]
+
+    (golden / "environment.yaml").write_text("name: x")
+    (golden / "config_L.yaml").write_text(yaml.safe_dump({"model": {"params": config["model"]}}))
+    assert origin(golden / index) == origin(golden) == str(golden / "config_L.yaml")
+    (golden / index).unlink()
+    assert origin(golden) == str(golden / "config_L.yaml")
+    (golden / "m.json").write_text(json.dumps(config))
+    (golden / index).write_text(json.dumps({"weight_map": table}))
+    assert origin(golden / index) == str(golden / "m.json")
+
+
+def test_prefixes_of_wrappers(tmp_path, golden):
+    """Lightning's model. around DDP's module.; ema_model. beside it is taken."""
+    state = load_file(golden / "weights.safetensors")
+    wrapped = {f"model.module.{key}": np.zeros_like(value) for key, value in state.items()}
+    for prefix in ("model.", "ema_model.module."):
+        wrapped |= {f"{prefix}{key}": value for key, value in state.items()}
+        if prefix == "model.":
+            files.write_state_dict(wrapped, golden / "weights.safetensors")
+            with pytest.raises(UserError, match="are the same tensor under two prefixes"):
+                transfer.import_folder("dsmoe", golden, tmp_path / "in")
+            wrapped = {key: x for key, x in wrapped.items() if key.startswith("model.module.")}
+    files.write_state_dict(wrapped, golden / "weights.safetensors")
+    assert transfer.import_folder("dsmoe", golden, tmp_path / "in")["weights"] == "ema_model"
+    transfer.export_file("dsmoe", tmp_path / "in", tmp_path / "back.safetensors")
+    key = "final_layer.linear.weight"
+    np.testing.assert_array_equal(load_file(tmp_path / "back.safetensors")[key], state[key])
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ({"num_heads": 4}, "it was, as it seems, trained without label dropout"),
+        ({"num_heads": 4, "class_dropout_prob": 0.0}, "it was trained without label dropout"),
+        ({"num_heads": 4, "num_classes": 10}, "it was trained without label dropout"),
+        ({"num_heads": 4, "num_classes": 9}, None),  # whoever says so
+    ],
+)
+def test_a_class_table_without_the_null_label(hparams, message, tmp_path, capfd):
+    """The golden SiT of 10 classes, without the last of its 11 rows."""
+    folder = tmp_path / "sit"
+    state = load_file(GOLDEN.parent / "sit" / "weights.safetensors")
+    key = "y_embedder.embedding_table.weight"
+    assert len(state[key]) == 11
+    files.write_state_dict(state | {key: state[key][:-1]}, folder / "w.safetensors")
+    (folder / "w.yaml").write_text(yaml.safe_dump(hparams))
+    if message is None:
+        transfer.import_folder("sit", folder, tmp_path / "out")
+        return
+    said = refused(capfd, folder, family="sit")
+    assert message in said and "has 10 rows for 10 classes" in said
+    assert "cannot be guided (cfg 1 alone means something)" in said
+    assert "append one of zeros" in said
+
+
+def test_whole_numbers_are_no_weights(golden, capfd):
+    state = load_file(golden / "weights.safetensors")
+    key = "final_layer.linear.bias"
+    files.write_state_dict(state | {key: state[key].view(np.int32)}, golden / "weights.safetensors")
+    assert f"1 no floating numbers: {key} (int32)" in refused(capfd, golden)
+
+
+def test_a_message_does_not_echo_a_whole_file(golden, capfd):
+    for values in ({"x" * 89_000: 1}, {"depth": "y" * 89_000}, {"depth": [["z"] * 999] * 99}):
+        (golden / "config.json").write_text(json.dumps(values))
+        assert len(refused(capfd, golden)) < 3100
+
+
 def test_a_dit_tells_itself(tmp_path):
     """A bare state dict of DiT: its shapes, and the number of heads that its width has."""
     hparams = {"input_size": 4, "hidden_size": 384, "depth": 1, "num_heads": 6, "mlp_ratio": 0.1}
@@ -347,7 +436,7 @@ def test_an_unsafe_pickle(capfd, golden):
     import torch
 
     torch.save({"ema": {"b": torch.ones(1)}, "code": shutil.rmtree}, golden / "w.pt")
-    assert "damaged or holds more than weights" in refused(capfd, golden / "w.pt")
+    assert "holds a shutil.rmtree, and only weights" in refused(capfd, golden / "w.pt")
 
 
 def test_bad_flags(capfd, golden):

@@ -183,6 +183,91 @@ def test_manifests_that_are_not_whole(copy):
         Latents(str(copy))
 
 
+MUTANTS = (None, "text", "12", -1, 0.5, [], [None], {}, {"a": 1}, 10**9, 10**18, True, "../x")
+
+
+def test_every_value_of_a_manifest(copy):
+    """Each key, also inside of lists and tables, lacking or with a value of another kind.
+
+    A mutant is refused by its name, or it changes nothing of what is read.
+    """
+    path = copy / "manifest.json"
+    manifest, indices = json.loads(path.read_text()), np.array([0, 9, 20])
+    expected = Latents(str(copy)).take(indices)
+    # Numbers and texts that nothing else in the folder contradicts; those of true are 1.
+    free = {("scale",), ("shift",), ("seed",), ("records",), ("shard_size",)}
+    free |= {("fields", 0, "num_values")}
+    refused, taken = 0, 0
+    for place in places(manifest):
+        for mutant in (*MUTANTS, ...):
+            changed = json.loads(json.dumps(manifest))
+            holder = changed
+            for step in place[:-1]:
+                holder = holder[step]
+            if mutant is ...:
+                del holder[place[-1]]
+            elif type(mutant) is type(holder[place[-1]]) and mutant == holder[place[-1]]:
+                continue
+            else:
+                holder[place[-1]] = mutant
+            path.write_text(json.dumps(changed))
+            try:
+                batch = Latents(str(copy)).take(indices)
+            except UserError as error:
+                assert str(copy) in str(error), (place, mutant, error)
+                refused += 1
+                continue
+            taken += 1
+            assert np.isfinite(batch["image"]).all()
+            if place not in free:
+                assert place[-1] == "name" or list(batch) == list(expected), (place, mutant)
+                np.testing.assert_array_equal(batch["image"], expected["image"])
+    print(f"{refused} refused, {taken} harmless")
+    assert refused > 400 and refused > 4 * taken
+
+
+def places(value, above=()):
+    """The way to every value inside of a value."""
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield (*above, key)
+        if isinstance(value[key], dict | list):
+            yield from places(value[key], (*above, key))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": float("nan")}, "scale is nan, not a finite number"),
+        ({"scale": 0}, "scale is 0, outside 1e-06..1e.06"),
+        ({"shift": None}, "shift is None, not a number"),
+        ({"shape": [4, 4, -2]}, r"shape\[2\] is -2, outside 1..65536"),
+        ({"shape": [60000, 60000, 4]}, "shape and fields make records of"),
+        ({"shape": [4, 4, 1]}, "statistics: mean has 2 items, outside 1..1"),
+        ({"flip": False}, "has no records of .* bytes, as manifest.json says"),
+        ({"fields": [{"name": "label", "shape": [], "dtype": "O", "num_values": 3}]}, "dtype is 'O'"),
+        ({"fields": [{"name": "label", "shape": [], "dtype": "int32", "num_values": None}]},
+         "num_values is null, not the number of classes"),
+        ({"fields": [{"name": "image", "shape": [], "dtype": "int32", "num_values": 3}]},
+         "name is 'image', no new name of a field"),
+    ],
+)  # fmt: skip
+def test_what_a_manifest_may_not_say(change, message, copy):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        Latents(str(copy)).take(np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../x.array_record", "a/b", ""])
+def test_shards_lie_in_the_folder(name, copy):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][1]["file"] = name
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"shards\[1\]: file: .* is no plain name of a file"):
+        Latents(str(copy))
+
+
 def test_a_model_of_another_size_is_refused(prepared):
     data = SimpleNamespace(source=f"latents:{prepared[0]}", split="train", skip_broken=False)
     label = {"label": Field((), "int32", 3)}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from moe_diffusion.data.sources import Digits
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation import features, images
+from moe_diffusion.evaluation import archives, features, images
 from moe_diffusion.evaluation.metrics import gaussian_of
 
 
@@ -122,6 +126,20 @@ BAD_ARCHIVES = {
     "nan features": ({"features": ROWS * np.nan}, "features of .* holds NaN or infinity"),
     "flat features": ({"features": ROWS[0]}, r"has shape \(3,\), not \[N, D\]"),
     "sigma": ({"mu": ROWS[0], "sigma": ROWS}, r"shapes \(3,\) and \(4, 3\), which do not fit"),
+    "objects": ({"features": np.array([None, 1])}, "features of .* is of Python objects, which"),
+    "objects as images": ({"arr_0": np.array([[None]])}, "arr_0 of .* is of Python objects"),
+    "text": ({"features": ROWS.astype(str)}, "features of .* is dtype.*: numbers are wanted"),
+    "complex": ({"mu": ROWS[0] * 1j, "sigma": np.eye(3)}, "mu of .* is dtype.'complex"),
+    "no features": ({"features": ROWS[:0]}, r"has shape \(0, 3\), not"),
+    "no images": ({"arr_0": pictures()[:0]}, "holds no image: make it again"),
+    "wide": ({"arr_0": np.zeros((1, 1, 10**8, 1), np.uint8)}, "images of 1x100000000 pixels"),
+    "skew": ({"mu": ROWS[0], "sigma": np.eye(3) + np.eye(3, k=1)}, "sigma of .* is no covariance"),
+    "negative": ({"mu": ROWS[0], "sigma": np.diag([1, 1, -0.1])}, "sigma of .* is no covariance"),
+    "huge": ({"mu": ROWS[0], "sigma": 1e300 * np.eye(3)}, "sigma of .* holds numbers up to 1e.300"),
+    "count": ({"features": ROWS, "count": np.array(9)}, "says 9 images and holds 4 feature vec"),
+    "counts": ({"features": ROWS, "count": np.array([4])}, "count of .* is no number of images"),
+    "NaN images": ({"features": ROWS, "count": np.array(np.nan)}, "count of .* is no number"),
+    "widths": ({"features": ROWS, "mu": np.ones(2), "sigma": np.eye(2)}, "3 and 2 dimensions"),
     "nan mu": ({"mu": ROWS[0] * np.nan, "sigma": np.eye(3)}, "mu of .* holds NaN"),
 }
 
@@ -170,4 +188,49 @@ def test_bad_pictures_are_named(tmp_path):
         images.open_images(str(tmp_path))
     Image.fromarray(pictures(1, side=8)[0]).save(tmp_path / "2.png")
     with pytest.raises(UserError, match="2.png is 8x8, 0.png is 6x6: all pictures must have one"):
+        images.open_images(str(tmp_path))
+
+
+def test_a_covariance_in_float32_is_one(tmp_path):
+    """Of fewer vectors than dimensions, so that most eigenvalues are 0 up to rounding."""
+    rows = np.random.default_rng(0).standard_normal((20, 300)).astype(np.float32)
+    sigma = np.cov(rows, rowvar=False).astype(np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64)).min() < 0
+    features.open_features(archive(tmp_path / "f.npz", mu=rows.mean(0), sigma=sigma))
+    zero = features.open_features(
+        archive(tmp_path / "0.npz", mu=np.ones(2), sigma=np.zeros((2, 2)))
+    )
+    assert not zero.pool.covariance.any()
+
+
+def test_bombs_and_headers_that_lie(tmp_path, monkeypatch):
+    """64 MB of zeros in 64 kB, and headers that promise more than there is, allocate nothing."""
+    assert archives._BOMB == 2**30
+    monkeypatch.setattr(archives, "_BOMB", 2**25)
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        with file.open("features.npy", "w", force_zip64=True) as stream:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (2**13, 2**11)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for _ in range(2**2):
+                stream.write(bytes(2**24))
+    with pytest.raises(UserError, match="features of .*bomb.npz unpacks to 67,108,864 bytes"):
+        features.open_features(str(bomb))
+    for name, shape in (("features", (2**40, 2**10)), ("arr_0", (2**40, 8, 8, 3)), ("mu", (-1,))):
+        stream = io.BytesIO()
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        with zipfile.ZipFile(bomb, "w") as file:
+            file.writestr(f"{name}.npy", stream.getvalue() + bytes(100))
+        with pytest.raises(UserError, match=f"'{name}' is not as long as it says"):
+            features.open_features(str(bomb))
+    bomb.unlink()
+    os.mkfifo(bomb)
+    with pytest.raises(UserError, match="bomb.npz is a device or pipe"):
+        features.open_features(str(bomb))
+
+
+def test_a_picture_of_too_many_pixels(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png is a broken picture .*decompression bomb"):
         images.open_images(str(tmp_path))

@@ -154,3 +154,36 @@ def test_the_config_and_its_autoencoder(autoencoder, folder, tmp_path):
             assert interop.for_config(config).name == "vae-tiny"
     with pytest.raises(UserError, match=r"encoded by another autoencoder \(sd-vae, 0123456789ab"):
         interop.for_config(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scaling_factor": None}, "config.json: scaling_factor is None, not a number: no such"),
+        ({"scaling_factor": 0}, "config.json: scaling_factor is 0, outside"),
+        ({"latents_mean": [0.5] * 4}, "has latents_mean or latents_std, .* are not supported"),
+        ({"latents_std": [1.0, 1, 1, 2]}, "has latents_mean or latents_std"),
+        ({"block_out_channels": [4, 10**9, 8]}, r"block_out_channels\[1\] is 1000000000, outside"),
+        ({"block_out_channels": [4, 8, 9]}, "9 channels do not split into 2 groups"),
+        ({"layers_per_block": "1"}, "layers_per_block is '1', not an integer"),
+        ({"_class_name": "AutoencoderKLWan"}, "_class_name is 'AutoencoderKLWan', not Autoencod"),
+        ({"act_fn": "relu"}, "act_fn is 'relu', not silu"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention is False, not True"),
+        ({"use_post_quant_conv": False}, "use_post_quant_conv is False, not True"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types are not 3 times"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured(change, message, folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        interop.load(folder)
+
+
+def test_a_config_with_what_changes_nothing(autoencoder, folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"shift_factor": None, "force_upcast": True}
+    for mean, std in ((None, None), ([0.0] * 4, [1.0] * 4)):
+        path.write_text(json.dumps(config | {"latents_mean": mean, "latents_std": std}))
+        assert interop.load(folder).fingerprint == autoencoder.fingerprint

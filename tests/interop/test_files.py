@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import files
+from moe_diffusion.interop import files, keymap
+from tests.interop import torch_file
 
 STATE = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(1, np.float32)}
 
@@ -95,6 +97,78 @@ def test_shards_are_one_state_dict(tmp_path):
         files.read_state_dict(index)
 
 
+def test_shards_without_an_index(tmp_path):
+    """A folder of them, or one of them, stands for all; none may be lacking."""
+    parts = [{"a.weight": STATE["a.weight"]}, {"b": STATE["b"]}]
+    for number, part in enumerate(parts, 1):
+        files.write_state_dict(part, tmp_path / f"w-{number:05}-of-00002.safetensors")
+    one = tmp_path / "w-00002-of-00002.safetensors"
+    for path in (tmp_path, one):
+        same(files.read_state_dict(path), STATE)
+    files.write_state_dict(parts[0], one)
+    with pytest.raises(UserError, match="a.weight is in another shard, too"):
+        files.read_state_dict(tmp_path)
+    one.rename(tmp_path / "v-00001-of-00001.safetensors")
+    with pytest.raises(UserError, match="holds the shards of several files: name one of them"):
+        files.read_state_dict(tmp_path)
+    (tmp_path / "v-00001-of-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="shards that are not beside it: w-00002-of-00002.saf"):
+        files.read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"a": "../w-1.safetensors"}, "weight_map: '../w-1.safetensors' is no plain name"),
+        ({"a": "/etc/passwd"}, "is no plain name of a file beside it"),
+        ({"a": None}, "weight_map.a is None, not text: it is no index of shards"),
+        ({"a": ["w-1.safetensors"]}, "weight_map.a is .'w-1.safetensors'., not text"),
+        ({}, "names shards that are not beside it: none"),
+        ([], "weight_map is .., not a table"),
+    ],
+)
+def test_indices_that_are_none(table, message, tmp_path):
+    (tmp_path / "w-1.safetensors").write_bytes(b"")
+    index = tmp_path / "w.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(UserError, match=message):
+        files.read_state_dict(index)
+
+
+def test_an_average_beside_the_live_weights(tmp_path):
+    """Under the prefixes of Lightning and of ema_pytorch, which also keeps a step."""
+    path = tmp_path / "w.safetensors"
+    average = {key: value + 1 for key, value in STATE.items()}
+    for live in ("model.", "online_model.", ""):
+        state = {f"ema_model.{key}": value for key, value in average.items()}
+        state |= {f"{live}{key}": value for key, value in STATE.items()}
+        files.write_state_dict(state | {"step": np.array(3), "initted": np.array(True)}, path)
+        for weights, wanted, entry in (
+            (None, average, "ema_model"), ("ema", average, "ema_model"), ("model", STATE, "model"),
+        ):  # fmt: skip
+            opened = files.open_weights(path, weights)
+            same({keymap.bare(key): opened.state[key] for key in opened.state}, wanted)
+            assert opened.entry == entry
+        with pytest.raises(UserError, match="no state dict 'best'; choose weights= ema or model"):
+            files.open_weights(path, "best")
+    torch_file.save(tmp_path / "l.ckpt", {"state_dict": state, "epoch": 3})
+    for weights, wanted in ((None, average), ("ema", average), ("model", STATE)):
+        opened = files.open_weights(tmp_path / "l.ckpt", weights)
+        same({keymap.bare(key): opened.state[key] for key in opened.state}, wanted)
+    files.write_state_dict({f"ema_model.{key}": value for key, value in STATE.items()}, path)
+    assert files.open_weights(path).entry is None
+
+
+def test_what_is_no_regular_file(tmp_path):
+    for name in ("w.safetensors", "w.pt"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is a device or pipe: name a regular file"):
+            files.read_state_dict(tmp_path / name)
+    (tmp_path / "w.pt").unlink()
+    with pytest.raises(UserError, match="w.safetensors is a device or pipe"):
+        files.read_state_dict(tmp_path)
+
+
 def test_folders(tmp_path):
     with pytest.raises(UserError, match="should hold one weight file; it holds none"):
         files.read_state_dict(tmp_path)
@@ -164,11 +238,11 @@ def test_parts_along_any_axis(tmp_path):
 
 
 def test_torch_files(tmp_path):
-    """With PyTorch: what may be in a checkpoint. Without it: how to get it."""
+    """What PyTorch itself writes; without it see test_pickled.py, and how to get it for old files."""
     path = tmp_path / "w.pt"
     if importlib.util.find_spec("torch") is None:
         path.write_bytes(b"")
-        with pytest.raises(UserError, match=r"pip install 'moe_diffusion\[torch\]'"):
+        with pytest.raises(UserError, match=r"before 1.6, .* pip install 'moe_diffusion\[torch\]'"):
             files.read_state_dict(path)
         return
     import torch
@@ -198,7 +272,7 @@ def test_torch_files(tmp_path):
     torch.save({"first": state}, path)
     assert files.open_weights(path).entry == "first"
     torch.save({"model": state, "code": test_folders}, path)
-    with pytest.raises(UserError, match="damaged or holds more than weights"):
+    with pytest.raises(UserError, match="holds a tests.interop.test_files.test_folders, and only"):
         files.read_state_dict(path)
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-100])
