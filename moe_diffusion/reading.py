@@ -306,7 +306,8 @@ def plain_name(name: str, where: str, remedy: str = RESTORE) -> str:
     Raises:
       UserError: it is a path, empty, or "..".
     """
-    if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+    long = len(name.encode(errors="replace")) > 255  # bytes, which file systems allow
+    if long or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise UserError(f"{where}: {shown(name)} is no plain name of a file beside it: {remedy}")
     return name
 

@@ -91,13 +91,13 @@ def test_json(text, message, tmp_path):
 def test_yaml(text, message, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     if message is None:
         assert reading.read_table(path)["c"] == [1]
     else:
         with pytest.raises(UserError, match=message):
             reading.read_table(path)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_yaml_values_are_those_of_the_authors_code(tmp_path):
@@ -162,7 +162,7 @@ def test_keys(table, message):
 
 def test_names_stay_in_their_folder():
     assert reading.plain_name("a-1.safetensors", "f") == "a-1.safetensors"
-    for name in ("", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0"):
+    for name in ("", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0", "x" * 256):
         with pytest.raises(UserError, match="f: .* is no plain name of a file beside it"):
             reading.plain_name(name, "f")
 

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import difflib
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from moe_diffusion.config.renamed import new_key, new_value
 from moe_diffusion.errors import UserError, shown
 from moe_diffusion.moe import routers
 
+_LARGEST = 3.4e38  # of float32, in which everything is computed
 ROUTER, WEIGHTS = "model.router", "loss_weights"
 
 # (dotted key, value, function that gives the value the kind of the default: `convert` or `parse`)
@@ -195,7 +195,7 @@ def convert(key: str, value: Any, wanted: Any) -> Any:
     kind = type(wanted)
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and abs(value) <= sys.float_info.max:
+        if number and abs(value) <= _LARGEST:
             return float(value)
     elif kind is tuple and isinstance(value, list | tuple):
         return tuple(convert(key, item, _item(wanted)) for item in value)

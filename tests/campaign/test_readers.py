@@ -38,7 +38,7 @@ def run(given, kind, seed, count, path, judge, harmless):
     assert harmless("nothing", judge(path))
     for name, data in mutations(given, kind, seed, count):
         path.write_bytes(data)
-        start = time.monotonic()
+        start = time.process_time()  # other programs may share the cores
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
@@ -50,7 +50,7 @@ def run(given, kind, seed, count, path, judge, harmless):
         else:
             assert harmless(name, taken), f"{name} was taken"
             counts["harmless"] += 1
-        assert time.monotonic() - start < SECONDS, name
+        assert time.process_time() - start < SECONDS, name
     print(dict(counts))
     return counts
 

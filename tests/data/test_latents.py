@@ -183,6 +183,7 @@ def test_manifests_that_are_not_whole(copy):
         Latents(str(copy))
 
 
+LABEL = {"name": "label", "shape": [], "dtype": "int32", "num_values": 3}
 MUTANTS = (None, "text", "12", -1, 0.5, [], [None], {}, {"a": 1}, 10**9, 10**18, True, "../x")
 
 
@@ -244,13 +245,11 @@ def places(value, above=()):
         ({"shape": [60000, 60000, 4]}, "shape and fields make records of"),
         ({"shape": [4, 4, 1]}, "statistics: mean has 2 items, outside 1..1"),
         ({"flip": False}, "has no records of .* bytes, as manifest.json says"),
-        ({"fields": [{"name": "label", "shape": [], "dtype": "O", "num_values": 3}]}, "dtype is 'O'"),
-        ({"fields": [{"name": "label", "shape": [], "dtype": "int32", "num_values": None}]},
-         "num_values is null, not the number of classes"),
-        ({"fields": [{"name": "image", "shape": [], "dtype": "int32", "num_values": 3}]},
-         "name is 'image', no new name of a field"),
+        ({"fields": [LABEL | {"dtype": "O"}]}, "dtype is 'O', not one of numbers"),
+        ({"fields": [LABEL | {"num_values": None}]}, "num_values is null, not the number of clas"),
+        ({"fields": [LABEL | {"name": "image"}]}, "name is 'image', no new name of a field"),
     ],
-)  # fmt: skip
+)
 def test_what_a_manifest_may_not_say(change, message, copy):
     path = copy / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
