@@ -283,8 +283,14 @@ def test_load_json_gives_defaults_to_new_keys(tmp_path):
     [
         (None, "config.json (No such file or directory): is it a workdir?"),
         ('{"seed": 1', "config.json is not valid JSON ("),
-        ("[1]", "config.json does not hold a config"),
+        ("[1]", "config.json holds [1], not a table of names and values"),
         ('{"optim": {"lr": 1}}', "config.json: unknown config key 'optim.lr'; the nearest is opt"),
+        ('{"seed": 1, "seed": 2}', "the key 'seed' stands there twice"),
+        ('{"seed": 1e400}', "config.json: seed is inf, not a finite number"),
+        ('{"seed": 9223372036854775808}', "config.json: seed is an integer beyond 64 bits"),
+        ('{"model": {"depth": 1000000000}}', "model.depth = 1000000000 is beyond 4,096: lower it"),
+        ('{"model": {"image_size": 16384}}', "make 67,108,864 tokens of model.hidden_size"),
+        ('{"model": {"time_scale": 1e308}}', "model.time_scale = 1e+308 is not a number"),
         ('{"seed": "1"}', "config.json: seed = '1' is not an integer"),
         ('{"model": 1}', "config.json: 'model' is a section"),
         ('{"loss_weights": 1}', "config.json: loss_weights = 1 is not a table"),
@@ -491,7 +497,7 @@ def test_config_json_of_a_later_version(tmp_path):
     for version in (3, "2", None):
         path.write_text(json.dumps({**saved, "version": version, "a_later_key": 1}))
         with raises(
-            f"config.json is of version {version}, and this code reads versions up to 2: u"
+            f"config.json is of version {version!r}, and this code reads versions up to 2: u"
         ):
             configs.load_json(path)
     path.write_text(json.dumps({**saved, "a_later_key": 1}))

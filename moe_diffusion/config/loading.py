@@ -86,6 +86,8 @@ def load_json(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigD
         wrong values.
     """
     path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"cannot read {path} (No such file or directory): is it a workdir?")
     values = read_table(path, "restore it or delete it", "config")
     version = values.pop("version", 1)
     if type(version) is not int or not 1 <= version <= VERSION:

@@ -238,7 +238,7 @@ def test_parts_along_any_axis(tmp_path):
 
 
 def test_torch_files(tmp_path):
-    """What PyTorch itself writes; without it see test_pickled.py, and how to get it for old files."""
+    """What PyTorch itself writes; see test_pickled.py, too. Without it: how to get it."""
     path = tmp_path / "w.pt"
     if importlib.util.find_spec("torch") is None:
         path.write_bytes(b"")
