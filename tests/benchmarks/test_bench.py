@@ -119,10 +119,24 @@ def test_tune_needs_an_accelerator(capfd):
 
 def test_tiles_of_other_devices_are_kept(tmp_path):
     path = tmp_path / "tiles.json"
-    tiles.merge(path, "A", {"x": [1], "y": [2]})
-    tiles.merge(path, "B", {"x": [3]})
-    tiles.merge(path, "A", {"y": [4]})
-    assert json.loads(path.read_text()) == {"A": {"x": [1], "y": [4]}, "B": {"x": [3]}}
+    one, two, three = [1, 1], [2, 2, 2, 2], [3, 3, 3, 3, "mosaic"]
+    tiles.merge(path, "A", {"x": one, "y": one})
+    tiles.merge(path, "B", {"x": two})
+    tiles.merge(path, "A", {"y": three})
+    assert json.loads(path.read_text()) == {"A": {"x": one, "y": three}, "B": {"x": two}}
+
+
+@pytest.mark.parametrize(
+    "sizes", [None, [], [1], [1, 2, 3], [1, 2, 3, "4"], [0, 1], [1, 10**9], [1, 1, 1, 1, "cuda"]]
+)
+def test_a_table_of_tiles_that_is_none(sizes, tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"A": {"x": sizes}}))
+    with pytest.raises(UserError, match="tiles.json: A: x .*: delete it, or name another by MOE_"):
+        tiles.merge(path, "A", {"y": [1, 1]})
+    path.write_text('{"A": 3}')
+    with pytest.raises(UserError, match="tiles.json: A is 3, not a table"):
+        tiles.merge(path, "A", {"y": [1, 1]})
 
 
 def test_the_fastest_right_tiles_win_and_are_kept_at_once(tmp_path, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_arguments_of_the_training_script():
         ("jit", {"net": {}, "denoiser": {"p_mean": 0}}, "'p_mean' in denoiser; .* 'P_mean'"),
         ("jitmoe", {"net": {"moe_config": {"num_experts": 4}}}, "moe_config lacks .*n_group"),
         ("jit", {"net": {"attn_drop": 0.1}}, "attn_drop .* is not supported"),
-        ("jit", {"net": {"depth": "24"}}, "hyperparameters of jit"),
+        ("jit", {"net": {"depth": "24"}}, "net.depth is '24', not an integer"),
         ("jit", {"img_size": 256}, "unknown hyperparameter 'img_size'"),
         ("jit", {"net": NET | {"in_context_start": 3}}, "model.jit.in_context_start = 3 is"),
     ],

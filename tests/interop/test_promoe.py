@@ -98,13 +98,13 @@ def test_what_promoe_cannot_be(family, changes, message):
 
 
 def test_a_yaml_of_the_other_routing_is_an_error():
-    with pytest.raises(UserError, match="model_name is ProMoE_TC_XL: choose the family"):
+    with pytest.raises(UserError, match="model_name is 'ProMoE_TC_XL': choose the family"):
         interop.config_from_torch("promoe_ec", YAML)
 
 
 def test_a_yaml_of_a_baseline_is_an_error():
     baseline = {"model_name": "DiT_B", "DiT_config": {"depth": 12}}
-    with pytest.raises(UserError, match="model_name is DiT_B: no ProMoE"):
+    with pytest.raises(UserError, match="model_name is 'DiT_B': no ProMoE"):
         interop.config_from_torch("promoe_tc", baseline)
 
 

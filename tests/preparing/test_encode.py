@@ -118,3 +118,26 @@ def test_a_run_of_format_1_is_continued(tmp_path):
     job.settings["fields"][0]["num_values"] = 4
     with pytest.raises(UserError, match="was written with fields = .* choose another folder"):
         encode.begin(job)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": None}, "count is None, not an integer: delete it and latents-00001"),
+        ({"file": "../x"}, "is not of the .* bytes of latents-00001"),
+        ({"bytes": 1}, "is not of the .* bytes of latents-00001"),
+        ({"sums": [[1.0]]}, "sums has 1 items, outside 2..2"),
+        ({"sums": [[1.0, "x"], [1.0, 1.0]]}, r"sums\[0\]\[1\] is 'x', not a number"),
+        ({"skipped": 3}, "skipped is 3, not a list"),
+    ],
+)
+def test_a_damaged_note_is_named(change, message, tmp_path):
+    """The manifest is made of the notes of the shards."""
+    job = lib.job(tmp_path / "out", lib.Images(lib.COUNT))
+    encode.begin(job)
+    encode.write_shards(job, 0, 1)
+    note = job.note(1)
+    note.write_text(json.dumps(json.loads(note.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        encode.finish(job)
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -126,3 +126,23 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "4/4" in shown.err and "loss 0.5" in shown.err
+
+
+def test_lines_without_a_step_are_dropped_on_resuming(tmp_path):
+    """What a killed process or a hand left there: they would be a traceback, or come after step 5."""
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 5)]
+    odd = [
+        '{"step": null}',
+        '{"step": NaN}',
+        '{"step": "2"}',
+        "[1]",
+        "null",
+        '{"step": 1',
+        "[" * 9999,
+    ]
+    odd += ['{"step": 1e999}', '{"step": [1]}', '{"loss": 1}', '{"step": true}', "\udcff"]
+    lines = [good[0], *odd, good[1], json.dumps({"step": 6, "loss": 1.0})]
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+    MetricWriter(tmp_path, step=5).close()
+    assert path.read_text().splitlines() == good
