@@ -129,7 +129,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):
 
 
 def test_lines_without_a_step_are_dropped_on_resuming(tmp_path):
-    """What a killed process or a hand left there: they would be a traceback, or come after step 5."""
+    """What a killed process or a hand left there."""
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 5)]
     odd = [
