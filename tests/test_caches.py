@@ -118,3 +118,21 @@ def test_a_named_folder_that_others_can_write_is_warned_of(tmp_path, caplog):
         assert not caplog.records
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_where_programs_are_kept(home, tmp_path):
+    before = (jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)
+    named = str(tmp_path / "named")
+    try:
+        caches.keep_programs(named)
+        assert jax.config.jax_compilation_cache_dir == named
+        caches.keep_programs("")  # what is set stays
+        assert jax.config.jax_compilation_cache_dir == named
+        caches.keep_programs("off")
+        assert not jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_compilation_cache_dir", None)
+        caches.keep_programs("")
+        assert jax.config.jax_compilation_cache_dir == str(home / ".cache/moe_diffusion/jax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_enable_compilation_cache", before[1])

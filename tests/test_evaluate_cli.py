@@ -214,7 +214,7 @@ IMPOSSIBLE = [
     ),
     (["--workdir", "{run}", "--save-features", "{}/a.npz/b.npz"], "cannot write to {}/a.npz"),
     (["--samples", "{}/a.npz"], "nothing to compare with: give --reference"),
-    (["--samples", "{}/a.npz", "--reference", "{}/none.npz"], "{}/none.npz is not there"),
+    (["--samples", "{}/a.npz", "--reference", "{}/none.npz"], "no .npz at {}/none.npz"),
     (["--samples", "{}/a.npz", "--reference", "{}/b.npz"], "a.npz are images: give the weights"),
     (["--samples", "{}/a.npz", "--num", "99"], "a.npz has 12 images, 99 are asked for"),
     (["--samples", "{}/a.npz", "--cfg", "1,2"], "a sweep over --cfg or --ema needs --workdir"),

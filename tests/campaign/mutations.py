@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import random
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+# The file that code in a mutation would make, if it ran.
+RAN = os.path.join(tempfile.gettempdir(), "code_of_a_mutation_ran")
 # What a value is replaced by. JSON's writer makes NaN and Infinity of floats, as Python's does.
 VALUES: dict[str, Any] = {
     "null": None,
@@ -89,7 +93,7 @@ _YAML_TRICKS = (
         "m0: &m0 {k: 0}\n"
         + "".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}\n" for i in range(1, 60)),
     ),
-    ("an object of Python", "zz: !!python/object/apply:os.system ['touch /tmp/ran']\n"),
+    ("an object of Python", f"zz: !!python/object/apply:os.system ['touch {RAN}']\n"),
     ("bytes", "zz: !!binary aGVsbG8=\n"),
     ("a set", "zz: !!set {a, b}\n"),
     ("a number as key", "1: 2\n"),

@@ -8,6 +8,7 @@ may freely choose: `harmless` says whether it is.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import warnings
@@ -24,7 +25,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.features import open_features
 from moe_diffusion.interop import autoencoder, describe, families, files, keymap
 from tests import cli
-from tests.campaign.mutations import mutations, whole
+from tests.campaign.mutations import RAN, mutations, whole
 from tests.preparing import latents_folder
 
 GOLDENS = cli.ROOT / "tests" / "goldens"
@@ -51,6 +52,7 @@ def run(given, kind, seed, count, path, judge, harmless):
             assert harmless(name, taken), f"{name} was taken"
             counts["harmless"] += 1
         assert time.process_time() - start < SECONDS, name
+    assert not os.path.exists(RAN), "code of an input ran"
     print(dict(counts))
     return counts
 

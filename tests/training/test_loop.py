@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from moe_diffusion import caches
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.parallel.mesh import make_mesh
@@ -213,22 +212,3 @@ def test_micro_batches_are_cut_on_the_host(tmp_path):
     assert placed["image"].shape == (2, 16, 4, 4, 1)
     np.testing.assert_array_equal(placed["image"][1], batch["image"][1::2])
     assert placed["label"].sharding.shard_shape((2, 16)) == (2, 2)
-
-
-def test_compile_cache_folder(tmp_path, monkeypatch):
-    before = (jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)
-    try:
-        caches.keep_programs(str(tmp_path))
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        caches.keep_programs("")  # what is set stays
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        caches.keep_programs("off")
-        assert not jax.config.jax_enable_compilation_cache
-        monkeypatch.setenv("HOME", str(tmp_path))
-        jax.config.update("jax_compilation_cache_dir", None)
-        caches.keep_programs("")
-        expected = tmp_path / ".cache" / "moe_diffusion" / "jax"
-        assert jax.config.jax_compilation_cache_dir == str(expected)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_enable_compilation_cache", before[1])
