@@ -4,6 +4,7 @@
       --vae sd-vae-ft-ema/ --out data/imagenet256_latents
   python -m moe_diffusion.prepare --source tfds:imagenet2012:5.1.0 --size 256 \\
       --vae ae.safetensors --kind flux --out data/imagenet256_flux
+  python -m moe_diffusion.prepare --verify --out data/imagenet256_flux
 
 On several hosts, start it on each, as for train; --out must be a folder that all of them see. Then
 train with --config.data.source=latents:<out>. After --no-flip, add --config.data.augment=none.
@@ -21,10 +22,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from moe_diffusion import locks
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.data.latents import describe_fields, read_manifest
+from moe_diffusion.data.latents import describe_fields, read_manifest, verify
 from moe_diffusion.data.sources import open_images
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.models.autoencoder import images_at_once
 from moe_diffusion.parallel import distributed
@@ -85,13 +87,15 @@ def _parse_size(text: str) -> tuple[int, int]:
 def run(job: encode.Job) -> dict[str, Any]:
     """Encodes what is still missing and returns the manifest; all processes must call this."""
     main = distributed.is_main_process()
-    unfinished = encode.begin(job) if main else True
-    if multihost_utils.broadcast_one_to_all(unfinished):
-        encode.write_shards(job, jax.process_index(), jax.process_count())
-        multihost_utils.sync_global_devices("latents are written")
-        if main:
-            encode.finish(job)
-        multihost_utils.sync_global_devices("the manifest is written")
+    check_writable(job.folder)
+    with locks.held(job.folder, "prepare"):
+        unfinished = encode.begin(job) if main else True
+        if multihost_utils.broadcast_one_to_all(unfinished):
+            encode.write_shards(job, jax.process_index(), jax.process_count())
+            multihost_utils.sync_global_devices("latents are written")
+            if main:
+                encode.finish(job)
+            multihost_utils.sync_global_devices("the manifest is written")
     return read_manifest(job.folder)
 
 
@@ -99,10 +103,10 @@ def run(job: encode.Job) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("prepare", __doc__)
     add = parser.add_argument
-    add("--source", required=True, help="folder:<path>, tfds:<name>, digits or synthetic")
+    add("--source", help="folder:<path>, tfds:<name>, digits or synthetic")
     add("--split", default="train", help="of a tfds source (%(default)s)")
-    add("--size", required=True, help="of the images, in pixels: 256, or height x width: 256x384")
-    add("--vae", required=True, help="the autoencoder: a weight file or a folder of diffusers")
+    add("--size", help="of the images, in pixels: 256, or height x width: 256x384")
+    add("--vae", help="the autoencoder: a weight file or a folder of diffusers")
     add("--kind", default="auto", help="sd or flux, for weights without config.json (%(default)s)")
     add("--out", required=True, help="folder of the latents")
     flip = "encode the mirrored images, too, for data.augment=flip (the default)"
@@ -112,10 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--shard-size", type=int, default=8192, help="records in a file (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="threads that read (%(default)s)")
     add("--skip-broken", action="store_true", help="leave out files that are no images")
+    add("--verify", action="store_true", help="only compare the files of --out with their digests")
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
+    absent = [f"--{name}" for name in ("source", "size", "vae") if not getattr(args, name)]
+    if absent and not args.verify:
+        parser.error(f"the following arguments are required: {', '.join(absent)}")
     distributed.initialize()
-    manifest = run(make_job(args))
+    manifest = verify(args.out) if args.verify else run(make_job(args))
     if distributed.is_main_process():
         print(f"{manifest['count']:,} latents in {len(manifest['shards'])} files: {args.out}")
         if args.json:

@@ -45,7 +45,7 @@ def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
     assert last["autoencoder"]["name"] == "vae-tiny" and last["scale"] == 0.18215
     assert cli.contents(undisturbed) == before and len(before) == 11
     manifest = json.loads(before["manifest.json"])
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     label = {"name": "label", "shape": [], "dtype": "int32", "num_values": 4}
     assert manifest["fields"] == [label]
     assert manifest["class_names"] == [f"class_{i}" for i in range(4)]

@@ -5,7 +5,12 @@ in the order of the manifest's "fields", and then the latent: fp16 [F, h, w, k],
 if the mirrored image was encoded too, else 1. k is 2c for the moments of the autoencoder's Gaussian
 (mean, log variance), and c for a sample. All numbers are little-endian and packed without gaps.
 
+Damage is noticed when a record is read, because ArrayRecord stores a hash of each. The manifest has
+a digest of itself, and one of every shard for `verify`, which also finds shards of another folder.
+Reading hundreds of GB at every start for these would cost minutes.
+
 Format 1 of the manifest had no "fields": its records hold one int32 label, as `read_settings` says.
+Format 2 had no digests.
 """
 
 from __future__ import annotations
@@ -18,12 +23,13 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moe_diffusion import digests
 from moe_diffusion.conditions import IMAGE, Field
 from moe_diffusion.errors import UserError, explained
 
 MANIFEST = "manifest.json"
 UNFINISHED = "prepare.json"  # settings of a run that has not ended; the manifest repeats them
-FORMAT = 2
+FORMAT = 3
 _NO_JSON = ValueError, AttributeError  # AttributeError: it is JSON, but no object
 _DAMAGED = RuntimeError, IndexError, ValueError
 _READER_OPTIONS = "readahead_buffer_size:0"
@@ -173,9 +179,33 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             f"{path} is of format {number!r}, this version of moe_diffusion reads 1 to {FORMAT}: "
             "update moe_diffusion, or prepare the folder again"
         )
+    if not digests.is_sealed(manifest) and (number >= 3 or "digest" in manifest):
+        raise UserError(
+            f"{path} is damaged (it is not what prepare wrote): copy it again, or prepare the "
+            "folder again"
+        )
     counted = sum(shard["count"] for shard in manifest["shards"])
     if counted != manifest["count"]:
         raise UserError(
             f"{path} says {manifest['count']} records, its shards hold {counted}: prepare it again"
         )
+    return manifest
+
+
+def verify(folder: str | os.PathLike) -> dict[str, Any]:
+    """Reads a finished folder whole and compares it with its manifest, which is returned.
+
+    Raises:
+      UserError: a shard is missing or damaged; or the manifest is older than format 3.
+    """
+    manifest = Latents(folder).manifest
+    for shard in manifest["shards"]:
+        path = Path(folder) / shard["file"]
+        if "sha256" not in shard:
+            raise UserError(f"{folder} was prepared before digests were stored: prepare it again")
+        if digests.file_digest(path) != shard["sha256"]:
+            raise UserError(
+                f"{path} is damaged or of another folder: copy it again, or delete the folder and "
+                "prepare it again"
+            )
     return manifest

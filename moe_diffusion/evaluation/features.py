@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from moe_diffusion.evaluation.metrics import (
 
 MAX_VECTORS = 50_000  # kept for all but mean and covariance, which use every vector
 _PER_DEVICE = 32  # images; 299 x 299 pixels each take about 20 MB in the network
+_BROKEN = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError)
 _VECTOR_KEYS = ("features", "activations")  # in our files; in those of DiffMoE and DSMoE
 
 
@@ -183,12 +185,28 @@ def _open_archive(path: Path) -> FeatureSet:
     if not path.is_file():
         raise UserError(f"{path} is not there: give the path of an .npz")
     try:
+        _check_members(path)
         with path.open("rb") as file, np.load(file) as archive:
             return _read_archive(archive, path)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+    except _BROKEN as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged or no .npz ({error}): fetch or make it again") from None
+
+
+def _check_members(path: Path) -> None:
+    """Reads every array but images once, to compare its checksum.
+
+    Numpy reads as many bytes as the header of an array says. With a damaged header that is not all
+    of them, and then no checksum is compared.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename == "arr_0.npy":
+                continue
+            with archive.open(member) as file:
+                while file.read(1 << 24):
+                    pass
 
 
 def _read_archive(archive: Any, path: Path) -> FeatureSet:

@@ -19,6 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from moe_diffusion import digests, locks
 from moe_diffusion.data.latents import (
     FORMAT,
     MANIFEST,
@@ -28,7 +29,7 @@ from moe_diffusion.data.latents import (
     spec_of,
 )
 from moe_diffusion.data.sources import check_batch, stack
-from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.errors import UserError
 
 # Each record is a separate group, for random access. Nothing is compressed, because f16 latents
 # are too noisy for it.
@@ -79,7 +80,6 @@ def begin(job: Job) -> bool:
     Raises:
       UserError: the folder belongs to something else, or was begun with other settings.
     """
-    check_writable(job.folder)
     finished, begun = job.folder / MANIFEST, job.folder / UNFINISHED
     for path in (finished, begun):
         if path.is_file():
@@ -88,7 +88,8 @@ def begin(job: Job) -> bool:
         _tidy(job)
         return False
     if not begun.is_file():
-        if job.folder.is_dir() and any(p.suffix != ".part" for p in job.folder.iterdir()):
+        ours = (".part", Path(locks.NAME).suffix)
+        if job.folder.is_dir() and any(p.suffix not in ours for p in job.folder.iterdir()):
             raise UserError(f"{job.folder} holds other files: choose an empty folder for --out")
         job.folder.mkdir(parents=True, exist_ok=True)
         _write_json(begun, job.settings)
@@ -112,7 +113,7 @@ def write_shards(job: Job, process_index: int, process_count: int) -> None:
 
 def finish(job: Job) -> dict[str, Any]:
     """Writes and returns the manifest. Every process must have written its shards before."""
-    notes = [json.loads(job.note(n).read_text()) for n in range(len(job.shards))]
+    notes = [_read_note(job, n) for n in range(len(job.shards))]
     count = sum(note["count"] for note in notes)
     if not count:
         raise UserError("every image is broken: nothing was prepared")
@@ -122,8 +123,9 @@ def finish(job: Job) -> dict[str, Any]:
         **job.settings,
         "statistics": _statistics(job, notes, count),
         "skipped": sum((note["skipped"] for note in notes), []),
-        "shards": [{k: note[k] for k in ("file", "count", "bytes")} for note in notes],
+        "shards": [{k: note[k] for k in ("file", "count", "bytes", "sha256")} for note in notes],
     }
+    manifest = digests.seal(manifest)
     _write_json(job.folder / MANIFEST, manifest)
     _tidy(job)
     return manifest
@@ -154,10 +156,21 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
     with part.open("rb") as file:
         os.fsync(file.fileno())  # after a power cut there must be no note without its shard
     os.replace(part, path)
-    note = {"file": path.name, "count": count, "bytes": path.stat().st_size, "skipped": skipped}
+    size, digest = path.stat().st_size, digests.file_digest(path)
+    note = {"file": path.name, "count": count, "bytes": size, "sha256": digest, "skipped": skipped}
     # The sums are per image until here, because the number of devices must not change the rounding.
     total = np.concatenate(sums).sum(0).tolist() if sums else 0
-    _write_json(job.note(number), note | {"sums": total})
+    _write_json(job.note(number), digests.seal(note | {"sums": total}))
+
+
+def _read_note(job: Job, number: int) -> dict[str, Any]:
+    path = job.note(number)
+    note = read_settings(path)
+    if "sha256" not in note and "digest" not in note:  # of a version that stored none
+        return note | {"sha256": digests.file_digest(job.shard_file(number))}
+    if not digests.is_sealed({key: value for key, value in note.items() if key != "fields"}):
+        raise UserError(f"{path} is damaged: delete it and run the same command again")
+    return note
 
 
 def _read_ahead(

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from moe_diffusion import caches
+from moe_diffusion import caches, locks
 from moe_diffusion import config as configs
 from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
@@ -66,8 +66,9 @@ def train(
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
 
     Raises:
-      UserError: before anything is written if config, workdir, devices or checkpoint do not fit;
-        later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
+      UserError: before anything is written if config, workdir, devices or checkpoint do not fit,
+        or if another run is at work there; later if the loss is not finite (see
+        `train.stop_on_nan`) or a checkpoint cannot be written.
     """
     _check(config, model, workdir)
     caches.keep_programs(config.compile_cache)
@@ -77,6 +78,7 @@ def train(
         def opened(resource: Any) -> Any:
             return stack.enter_context(contextlib.closing(resource))
 
+        lock = stack.enter_context(locks.held(workdir, "training"))
         stop = stack.enter_context(StopSignal())
         stack.enter_context(run.on_mesh())
         iterator = opened(iterator_fn())
@@ -104,6 +106,7 @@ def train(
             stopping = stop.requested(step)
             if step % config.checkpoint.every == 0 or step == num_steps or stopping:
                 monitor.finish()  # raises before a state past a bad step is saved
+                lock.check()
                 with progress.paused():
                     checkpoints.save(step, state, iterator.get_state())
             if stopping:
