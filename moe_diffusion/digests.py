@@ -95,14 +95,12 @@ def check(*folders: epath.Path, largest: int | None = None) -> None:
     Raises:
       Damaged: on every process, if a file is missing or another one. It names the first.
     """
-    files, wrong = [], None
-    for folder in folders:
-        if (folder / NAME).exists():
-            files += [(folder, name, digest) for name, digest in _read(folder).items()]
-        elif largest is None and folder.exists() and jax.process_index() == 0:
-            logging.getLogger(__name__).warning(
-                "%s has no %s: it is read without a check for damage", folder, NAME
-            )
+    noted = [folder for folder in folders if (folder / NAME).exists()]
+    files = [(folder, *entry) for folder in noted for entry in _read(folder).items()]
+    others = [os.fspath(folder) for folder in folders if folder not in noted and folder.exists()]
+    if others and largest is None and jax.process_index() == 0:
+        _log.warning("%s: without %s, so not checked for damage", ", ".join(others), NAME)
+    wrong = None
     own = range(jax.process_index(), len(files), jax.process_count())
     for number, good in zip(own, _map(lambda i: _is_whole(*files[i], largest), own), strict=True):
         wrong = number if wrong is None and not good else wrong

@@ -6,6 +6,10 @@ saving is asynchronous, this is in its thread. See `digests.py`.
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
+import warnings
 from typing import Any
 
 import jax
@@ -15,11 +19,27 @@ from etils import epath
 from moe_diffusion import digests
 
 
+@functools.cache
+def silence() -> None:
+    """Keeps orbax from printing what it raises as well: an error for every array and thread."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            others(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     """For a tree of arrays; the options are those of orbax.
 
     Of several processes, each reads back what it wrote itself, if saving is asynchronous.
     """
+    silence()
     handler = _with_digests(ocp.PyTreeCheckpointHandler(**options))
     save = handler.async_save
 

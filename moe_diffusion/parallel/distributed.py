@@ -16,6 +16,7 @@ from moe_diffusion.checks import require
 from moe_diffusion.errors import UserError, explained
 
 WAIT = 300  # seconds
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize() -> None:
@@ -36,8 +37,8 @@ def initialize() -> None:
     hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
     slurm = _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if "SLURM_STEP_NODELIST" in env else 1
     if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
-        require("JAX_COORDINATOR_ADDRESS" in env, "JAX_COORDINATOR_ADDRESS is not set, but "
-                "JAX_NUM_PROCESSES or JAX_PROCESS_ID is: set all three or none")  # fmt: skip
+        for name in _BY_HAND:
+            require(name in env, f"{name} is not set: set all of {', '.join(_BY_HAND)}, or none")
         number, address = _number("JAX_NUM_PROCESSES"), env["JAX_COORDINATOR_ADDRESS"]
         _connect(f"{number} processes at {address}", address, number, _number("JAX_PROCESS_ID"))
     elif slurm > 1:

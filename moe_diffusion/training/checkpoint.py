@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,13 +90,13 @@ class Checkpointer:
         args = ocp.args.Composite(state=_restore_args(target), data=ocp.args.JsonRestore())
 
         def read() -> tuple[TrainState, dict[str, Any]]:
-            digests.check(folder / "state", folder / "data")
             items = self._manager.restore(step, args=args)
             if int(items.state.step) != step or not isinstance(items.data, dict):
                 raise ValueError("its content is that of another step")
             return items.state, items.data
 
-        return _read(read, folder, self._manager.all_steps())
+        check = partial(digests.check, folder / "state", folder / "data")
+        return _read(check, read, folder, self._manager.all_steps())
 
     def save_untrained(self, untrained: Any) -> None:
         """Saves the parameters that are not trained, before the first checkpoint of a run.
@@ -113,13 +112,10 @@ class Checkpointer:
         """Reads what `save_untrained` saved; raises UserError if it is damaged or does not fit."""
         if not target:
             return {}
-
-        def read() -> Any:
-            digests.check(self._untrained)
-            with ocp.Checkpointer(tree_handler()) as checkpointer:
-                return checkpointer.restore(self._untrained, args=_restore_args(target))
-
-        return _read(read, self._untrained)
+        with ocp.Checkpointer(tree_handler()) as checkpointer:
+            check = partial(digests.check, self._untrained)
+            read = partial(checkpointer.restore, self._untrained, args=_restore_args(target))
+            return _read(check, read, self._untrained)
 
     def wait(self) -> None:
         """Waits until what was saved is whole on disk. Raises UserError if writing failed."""
@@ -254,13 +250,9 @@ class StoredWeights(contextlib.AbstractContextManager):
             yield i, self._read(folder, store[i : min(i + size, store.shape[0])].read().result)
 
     def _read(self, folder: epath.Path, read: Callable[[], Any], largest: int | None = None) -> Any:
-        """read(), after the files of at most `largest` bytes are found whole, the first time."""
-
-        def checked() -> Any:
-            self._check(folder, largest=largest)
-            return read()
-
-        return _read(checked, folder.parent if folder.name == "state" else folder, self._steps)
+        """read(), after the files of at most `largest` bytes were found whole, once each."""
+        check = partial(self._check, folder, largest=largest)
+        return _read(check, read, folder.parent if folder.name == "state" else folder, self._steps)
 
 
 def _roots(ema: str | None, stored: Mapping[str, Any]) -> dict[str, _Place]:
@@ -298,7 +290,12 @@ def _restore_args(target: Any, partial_restore: bool = False) -> ocp.args.PyTree
     )
 
 
-def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()) -> Any:
+def _read(
+    check: Callable[[], None],
+    read: Callable[[], Any],
+    folder: epath.Path,
+    steps: Sequence[int] = (),
+) -> Any:
     """read(), or a UserError about the folder, whatever a damaged file makes orbax raise.
 
     When one array cannot be read, orbax drops the reads of all others, and each prints a traceback
@@ -306,27 +303,28 @@ def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()
     anyhow. The error has no cause, which would keep these reads alive until the program exits.
 
     Args:
+      check: compares the digests of the files, before.
       folder: of a checkpoint, or `untrained`.
       steps: of all checkpoints.
     """
-    # Beside the error that orbax raises, asyncio logs one for every array.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    wrong = ""
+    reason = ""
     try:
+        check()
+        sys.unraisablehook = lambda _: None
         return read()
     except digests.Damaged as error:
         wrong = f"damaged ({error.file} is not what was written): restore that file"
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        wrong = f"damaged or of another model ({_in_short(error)}): use the code and config that "
-        wrong += "wrote it"
+        reason = _in_short(error)
+        wrong = f"damaged or of another model ({reason}): use the code and config that wrote it"
     finally:
-        if not wrong:
+        if not reason:
             sys.unraisablehook = hook
-    gc.collect()
+    if reason:
+        gc.collect()
     remedy = "begin anew in another workdir, since every checkpoint of this one needs that folder"
     if folder.name.isdigit():
         older = [step for step in steps if step < int(folder.name)]
