@@ -24,13 +24,14 @@ from jax.experimental import multihost_utils
 
 from moe_diffusion import locks
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.data.latents import describe_fields, read_manifest, verify
+from moe_diffusion.data.latents import describe_fields, read_manifest
 from moe_diffusion.data.sources import open_images
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.models.autoencoder import images_at_once
 from moe_diffusion.parallel import distributed
 from moe_diffusion.preparing import encode
+from moe_diffusion.preparing.verify import verify
 
 
 def make_job(args: Any) -> encode.Job:

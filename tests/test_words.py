@@ -231,7 +231,7 @@ def test_no_modules_import_each_other_in_a_circle():
 # From the ground up. A folder or file may import what stands in a lower row, or in its own folder.
 FLOORS = (
     ("errors", "checks", "writing", "caches", "signals", "__init__", "cli")
-    + ("digests", "handlers", "locks"),
+    + ("digests", "handlers", "locks", "clusters"),
     ("conditions", "parallel"),
     ("kernels",),
     ("moe",),
@@ -250,6 +250,7 @@ BESIDE = {("evaluation", "sampling"), ("evaluation", "figures"), ("sampling", "f
 BESIDE |= {("benchmarks", "planning"), ("checks", "errors"), ("cli", "errors")}
 BESIDE |= {("conditions", "parallel")}
 BESIDE |= {("digests", "errors"), ("handlers", "digests"), ("locks", "errors")}
+BESIDE |= {("clusters", "errors"), ("clusters", "checks")}
 FLOOR = {name: number for number, names in enumerate((*FLOORS, COMMANDS)) for name in names}
 
 

@@ -6,8 +6,8 @@ if the mirrored image was encoded too, else 1. k is 2c for the moments of the au
 (mean, log variance), and c for a sample. All numbers are little-endian and packed without gaps.
 
 Damage is noticed when a record is read, because ArrayRecord stores a hash of each. The manifest has
-a digest of itself, and one of every shard for `verify`, which also finds shards of another folder.
-Reading hundreds of GB at every start for these would cost minutes.
+a digest of itself, and one of every shard for `prepare --verify`, which also finds the shards of
+another folder. Reading hundreds of GB at every start for these would cost minutes.
 
 Format 1 of the manifest had no "fields": its records hold one int32 label, as `read_settings` says.
 Format 2 had no digests.
@@ -189,23 +189,4 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path} says {manifest['count']} records, its shards hold {counted}: prepare it again"
         )
-    return manifest
-
-
-def verify(folder: str | os.PathLike) -> dict[str, Any]:
-    """Reads a finished folder whole and compares it with its manifest, which is returned.
-
-    Raises:
-      UserError: a shard is missing or damaged; or the manifest is older than format 3.
-    """
-    manifest = Latents(folder).manifest
-    for shard in manifest["shards"]:
-        path = Path(folder) / shard["file"]
-        if "sha256" not in shard:
-            raise UserError(f"{folder} was prepared before digests were stored: prepare it again")
-        if digests.file_digest(path) != shard["sha256"]:
-            raise UserError(
-                f"{path} is damaged or of another folder: copy it again, or delete the folder and "
-                "prepare it again"
-            )
     return manifest

@@ -66,19 +66,17 @@ def train(
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
 
     Raises:
-      UserError: before anything is written if config, workdir, devices or checkpoint do not fit,
-        or if another run is at work there; later if the loss is not finite (see
-        `train.stop_on_nan`) or a checkpoint cannot be written.
+      UserError: before anything is written if config, workdir, devices or checkpoint do not fit or
+        another run is at work; later if a loss is not finite (`train.stop_on_nan`) or a save fails.
     """
     _check(config, model, workdir)
     caches.keep_programs(config.compile_cache)
     run = prepare_run(config, model, loss_fn)
-    with contextlib.ExitStack() as stack:
+    with locks.held(workdir, "training") as lock, contextlib.ExitStack() as stack:
 
         def opened(resource: Any) -> Any:
             return stack.enter_context(contextlib.closing(resource))
 
-        lock = stack.enter_context(locks.held(workdir, "training"))
         stop = stack.enter_context(StopSignal())
         stack.enter_context(run.on_mesh())
         iterator = opened(iterator_fn())
@@ -89,7 +87,6 @@ def train(
         if start >= num_steps:
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state
-
         key, first = jax.random.key(config.seed), next(iterator)
         _check_batch(model, first)
         place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)

@@ -10,9 +10,10 @@ import pytest
 
 from moe_diffusion.conditions import Field, cond_of
 from moe_diffusion.data import pipeline, sources
-from moe_diffusion.data.latents import Latents, describe_fields, record_of, verify
+from moe_diffusion.data.latents import Latents, describe_fields, record_of
 from moe_diffusion.digests import seal
 from moe_diffusion.errors import UserError
+from moe_diffusion.preparing.verify import verify
 from tests.preparing import latents_folder as lib
 from tests.preparing.latents_folder import COUNT
 

@@ -129,10 +129,7 @@ def test_what_cannot_be_a_cluster_is_refused(monkeypatch, env, message):
 
 def test_nobody_waits_longer_than_it_says(tmp_path):
     """The second of two processes is never started."""
-    code = (
-        "from moe_diffusion.parallel import distributed; distributed.WAIT = 2;"
-        "distributed.initialize()"
-    )
+    code = "from moe_diffusion import clusters; clusters.WAIT = 2;clusters.initialize()"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
