@@ -95,7 +95,7 @@ def check(*folders: epath.Path, largest: int | None = None) -> None:
     Raises:
       Damaged: on every process, if a file is missing or another one. It names the first.
     """
-    noted = [folder for folder in folders if (folder / NAME).exists()]
+    noted = [folder for folder in folders if (folder / NAME).is_file()]
     files = [(folder, *entry) for folder in noted for entry in _read(folder).items()]
     others = [os.fspath(folder) for folder in folders if folder not in noted and folder.exists()]
     if others and largest is None and jax.process_index() == 0:

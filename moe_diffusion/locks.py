@@ -233,7 +233,7 @@ def _named(owner: dict[str, Any]) -> str:
 
 def _text_of(path: epath.Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text() if path.is_file() else ""  # reading a pipe would never end
     except (OSError, ValueError):
         return ""
 
