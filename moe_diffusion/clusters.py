@@ -36,7 +36,7 @@ def initialize() -> None:
     env = os.environ
     hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))
     slurm = _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if "SLURM_STEP_NODELIST" in env else 1
-    if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
+    if "JAX_NUM_PROCESSES" in env or env.get("JAX_PROCESS_ID", "0") != "0":
         for name in _BY_HAND:
             require(name in env, f"{name} is not set: set all of {', '.join(_BY_HAND)}, or none")
         number, address = _number("JAX_NUM_PROCESSES"), env["JAX_COORDINATOR_ADDRESS"]

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import os
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from moe_diffusion import digests
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import inception
 from moe_diffusion.evaluation.images import Images, check_range, open_images, to_pixels
@@ -33,7 +33,6 @@ from moe_diffusion.evaluation.metrics import (
 MAX_VECTORS = 50_000  # kept for all but mean and covariance, which use every vector
 _PER_DEVICE = 32  # images; 299 x 299 pixels each take about 20 MB in the network
 _BROKEN = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError)
-_END = struct.Struct("<4s6xH10x")  # the last record of a zip without comment: number of entries
 _VECTOR_KEYS = ("features", "activations")  # in our files; in those of DiffMoE and DSMoE
 
 
@@ -187,33 +186,13 @@ def _open_archive(path: Path) -> FeatureSet:
     if not path.is_file():
         raise UserError(f"{path} is not there: give the path of an .npz")
     try:
-        _check_members(path)
+        digests.check_zip(path, unread=("arr_0.npy",))  # images are read piece by piece
         with path.open("rb") as file, np.load(file) as archive:
             return _read_archive(archive, path)
     except _BROKEN as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged or no .npz ({error}): fetch or make it again") from None
-
-
-def _check_members(path: Path) -> None:
-    """Reads every array but images once, to compare its checksum.
-
-    Numpy reads as many bytes as the header of an array says. With a damaged header that is not all
-    of them, and then no checksum is compared. A damaged length in the directory hides the entries
-    behind it; the record at the end of the file, which counts them, tells.
-    """
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        file.seek(-_END.size, os.SEEK_END)
-        signature, count = _END.unpack(file.read(_END.size))
-        if signature == b"PK\5\6" and count != len(archive.infolist()):
-            raise zipfile.BadZipFile(f"{len(archive.infolist())} of {count} arrays are found")
-        for member in archive.infolist():
-            if member.filename == "arr_0.npy":
-                continue
-            with archive.open(member) as content:
-                while content.read(1 << 24):
-                    pass
 
 
 def _read_archive(archive: Any, path: Path) -> FeatureSet:

@@ -111,7 +111,7 @@ def test_clusters_are_recognised(monkeypatch, env, arguments, capsys):
             "WORLD_SIZE=4 .* or unset WORLD_SIZE",
         ),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
-        (JAX | {"JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is not set"),
+        (JAX | {"JAX_PROCESS_ID": "1"}, "JAX_NUM_PROCESSES is not set"),
         (JAX | {"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is not set"),
         (JAX | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=two is no"),
         (
@@ -183,6 +183,11 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     assert "stopped" not in outputs[1]  # only the main process speaks
     stopped = max(losses(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [str(stopped)]
+    noted = tmp_path / "run" / "checkpoints" / str(stopped) / "state" / "digests.json"
+    # Each process has read back its own files; the first did so with what belongs to all.
+    owners = {name.split("/")[0] for name in json.loads(noted.read_text())["files"]}
+    assert owners >= {"ocdbt.process_0", "ocdbt.process_1", "manifest.ocdbt", "_METADATA"}
+    assert not list(noted.parent.glob("digests.*.part"))
     for workdir in (tmp_path / "run", tmp_path / "alone"):
         (process,) = start(workdir, 1, stopped + 3)
         process.communicate(timeout=100)
