@@ -11,6 +11,7 @@ moment, so that two runs started within the same second can still miss each othe
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_diffusion.errors import UserError, explained
+from moe_diffusion.writing import save_text
 
 NAME = "in_use.lock"
 BEAT, SILENCE = 20.0, 300.0  # seconds
@@ -74,7 +76,8 @@ class Lock:
 def held(folder: str | os.PathLike, what: str) -> Iterator[Lock]:
     """Makes a folder and keeps other runs out of it; all processes of a run call this.
 
-    The lock is released at the end of the body, after an error too, and by SIGTERM.
+    The lock is released at the end of the body, after an error too, and by SIGTERM. If nothing was
+    written, the folder disappears again.
 
     Args:
       what: the folder is used for, such as "training".
@@ -82,10 +85,11 @@ def held(folder: str | os.PathLike, what: str) -> Iterator[Lock]:
     Raises:
       UserError: on every process, if another run uses the folder. It names that run.
     """
-    lock, refusal = Lock(), None
+    lock, refusal, folder = Lock(), None, epath.Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     if jax.process_index() == 0:
         try:
-            lock = _take(epath.Path(folder), what)
+            lock = _take(folder, what)
         except UserError as error:
             refusal = error
     if jax.process_count() > 1:
@@ -99,6 +103,9 @@ def held(folder: str | os.PathLike, what: str) -> Iterator[Lock]:
             yield lock
     finally:
         lock.release()
+        with contextlib.suppress(OSError):  # it is not empty, and stays
+            for path in made if not _is_remote(folder) else ():
+                os.rmdir(path)
 
 
 def _take(folder: epath.Path, what: str) -> Lock:
@@ -108,7 +115,7 @@ def _take(folder: epath.Path, what: str) -> Lock:
     me = {"what": what, "host": socket.gethostname(), "pid": os.getpid(), "started": started}
     me |= {"machine": _machine(), "born": _born(os.getpid()), "token": uuid.uuid4().hex}
     text = json.dumps(me) + "\n"
-    for _ in range(3):  # a lock that is taken over may be followed by that of a third run
+    for _ in range(3):  # who was slower than a third run looks at that one's lock
         with explained(f"cannot write {path}", "make room or choose another folder", (OSError,)):
             created = _create(path, text)
         if created:
@@ -126,8 +133,9 @@ def _take(folder: epath.Path, what: str) -> Lock:
                 f"ago: wait for it, stop it or choose another folder; if it no longer exists, "
                 f"delete {path}"
             )
-        if _remove(path, found):
+        if _replace(path, found, text):
             _log.warning("%s: took over from %s, which has ended", folder, _named(owner))
+            return Lock(path, text)
     raise UserError(f"{folder} is in use: other runs are starting there at this moment")
 
 
@@ -152,22 +160,37 @@ def _create(path: epath.Path, text: str) -> bool:
     return True
 
 
-def _remove(path: epath.Path, text: str) -> bool:
-    """Deletes a file if it still has the text. Of several processes one succeeds."""
+def _replace(path: epath.Path, found: str, text: str) -> bool:
+    """Gives a file another text if it still has the one that was found.
+
+    Of several processes one succeeds. The file is there all the time, so that nobody creates it.
+    """
     if _is_remote(path):
-        path.unlink(missing_ok=True)
-        return True
-    aside = f"{path}.{uuid.uuid4().hex}"
+        path.write_text(text)
+    else:
+        with _alone(path.parent) as alone:
+            if not path.exists() or _text_of(path) != found:
+                return False
+            save_text(text, path)
+        if alone:
+            return True
+    time.sleep(_MOMENT)
+    return _text_of(path) == text
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[bool]:
+    """Keeps others out of this body while it runs; False where the file system cannot do that."""
+    number = os.open(folder, os.O_RDONLY)
     try:
-        os.rename(path, aside)
-        if Path(aside).read_text() != text:  # a third run was faster, and this is its lock
-            os.link(aside, path)
-            return False
-        return True
-    except OSError:
-        return False
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
     finally:
-        Path(aside).unlink(missing_ok=True)
+        os.close(number)
 
 
 def _is_gone(owner: dict[str, Any], age: float) -> bool:

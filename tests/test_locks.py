@@ -56,7 +56,10 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     assert not path.exists()
     with pytest.raises(ZeroDivisionError), locks.held(path.parent, "training"):
         1 / 0  # noqa: B018
-    assert not list(path.parent.iterdir())
+    assert not (tmp_path / "new").exists()  # nothing was written
+    with locks.held(path.parent, "training"):
+        (path.parent / "kept").touch()
+    assert [p.name for p in path.parent.iterdir()] == ["kept"]
 
 
 def test_other_processes_are_seen_alive_and_dead(tmp_path, caplog):
@@ -126,17 +129,22 @@ def left_behind(folder, text=None, silent=0.0, **change):
     return path
 
 
-def test_of_many_that_take_over_one_gets_it(tmp_path):
-    left_behind(tmp_path, born="1")
-    with ThreadPoolExecutor(8) as threads:
-        tries = [threads.submit(locks._take, epath.Path(tmp_path), "training") for _ in range(8)]
-    got = [future.result() for future in tries if not future.exception()]
-    assert len(got) == 1 and all(
-        isinstance(t.exception(), UserError) for t in tries if t.exception()
-    )
-    got[0].check()
-    got[0].release()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("stale", [True, False])
+def test_of_many_one_gets_it(tmp_path, stale):
+    """Twenty times eight threads at once, each as if it were a run of its own."""
+    for i in range(20):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        if stale:
+            left_behind(folder, born="1")
+        with ThreadPoolExecutor(8) as threads:
+            tries = [threads.submit(locks._take, epath.Path(folder), "training") for _ in range(8)]
+        got = [future.result() for future in tries if not future.exception()]
+        refused = [future.exception() for future in tries if future.exception()]
+        assert len(got) == 1 and all(isinstance(error, UserError) for error in refused)
+        got[0].check()
+        got[0].release()
+        assert not list(folder.iterdir())
 
 
 def test_an_owner_gives_signs_of_life_and_notices_a_takeover(tmp_path, monkeypatch):

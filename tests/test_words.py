@@ -249,7 +249,12 @@ COMMANDS += ("reproduce", "routing", "thresholds", "train", "tune")
 BESIDE = {("evaluation", "sampling"), ("evaluation", "figures"), ("sampling", "figures")}
 BESIDE |= {("benchmarks", "planning"), ("checks", "errors"), ("cli", "errors")}
 BESIDE |= {("conditions", "parallel")}
-BESIDE |= {("digests", "errors"), ("handlers", "digests"), ("locks", "errors")}
+BESIDE |= {
+    ("digests", "errors"),
+    ("handlers", "digests"),
+    ("locks", "errors"),
+    ("locks", "writing"),
+}
 BESIDE |= {("clusters", "errors"), ("clusters", "checks")}
 FLOOR = {name: number for number, names in enumerate((*FLOORS, COMMANDS)) for name in names}
 
