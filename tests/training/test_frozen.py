@@ -158,7 +158,7 @@ def test_damaged_untrained_parameters_are_told_apart_from_a_checkpoint(tmp_path,
         for path in (tmp_path / "untrained" / "d").iterdir():
             path.write_bytes(path.read_bytes()[:10])
     else:
-        path = max((tmp_path / "untrained").rglob("*"), key=lambda path: path.stat().st_size)
+        path = max((tmp_path / "untrained").rglob("d/*"), key=lambda path: path.stat().st_size)
         bits = bytearray(path.read_bytes())
         bits[len(bits) // 2] ^= 1
         path.write_bytes(bits)
