@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_diffusion import digests
 from moe_diffusion.errors import UserError, shown
 from moe_diffusion.reading import Key, check_keys, key_like, plain_name
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 REMEDY = "restore it, or prepare the folder again"
 DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"}
 DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -49,7 +50,12 @@ _FIELD = {
     "dtype": _TEXT,
     "num_values": Key((int, _NOTHING), least=1, most=1 << 40),
 }
-_SHARD = {"file": _TEXT, "count": _COUNT, "bytes": Key((int,), least=0, most=1 << 60)}
+_SHARD = {
+    "file": _TEXT,
+    "count": _COUNT,
+    "bytes": Key((int,), least=0, most=1 << 60),
+    "sha256": Key((str, _NOTHING), None),  # format 3
+}
 _MADE_BY = {"name": _TEXT, "fingerprint": _TEXT}
 
 
@@ -101,6 +107,8 @@ def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
             f"{where} is of format {shown(number)}, this version of moe_diffusion reads 1 to "
             f"{FORMAT}: update moe_diffusion, or prepare the folder again"
         )
+    if number >= 3 or "digest" in manifest:
+        _check_seal(manifest, where, REMEDY)
     check_settings(manifest, where)
     check_keys(manifest, _MANIFEST, where, REMEDY)
     channels = manifest["shape"][-1]
@@ -132,6 +140,8 @@ def check_note(note: Mapping[str, Any], shard: Path, where: str, channels: int) 
       UserError: a key is lacking, its value cannot be, or it contradicts the file.
     """
     remedy = f"delete it and {shard.name}, and prepare again"
+    if "sha256" in note or "digest" in note:  # an earlier version stored none
+        _check_seal(note, where, remedy)
     check_keys(note, _SHARD | {"skipped": Key((list,), items=_TEXT)}, where, remedy)
     if note["count"]:
         row = Key((list,), least=channels, most=channels, items=Key((float,)))
@@ -139,3 +149,8 @@ def check_note(note: Mapping[str, Any], shard: Path, where: str, channels: int) 
     size = shard.stat().st_size if shard.is_file() else None
     if note["file"] != shard.name or note["bytes"] != size:
         raise UserError(f"{where} is not of the {size} bytes of {shard.name}: {remedy}")
+
+
+def _check_seal(values: Mapping[str, Any], where: str, remedy: str) -> None:
+    if not digests.is_sealed(values):
+        raise UserError(f"{where} is damaged (it is not what prepare wrote): {remedy}")

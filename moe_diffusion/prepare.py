@@ -6,6 +6,7 @@
       --vae ae.safetensors --kind flux --out data/imagenet256_flux
   python -m moe_diffusion.prepare --captions pictures/ --text-encoders FLUX.1-dev/ --size 512 \\
       --vae FLUX.1-dev/ --out data/pictures_flux
+  python -m moe_diffusion.prepare --verify --out data/imagenet256_flux
 
 On several hosts, start it on each, as for train; --out must be a folder that all of them see. Then
 train with --config.data.source=latents:<out>. After --no-flip, add --config.data.augment=none.
@@ -24,18 +25,19 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from moe_diffusion import classes
+from moe_diffusion import classes, locks
 from moe_diffusion.checks import check_seed
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.data.latents import describe_fields, read_manifest
 from moe_diffusion.data.sources import open_images
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.interop.prompts import TEXT_LENGTH, PromptEncoders
 from moe_diffusion.models.autoencoder import images_at_once
 from moe_diffusion.parallel import distributed
 from moe_diffusion.preparing import encode
 from moe_diffusion.preparing.captions import CaptionFolder, read_metadata
+from moe_diffusion.preparing.verify import verify
 
 
 def make_job(args: Any) -> encode.Job:
@@ -117,13 +119,15 @@ def _parse_size(text: str) -> tuple[int, int]:
 def run(job: encode.Job) -> dict[str, Any]:
     """Encodes what is still missing and returns the manifest; all processes must call this."""
     main = distributed.is_main_process()
-    unfinished = encode.begin(job) if main else True
-    if multihost_utils.broadcast_one_to_all(unfinished):
-        encode.write_shards(job, jax.process_index(), jax.process_count())
-        multihost_utils.sync_global_devices("latents are written")
-        if main:
-            encode.finish(job)
-        multihost_utils.sync_global_devices("the manifest is written")
+    check_writable(job.folder)
+    with locks.held(job.folder, "prepare"):
+        unfinished = encode.begin(job) if main else True
+        if multihost_utils.broadcast_one_to_all(unfinished):
+            encode.write_shards(job, jax.process_index(), jax.process_count())
+            multihost_utils.sync_global_devices("latents are written")
+            if main:
+                encode.finish(job)
+            multihost_utils.sync_global_devices("the manifest is written")
     return read_manifest(job.folder)
 
 
@@ -140,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "padding included; FLUX.1 [schnell] has 256 (%(default)s)")  # fmt: skip
     add("--guidance", type=float, help="with --captions: value of a field guidance in all records")
     add("--split", default="train", help="of a tfds source (%(default)s)")
-    add("--size", required=True, help="of the images, in pixels: 256, or height x width: 256x384")
-    add("--vae", required=True, help="the autoencoder: a weight file or a folder of diffusers")
+    add("--size", help="of the images, in pixels: 256, or height x width: 256x384")
+    add("--vae", help="the autoencoder: a weight file or a folder of diffusers")
     add("--kind", default="auto", help="sd or flux, for weights without config.json (%(default)s)")
     add("--out", required=True, help="folder of the latents")
     flip = "encode the mirrored images, too, for data.augment=flip (the default without captions)"
@@ -151,13 +155,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--shard-size", type=int, default=8192, help="records in a file (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="threads that read (%(default)s)")
     add("--skip-broken", action="store_true", help="leave out files that are no images")
+    add("--verify", action="store_true", help="only compare the files of --out with their digests")
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
+    absent = [f"--{name}" for name in ("size", "vae") if not getattr(args, name)]
+    if absent and not args.verify:
+        parser.error(f"the following arguments are required: {', '.join(absent)}")
     distributed.initialize()
-    job = make_job(args)
-    if distributed.is_main_process() and (table := classes.table(classes.of_source(job.source))):
+    job = None if args.verify else make_job(args)
+    table = classes.table(classes.of_source(job.source)) if job else ""
+    if table and distributed.is_main_process():
         print(table, flush=True)
-    manifest = run(job)
+    manifest = run(job) if job else verify(args.out)
     if distributed.is_main_process():
         print(f"{manifest['count']:,} latents in {len(manifest['shards'])} files: {args.out}")
         if args.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_diffusion import classes, prepare
+from moe_diffusion import classes, locks, prepare
 from moe_diffusion.data.latents import Latents
 from tests import cli, pictures
 
@@ -45,7 +46,7 @@ def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
     assert last["autoencoder"]["name"] == "vae-tiny" and last["scale"] == 0.18215
     assert cli.contents(undisturbed) == before and len(before) == 11
     manifest = json.loads(before["manifest.json"])
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     label = {"name": "label", "shape": [], "dtype": "int32", "num_values": 4}
     assert manifest["fields"] == [label]
     assert manifest["class_names"] == [f"class_{i}" for i in range(4)]
@@ -60,6 +61,31 @@ def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
     batch = Latents(str(undisturbed)).take(np.arange(200))
     assert batch["label"].tolist() == [i // 50 for i in range(200)]
     assert 0.01 < batch["image"].std() < 1
+
+
+def test_two_runs_in_one_folder(inputs, undisturbed, tmp_path, capfd):
+    """A folder that another run works in is left alone, be it new or finished."""
+    for folder in (tmp_path / "new", undisturbed):
+        with locks.held(folder, "prepare"):
+            before = cli.contents(folder)
+            error = cli.refused(capfd, prepare.main, pictures.prepare_args(*inputs, folder))
+            assert f"{folder} is in use by prepare (process {os.getpid()} on" in error
+            assert cli.contents(folder) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_verify(undisturbed, tmp_path, capfd):
+    copy = shutil.copytree(undisturbed, tmp_path / "copy")
+    prepare.main(["--verify", "--out", str(copy)])
+    assert f"200 latents in 10 files: {copy}" in capfd.readouterr().out
+    shard = copy / "latents-00003-of-00010.array_record"
+    bits = bytearray(shard.read_bytes())
+    bits[-1] ^= 1  # padding, which no reader looks at
+    shard.write_bytes(bits)
+    error = cli.refused(capfd, prepare.main, ["--verify", "--out", copy])
+    assert error.startswith(f"{shard} is damaged or of another folder: copy it again, or delete")
+    error = cli.refused(capfd, prepare.main, ["--verify", "--out", tmp_path])
+    assert f"{tmp_path} holds no prepared latents" in error
 
 
 def test_pictures_that_are_not_square(inputs, tmp_path):

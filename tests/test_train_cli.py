@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ import jax
 import pytest
 
 from moe_diffusion import config as configs
-from moe_diffusion import train
+from moe_diffusion import locks, sample, train
 from tests import cli
 
 ARGS = cli.digits()
@@ -204,7 +205,8 @@ def test_a_truncated_checkpoint(item, copy, capfd):
     before = cli.contents(copy)
     args = [*ARGS, "--config.train.num_steps=4", "--workdir", copy]
     error = cli.refused(capfd, train.main, args)
-    assert f"checkpoint {copy}/checkpoints/3 is damaged or of another model" in error
+    name = largest.relative_to(copy / "checkpoints" / "3")
+    assert f"checkpoint {copy}/checkpoints/3 is damaged ({name} is not what was written)" in error
     assert error.endswith("or delete that folder to fall back on step 2")
     assert cli.contents(copy) == before
 
@@ -228,3 +230,32 @@ def test_a_checkpoint_of_another_model(change, copy, capfd):
     assert f"checkpoint {copy}/checkpoints/3 is damaged or of another model" in error
     assert "use the code and config that wrote it" in error
     assert cli.contents(copy) == before
+
+
+def test_two_runs_in_one_workdir(copy, capfd):
+    """The second is refused before it writes anything, while the first is at work."""
+    args = [*ARGS, "--config.train.num_steps=4", "--workdir", copy]
+    with locks.held(copy, "training"):
+        before = cli.contents(copy)
+        error = cli.refused(capfd, train.main, args)
+        assert f"{copy} is in use by training (process {os.getpid()} on" in error
+        assert f"delete {copy}/in_use.lock" in error
+        assert cli.contents(copy) == before
+    train.main(list(map(str, args)))
+    assert cli.saved_steps(copy)[-1] == 4 and not (copy / "in_use.lock").exists()
+
+
+@pytest.mark.parametrize("command", [train, sample])
+def test_one_flipped_bit_in_a_checkpoint(command, copy, capfd):
+    """In the numbers themselves, where orbax alone notices nothing."""
+    files = (copy / "checkpoints" / "3" / "state").rglob("d/*")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    bits = bytearray(largest.read_bytes())
+    bits[len(bits) // 2] ^= 16
+    largest.write_bytes(bits)
+    args = ["--workdir", copy]
+    args += [*ARGS, "--config.train.num_steps=4"] if command is train else ["--num", "1"]
+    error = cli.refused(capfd, command.main, args)
+    name = largest.relative_to(copy / "checkpoints" / "3")
+    assert f"checkpoint {copy}/checkpoints/3 is damaged ({name} is not what was written)" in error
+    assert error.endswith("restore that file, or delete that folder to fall back on step 2")

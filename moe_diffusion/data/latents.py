@@ -5,7 +5,12 @@ in the order of the manifest's "fields", and then the latent: fp16 [F, h, w, k],
 if the mirrored image was encoded too, else 1. k is 2c for the moments of the autoencoder's Gaussian
 (mean, log variance), and c for a sample. All numbers are little-endian and packed without gaps.
 
+Damage is noticed when a record is read, because ArrayRecord stores a hash of each. The manifest has
+a digest of itself, and one of every shard for `prepare --verify`, which also finds the shards of
+another folder. Reading hundreds of GB at every start for these would cost minutes.
+
 Format 1 of the manifest had no "fields": its records hold one int32 label, as `read_settings` says.
+Format 2 had no digests.
 """
 
 from __future__ import annotations

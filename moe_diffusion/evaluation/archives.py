@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_diffusion import digests
 from moe_diffusion.errors import UserError, explained, shown
 from moe_diffusion.reading import regular_file
 
@@ -102,4 +103,6 @@ def open_archive(path: str | os.PathLike) -> Iterator[Archive]:
     regular_file(path, ".npz")
     with explained(f"{path} is damaged or no .npz", "fetch or make it again"):
         with zipfile.ZipFile(path) as file:
-            yield Archive(path, file)
+            archive = Archive(path, file)
+            digests.check_zip(path, unread=("arr_0.npy",))  # images are read piece by piece
+            yield archive

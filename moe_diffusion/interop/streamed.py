@@ -28,6 +28,7 @@ import tensorstore
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from moe_diffusion.handlers import tree_handler
 from moe_diffusion.interop.tensors import Parts, Pieces
 
 _THREADS = 4  # each reads a chunk, arranges and writes it, and waits for the disk
@@ -78,7 +79,7 @@ def write_weights(
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (_Boxed, _PiecesHandler())
     )
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    handler = tree_handler(use_ocdbt=False, type_handler_registry=registry)
     folder = epath.Path(os.path.abspath(workdir)) / "checkpoints"
     folder.mkdir(parents=True)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)

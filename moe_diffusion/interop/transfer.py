@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from moe_diffusion import config as configs
-from moe_diffusion import models
+from moe_diffusion import locks, models
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.interop import describe, families, files, keymap
 from moe_diffusion.interop.rows import Family
@@ -80,17 +80,21 @@ def import_folder(
     _check_room(folder, total)
 
     partial_folder = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=not progress) as t:
-            write_weights(partial_folder, leaves, t.update)
-        configs.save_json(model_config, partial_folder / "config.json")
-        os.replace(partial_folder, folder)
-    except (OSError, ValueError) as error:  # tensorstore raises ValueErrors
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} could not be written: {reason}") from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+    with locks.held(partial_folder, "convert"):
+        shutil.rmtree(partial_folder / "checkpoints", ignore_errors=True)  # of a killed run
+        try:
+            with tqdm(
+                total=total, unit="B", unit_scale=True, desc="import", disable=not progress
+            ) as t:
+                write_weights(partial_folder, leaves, t.update)
+            configs.save_json(model_config, partial_folder / "config.json")
+            os.replace(partial_folder, folder)
+            (folder / locks.NAME).unlink(missing_ok=True)
+        except (OSError, ValueError) as error:  # tensorstore raises ValueErrors
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder} could not be written: {reason}") from error
+        finally:
+            shutil.rmtree(partial_folder, ignore_errors=True)
     return {
         "family": family,
         "input": str(path),

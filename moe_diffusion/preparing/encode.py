@@ -19,10 +19,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from moe_diffusion import digests, locks
 from moe_diffusion.classes import of_source
 from moe_diffusion.data.latents import UNFINISHED, read_settings, record_of, spec_of
 from moe_diffusion.data.sources import check_batch, stack
-from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.errors import UserError
 from moe_diffusion.manifest import FORMAT, MANIFEST, check_note
 from moe_diffusion.reading import read_table
 
@@ -78,7 +79,6 @@ def begin(job: Job) -> bool:
     Raises:
       UserError: the folder belongs to something else, or was begun with other settings.
     """
-    check_writable(job.folder)
     finished, begun = job.folder / MANIFEST, job.folder / UNFINISHED
     for path in (finished, begun):
         if path.is_file():
@@ -87,7 +87,8 @@ def begin(job: Job) -> bool:
         _tidy(job)
         return False
     if not begun.is_file():
-        if job.folder.is_dir() and any(p.suffix != ".part" for p in job.folder.iterdir()):
+        ours = (".part", Path(locks.NAME).suffix)
+        if job.folder.is_dir() and any(p.suffix not in ours for p in job.folder.iterdir()):
             raise UserError(f"{job.folder} holds other files: choose an empty folder for --out")
         job.folder.mkdir(parents=True, exist_ok=True)
         _write_json(begun, job.settings)
@@ -123,8 +124,9 @@ def finish(job: Job) -> dict[str, Any]:
         "class_counts": _class_counts(job, set(skipped)),
         "statistics": _statistics(job, notes, count),
         "skipped": skipped,
-        "shards": [{k: note[k] for k in ("file", "count", "bytes")} for note in notes],
+        "shards": [{k: note[k] for k in ("file", "count", "bytes", "sha256")} for note in notes],
     }
+    manifest = digests.seal(manifest)
     _write_json(job.folder / MANIFEST, manifest)
     _tidy(job)
     return manifest
@@ -157,10 +159,11 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
     with part.open("rb") as file:
         os.fsync(file.fileno())  # after a power cut there must be no note without its shard
     os.replace(part, path)
-    note = {"file": path.name, "count": count, "bytes": path.stat().st_size, "skipped": skipped}
+    size, digest = path.stat().st_size, digests.file_digest(path)
+    note = {"file": path.name, "count": count, "bytes": size, "sha256": digest, "skipped": skipped}
     # The sums are per image until here, because the number of devices must not change the rounding.
     total = np.concatenate(sums).sum(0).tolist() if sums else 0
-    _write_json(job.note(number), note | {"sums": total})
+    _write_json(job.note(number), digests.seal(note | {"sums": total}))
 
 
 def _read_ahead(
@@ -242,7 +245,7 @@ def _read_note(job: Job, number: int) -> dict[str, Any]:
     path = job.note(number)
     note = read_table(path, f"delete it and {job.shard_file(number).name}, and prepare again")
     check_note(note, job.shard_file(number), str(path), job.settings["shape"][-1])
-    return note
+    return {"sha256": digests.file_digest(job.shard_file(number))} | note
 
 
 def _compare(path: Path, settings: dict[str, Any]) -> None:

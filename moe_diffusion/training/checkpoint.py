@@ -3,18 +3,18 @@
 `state` is the TrainState (orbax, every process writes its own shards), `data` the state of the data
 iterator (JSON). `untrained` has the parameters that `optim.trainable` leaves out, once for all
 steps. Each is written under a temporary name and renamed when it is whole, so that nobody takes
-what a killed process leaves behind for a checkpoint.
+what a killed process leaves behind for a checkpoint. Each holds the digests of its files, which are
+compared before the files are read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -25,7 +25,9 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
+from moe_diffusion import digests
 from moe_diffusion.errors import UserError
+from moe_diffusion.handlers import json_handler, tree_handler
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.training.state import TrainState
 
@@ -55,8 +57,10 @@ class Checkpointer:
             save_root_metadata=False,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
             enable_async_checkpointing=checkpoint_config.asynchronous,
+            # Otherwise threads wait minutes for a folder that could not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        handlers = {"state": tree_handler(), "data": json_handler()}
         self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def newest(self) -> epath.Path | None:
@@ -82,6 +86,7 @@ class Checkpointer:
           UserError: the checkpoint is damaged or belongs to another model. Nothing is deleted.
         """
         step = self._manager.latest_step()
+        folder = self.folder / str(step)
         args = ocp.args.Composite(state=_restore_args(target), data=ocp.args.JsonRestore())
 
         def read() -> tuple[TrainState, dict[str, Any]]:
@@ -90,7 +95,8 @@ class Checkpointer:
                 raise ValueError("its content is that of another step")
             return items.state, items.data
 
-        return _read(read, self.folder / str(step), self._manager.all_steps())
+        check = partial(digests.check, folder / "state", folder / "data")
+        return _read(check, read, folder, self._manager.all_steps())
 
     def save_untrained(self, untrained: Any) -> None:
         """Saves the parameters that are not trained, before the first checkpoint of a run.
@@ -99,16 +105,17 @@ class Checkpointer:
         """
         if not untrained or self.newest():
             return
-        with self._writing(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with self._writing(), ocp.Checkpointer(tree_handler()) as checkpointer:
             checkpointer.save(self._untrained, args=ocp.args.PyTreeSave(untrained), force=True)
 
     def restore_untrained(self, target: Any) -> Any:
         """Reads what `save_untrained` saved; raises UserError if it is damaged or does not fit."""
         if not target:
             return {}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(tree_handler()) as checkpointer:
+            check = partial(digests.check, self._untrained)
             read = partial(checkpointer.restore, self._untrained, args=_restore_args(target))
-            return _read(read, self._untrained)
+            return _read(check, read, self._untrained)
 
     def wait(self) -> None:
         """Waits until what was saved is whole on disk. Raises UserError if writing failed."""
@@ -169,7 +176,7 @@ class StoredWeights(contextlib.AbstractContextManager):
                 f" it has: {', '.join(map(str, self._steps)) or 'none'}"
             )
         self.step = self._steps[-1] if step is None else step
-        self._handler = ocp.PyTreeCheckpointHandler()
+        self._handler, self._check = tree_handler(), cache(digests.check)
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         self._places: dict[str, tuple[epath.Path, _Place]] = {}
         self._find(folder / str(self.step) / "state", partial(_roots, ema))
@@ -180,7 +187,8 @@ class StoredWeights(contextlib.AbstractContextManager):
         self, folder: epath.Path, roots: Callable[[Mapping[str, Any]], dict[str, _Place]]
     ) -> None:
         """Notes every array of a stored tree that lies below one of its roots."""
-        stored = self._read(folder, lambda: dict(self._handler.metadata(folder).tree))
+        read = lambda: dict(self._handler.metadata(folder).tree)  # noqa: E731
+        stored = self._read(folder, read, digests.SMALL)
         for name, root in roots(stored).items():
             for place, array in flatten_dict(stored).items():
                 if place[: len(root)] == root:
@@ -212,7 +220,7 @@ class StoredWeights(contextlib.AbstractContextManager):
         None as sharding gives a numpy array.
         """
         found: dict[str, Any] = {}
-        for folder in {self._places[name][0] for name in shardings}:
+        for folder in sorted({self._places[name][0] for name in shardings}):
             names = {self._places[n][1]: n for n in shardings if self._places[n][0] == folder}
             target = {p: self.shapes[n].update(sharding=shardings[n]) for p, n in names.items()}
             args = _restore_args(unflatten_dict(target), partial_restore=True)
@@ -241,8 +249,10 @@ class StoredWeights(contextlib.AbstractContextManager):
         for i in range(0, store.shape[0], size):
             yield i, self._read(folder, store[i : min(i + size, store.shape[0])].read().result)
 
-    def _read(self, folder: epath.Path, read: Callable[[], Any]) -> Any:
-        return _read(read, folder.parent if folder.name == "state" else folder, self._steps)
+    def _read(self, folder: epath.Path, read: Callable[[], Any], largest: int | None = None) -> Any:
+        """read(), after the files of at most `largest` bytes were found whole, once each."""
+        check = partial(self._check, folder, largest=largest)
+        return _read(check, read, folder.parent if folder.name == "state" else folder, self._steps)
 
 
 def _roots(ema: str | None, stored: Mapping[str, Any]) -> dict[str, _Place]:
@@ -280,7 +290,12 @@ def _restore_args(target: Any, partial_restore: bool = False) -> ocp.args.PyTree
     )
 
 
-def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()) -> Any:
+def _read(
+    check: Callable[[], None],
+    read: Callable[[], Any],
+    folder: epath.Path,
+    steps: Sequence[int] = (),
+) -> Any:
     """read(), or a UserError about the folder, whatever a damaged file makes orbax raise.
 
     When one array cannot be read, orbax drops the reads of all others, and each prints a traceback
@@ -288,33 +303,34 @@ def _read(read: Callable[[], Any], folder: epath.Path, steps: Sequence[int] = ()
     anyhow. The error has no cause, which would keep these reads alive until the program exits.
 
     Args:
+      check: compares the digests of the files, before.
       folder: of a checkpoint, or `untrained`.
       steps: of all checkpoints.
     """
-    # Beside the error that orbax raises, asyncio logs one for every array.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
     reason = ""
     try:
+        check()
+        sys.unraisablehook = lambda _: None
         return read()
+    except digests.Damaged as error:
+        wrong = f"damaged ({error.file} is not what was written): restore that file"
     except (UserError, MemoryError):
         raise
     except Exception as error:
         reason = _in_short(error)
+        wrong = f"damaged or of another model ({reason}): use the code and config that wrote it"
     finally:
         if not reason:
             sys.unraisablehook = hook
-    gc.collect()
+    if reason:
+        gc.collect()
     remedy = "begin anew in another workdir, since every checkpoint of this one needs that folder"
     if folder.name.isdigit():
         older = [step for step in steps if step < int(folder.name)]
         fallback = f"step {max(older)}" if older else "a fresh start"
         remedy = f"delete that folder to fall back on {fallback}"
-    raise UserError(
-        f"checkpoint {folder} is damaged or of another model ({reason}): use the code and config "
-        f"that wrote it, or {remedy}"
-    )
+    raise UserError(f"checkpoint {folder} is {wrong}, or {remedy}")
 
 
 def _in_short(error: Exception) -> str:

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from moe_diffusion import caches
+from moe_diffusion import caches, locks
 from moe_diffusion import config as configs
 from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
@@ -68,13 +68,13 @@ def train(
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
 
     Raises:
-      UserError: before anything is written if config, workdir, devices or checkpoint do not fit;
-        later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
+      UserError: before anything is written if config, workdir, devices or checkpoint do not fit or
+        another run is at work; later if a loss is not finite (`train.stop_on_nan`) or a save fails.
     """
     _check(config, model, workdir)
     caches.keep_programs(config.compile_cache)
     run = prepare_run(config, model, loss_fn)
-    with contextlib.ExitStack() as stack:
+    with locks.held(workdir, "training") as lock, contextlib.ExitStack() as stack:
 
         def opened(resource: Any) -> Any:
             return stack.enter_context(contextlib.closing(resource))
@@ -105,6 +105,7 @@ def train(
             stopping = stop.requested(step)
             if step % config.checkpoint.every == 0 or step == num_steps or stopping:
                 monitor.finish()  # raises before a state past a bad step is saved
+                lock.check()
                 with progress.paused():
                     checkpoints.save(step, state, iterator.get_state())
             if stopping:

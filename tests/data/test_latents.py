@@ -11,7 +11,9 @@ import pytest
 from moe_diffusion.conditions import Field, cond_of
 from moe_diffusion.data import pipeline, sources
 from moe_diffusion.data.latents import Latents, describe_fields, record_of
+from moe_diffusion.digests import seal
 from moe_diffusion.errors import UserError
+from moe_diffusion.preparing.verify import verify
 from tests.preparing import latents_folder as lib
 from tests.preparing.latents_folder import COUNT
 
@@ -171,9 +173,12 @@ def test_manifests_that_are_not_whole(copy):
     for text, message in (
         ("{", "is not valid JSON"),
         ("[2]", r"holds \[2\], not a table"),
-        (json.dumps(manifest | {"format": 99}), "is of format 99, .* reads 1 to 2: update moe_dif"),
+        (json.dumps(manifest | {"format": 99}), "is of format 99, .* reads 1 to 3: update moe_dif"),
         (json.dumps(manifest | {"format": None}), "is of format None"),
-        (json.dumps(manifest | {"count": 99}), "says 99 records, its shards hold 21"),
+        (json.dumps(seal(manifest | {"count": 99})), "says 99 records, its shards hold 21"),
+        (json.dumps(manifest | {"scale": 0.5000001}), "manifest.json is damaged"),
+        (json.dumps(manifest | {"format": 2}), "manifest.json is damaged"),
+        (json.dumps({k: v for k, v in manifest.items() if k != "digest"}), "is damaged"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -211,7 +216,7 @@ def test_every_value_of_a_manifest(copy):
                 continue
             else:
                 holder[place[-1]] = mutant
-            path.write_text(json.dumps(changed))
+            path.write_text(json.dumps(seal(changed)))
             try:
                 batch = Latents(str(copy)).take(indices)
             except UserError as error:
@@ -252,7 +257,7 @@ def places(value, above=()):
 )
 def test_what_a_manifest_may_not_say(change, message, copy):
     path = copy / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(seal(json.loads(path.read_text()) | change)))
     with pytest.raises(UserError, match=message):
         Latents(str(copy)).take(np.array([0]))
 
@@ -262,9 +267,53 @@ def test_shards_lie_in_the_folder(name, copy):
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["shards"][1]["file"] = name
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(seal(manifest)))
     with pytest.raises(UserError, match=r"shards\[1\]: file: .* is no plain name of a file"):
         Latents(str(copy))
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(copy):
+    """60 bits of each file. What is noticed names the file; else all records are as before.
+
+    Most of a small shard are zeros that fill a block up, so that 40 bits are chosen elsewhere.
+    """
+    rng, good = np.random.default_rng(0), Latents(str(copy)).take_stored(np.arange(COUNT))
+    noticed = dict.fromkeys(sorted(copy.iterdir()), 0)
+    for path in noticed:
+        whole = path.read_bytes()
+        used = np.flatnonzero(np.frombuffer(whole, np.uint8))
+        there, anywhere = 8 * rng.choice(used, 40), rng.integers(8 * len(whole), size=20)
+        for bit in (*(there + rng.integers(8, size=40)), *anywhere):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            try:
+                found = Latents(str(copy)).take_stored(np.arange(COUNT))
+            except UserError as error:
+                assert str(path) in str(error)
+                noticed[path] += 1
+            else:
+                for name, value in found.items():
+                    np.testing.assert_array_equal(value, good[name])
+            if path.suffix == ".array_record":
+                with pytest.raises(UserError, match=f"{path.name} is damaged or of another folder"):
+                    verify(copy)
+        path.write_bytes(whole)
+    assert len(noticed) == 4 and min(noticed.values()) > 20, noticed
+    assert verify(copy)["count"] == COUNT
+
+
+def test_shards_of_equal_size_that_were_exchanged(copy):
+    """Each is whole, so that only `verify` notices."""
+    first, second = (copy / f"latents-0000{i}-of-00003.array_record" for i in (0, 1))
+    bits = first.read_bytes(), second.read_bytes()
+    assert len(bits[0]) == len(bits[1])
+    first.write_bytes(bits[1])
+    with pytest.raises(UserError, match=f"{first.name} is damaged or of another folder"):
+        verify(copy)
+    first.unlink()
+    with pytest.raises(UserError, match=f"{first.name} has no bytes"):
+        verify(copy)
 
 
 def test_a_model_of_another_size_is_refused(prepared):

@@ -176,6 +176,35 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
         features.open_features("folder:/x")
 
 
+def test_every_flipped_bit_of_features_is_noticed_or_harmless(tmp_path):
+    """240 bits, half of them outside of the numbers; zip stores dates that nothing reads."""
+    rng, path = np.random.default_rng(0), tmp_path / "saved.npz"
+    rows = rng.standard_normal((12, 3)).astype(np.float32)
+    gaussian = gaussian_of(rows)
+    features.save_features(
+        features.FeatureSet("made", gaussian, spatial=gaussian, vectors=rows), path
+    )
+    whole, noticed = path.read_bytes(), 0
+    good = features.open_features(str(path))
+    text = np.flatnonzero(np.frombuffer(whole, np.uint8))
+    for byte in (*rng.integers(len(whole), size=120), *rng.choice(text[-300:], 120)):
+        damaged = bytearray(whole)
+        damaged[byte] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            found = features.open_features(str(path))
+        except UserError as error:
+            assert str(path) in str(error)
+            noticed += 1
+        else:
+            np.testing.assert_array_equal(found.vectors, good.vectors)
+            for one, other in ((found.pool, good.pool), (found.spatial, good.spatial)):
+                assert one.count == other.count
+                np.testing.assert_array_equal(one.mean, other.mean)
+                np.testing.assert_array_equal(one.covariance, other.covariance)
+    assert 120 < noticed < 240
+
+
 def test_bad_pictures_are_named(tmp_path):
     for i, pixels in enumerate(pictures(3)):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tensorstore
 
+from moe_diffusion.errors import UserError
 from moe_diffusion.interop import streamed
 from moe_diffusion.interop.streamed import write_weights
 from moe_diffusion.interop.tensors import Pieces
+from moe_diffusion.training.checkpoint import StoredWeights
 
 
 def pieces_of(array, axes, arrange=lambda piece: piece):
@@ -53,6 +55,31 @@ def test_pieces_come_back(tmp_path, monkeypatch, direct):
         stored = tensorstore.open(spec).result().read().result()
         assert stored.dtype == np.float32
         np.testing.assert_array_equal(stored, array)
+
+
+def test_one_flipped_bit_in_any_file_is_noticed(tmp_path):
+    """However it is read: whole, or block by block as for an export."""
+    array = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    write_weights(tmp_path, {"params/w": pieces_of(array, 1)})
+    folder = tmp_path / "checkpoints" / "0"
+    files = [path for path in (folder / "state").rglob("*") if path.is_file()]
+    files = [path for path in files if path.name != "commit_success.txt"]
+    assert len(files) >= 3 + 4  # chunks; what describes them, the step and the tree
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        for read in (
+            lambda stored: stored.read({"params/w": None}),
+            lambda stored: list(stored.read_blocks("params/w")),
+        ):
+            with (
+                pytest.raises(UserError, match=f"{path.name} is not what was written"),
+                StoredWeights(tmp_path) as stored,
+            ):
+                read(stored)
+        path.write_bytes(whole)
+    with StoredWeights(tmp_path) as stored:
+        np.testing.assert_array_equal(stored.read({"params/w": None})["params/w"], array)
 
 
 def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):

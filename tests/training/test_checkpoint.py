@@ -205,3 +205,69 @@ def test_stored_weights_say_what_there_is(tmp_path):
         read_weights(tmp_path, step=3)
     with pytest.raises(UserError, match="no average of decay 0.7; it keeps: 0.5, 0.9"):
         read_weights(tmp_path, ema="0.7")
+
+
+def flipped(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def read_blockwise(workdir):
+    """As `convert --export` reads."""
+    with StoredWeights(workdir) as stored:
+        return {name: list(stored.read_blocks(name)) for name in stored.shapes}
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """40 bits of each file of a checkpoint, read in every way.
+
+    Two kinds have no digest, because orbax writes them at the very end: the time is in one, and
+    the other only has to exist. There, what is read is as before.
+    """
+    write(tmp_path, [1, 2])
+    folder, rng, noticed = tmp_path / "checkpoints" / "2", np.random.default_rng(0), {}
+    checkpoints = Checkpointer(tmp_path, toy.make_config().checkpoint)
+    good, target = read_blockwise(tmp_path), abstract(make_state(0))
+    expected = (make_state(2), {"next_index": 2})
+    ways = lambda: checkpoints.restore(target), lambda: read_blockwise(tmp_path)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        whole = path.read_bytes()
+        for i, bit in enumerate(rng.integers(8 * len(whole), size=40).tolist()):
+            flipped(path, bit)
+            for way in ways[: 1 + (i < 2)]:
+                try:
+                    found = way()
+                except UserError as error:
+                    assert f"checkpoint {folder} is damaged" in str(error)
+                    assert f"{path.relative_to(folder)} is not what was written" in str(error)
+                    assert str(error).endswith("or delete that folder to fall back on step 1")
+                    noticed[path] = noticed.get(path, 0) + 1
+                else:
+                    toy.assert_trees_equal(found, expected if isinstance(found, tuple) else good)
+            path.write_bytes(whole)
+    checkpoints.close()
+    # The state of the data iterator is not read with the weights.
+    expected = {p: 40 if p.parent.name == "data" else 42 for p in files}
+    last = "_CHECKPOINT_METADATA", "commit_success.txt"
+    assert noticed == {path: count for path, count in expected.items() if path.name not in last}
+
+
+def test_missing_files_and_checkpoints_without_digests(tmp_path, caplog):
+    write(tmp_path, [1, 2])
+    folder = tmp_path / "checkpoints" / "2"
+    shard = next(path for path in (folder / "state").rglob("d/*") if path.is_file())
+    bits = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is not what was written"):
+        read(tmp_path)
+    shard.write_bytes(bits)
+    assert not caplog.records
+    for path in folder.rglob("digests.json"):
+        path.unlink()
+    toy.assert_trees_equal(read(tmp_path)[0], make_state(2))
+    read_weights(tmp_path)
+    told = [record.getMessage() for record in caplog.records if "digests" in record.getMessage()]
+    what, why = f"{folder}/state", ": without digests.json, so not checked for damage"
+    assert told == [f"{what}, {folder}/data{why}", f"{what}{why}"]

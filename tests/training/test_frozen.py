@@ -149,19 +149,24 @@ def read_untrained(workdir):
         return reader.restore(workdir / "untrained", restore_args=args)
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "bit"])
 def test_damaged_untrained_parameters_are_told_apart_from_a_checkpoint(tmp_path, damage):
     train(tmp_path)
     if damage == "gone":
         shutil.rmtree(tmp_path / "untrained")
-    else:
+    elif damage == "cut":
         for path in (tmp_path / "untrained" / "d").iterdir():
             path.write_bytes(path.read_bytes()[:10])
+    else:
+        path = max((tmp_path / "untrained").rglob("d/*"), key=lambda path: path.stat().st_size)
+        bits = bytearray(path.read_bytes())
+        bits[len(bits) // 2] ^= 1
+        path.write_bytes(bits)
     with pytest.raises(UserError) as error:
         train(tmp_path, train__num_steps=8)
     assert f"checkpoint {tmp_path}/untrained is damaged" in str(error.value)
     assert "begin anew in another workdir, since every checkpoint" in str(error.value)
-    if damage == "cut":
+    if damage != "gone":
         with pytest.raises(UserError, match=f"{tmp_path}/untrained is damaged"):
             stored(tmp_path)
 
