@@ -24,6 +24,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop import describe, files, tensors, transfer
 from moe_diffusion.training import warm_start
 from moe_diffusion.training.checkpoint import Checkpointer, StoredWeights
+from moe_diffusion.training.run import prepare_run
 from moe_diffusion.training.state import TrainState
 from tests import cli
 
@@ -136,8 +137,7 @@ def test_weights_in_bfloat16_draw_and_train(tmp_path, golden):
     config.init_from, config.model.param_dtype = str(tmp_path / "in"), "float32"
     model = models.build(config.model)
     warm_start.check(config, model)  # no other model, since only the precision differs
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    tree = warm_start.read(config, jax.tree.map(lambda _: device, models.abstract_variables(model)))
+    tree = warm_start.read(prepare_run(config, model))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
 
 

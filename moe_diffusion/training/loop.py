@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from moe_diffusion.signals import StopSignal
 from moe_diffusion.training import warm_start
 from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
 from moe_diffusion.training.logging import MetricWriter, Progress
-from moe_diffusion.training.run import Run, on_every_device, prepare_run, shardings
+from moe_diffusion.training.run import Run, on_every_device, prepare_run
 from moe_diffusion.training.state import TrainState, matches, whole
 from moe_diffusion.training.step import Frozen, Metrics, large_constants
 
@@ -47,6 +47,8 @@ def train(
     *,
     hooks: Sequence[Hook] = (),
     frozen: Any = None,
+    allow_change: Sequence[str] = (),
+    class_names: Sequence[str] = (),
 ) -> TrainState:
     """Trains until step `config.train.num_steps`; called again on the same workdir, it resumes.
 
@@ -55,12 +57,13 @@ def train(
 
     Args:
       model, loss_fn: see `models.stack.Model` and `step.make_train_step`.
-      iterator_fn: makes this process's iterator over batches of numpy arrays, which all processes'
-        together are `data.batch_size` images, with the methods of `data.pipeline.BatchIterator`.
+      iterator_fn: makes this process's part of a `data.pipeline.BatchIterator`; the batches of all
+        processes together are `data.batch_size` images in numpy arrays.
       hooks: called as hook(step, state) every `train.sample_every` steps on every process; state
         has the untrained parameters, too. See `Hook`.
       frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights; not saved.
         Those that lie on the run's mesh stay as they are; others go whole to every device.
+      allow_change, class_names: keys of `config.changes`; of the data, for `warm_start`.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -69,19 +72,16 @@ def train(
       UserError: before anything is written if config, workdir, devices or checkpoint do not fit;
         later if the loss is not finite (see `train.stop_on_nan`) or a checkpoint cannot be written.
     """
-    _check(config, model, workdir)
+    changes = _check(config, model, workdir, allow_change)
     caches.keep_programs(config.compile_cache)
     run = prepare_run(config, model, loss_fn)
     with contextlib.ExitStack() as stack:
-
-        def opened(resource: Any) -> Any:
-            return stack.enter_context(contextlib.closing(resource))
-
+        opened = partial(_open, stack)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(run.on_mesh())
         iterator = opened(iterator_fn())
         checkpoints = opened(Checkpointer(workdir, config.checkpoint))
-        state, untrained = _restore_or_create(run, checkpoints, iterator)
+        state, untrained = _restore_or_create(run, checkpoints, iterator, class_names)
         start, num_steps = int(state.step), config.train.num_steps
         progress = opened(Progress(start, num_steps, config.data.batch_size))
         if start >= num_steps:
@@ -89,14 +89,14 @@ def train(
             return state
 
         key, first = jax.random.key(config.seed), next(iterator)
-        _check_batch(model, first)
+        check_fields(fields_of(first), model.cond_spec(), "the data")
         place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
         held = Frozen(untrained, on_every_device(run.mesh, frozen))
         batch, train_step = place(first), run.step()
         _check_constants(train_step.trace(state, batch, key, held))  # nothing is written yet
-        writer = opened(_open_workdir(run, workdir, start))
+        writer = opened(_open_workdir(run, workdir, start, changes))
         checkpoints.save_untrained(untrained)
-        _tell_start(run, start, progress)
+        _tell_start(run, start, changes, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
             state, metrics = train_step(state, batch, key, held)
@@ -162,21 +162,23 @@ class Monitor:
         )
 
 
-def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None:
-    """Raises a UserError for what would fail later; writes nothing."""
+def _check(
+    config: ConfigDict, model: Model, workdir: str | os.PathLike, allow_change: Sequence[str]
+) -> list[configs.Change]:
+    """Raises a UserError for what would fail later; writes nothing. Returns what changes."""
     configs.validate_devices(config, jax.device_count())
-    folder = epath.Path(workdir)
-    if (folder / "config.json").exists():
-        differences = configs.compare(configs.load_json(folder / "config.json"), config)
-        if differences:
-            raise UserError(
-                f"{workdir} belongs to a run with another config ({'; '.join(differences)}): "
-                "choose another workdir, or set these back to resume"
-            )
+    path = epath.Path(workdir) / "config.json"
+    before = configs.load_json(path) if path.exists() else config
+    changes = configs.allowed_changes(before, config, allow_change, workdir)
     if "://" not in os.fspath(workdir):
         check_writable(workdir)
     if config.init_from and not saved_steps(workdir):
         warm_start.check(config, model)
+    return changes
+
+
+def _open(stack: contextlib.ExitStack, resource: Any) -> Any:
+    return stack.enter_context(contextlib.closing(resource))
 
 
 def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: MetricWriter) -> None:
@@ -184,10 +186,12 @@ def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: Met
         writer.write_outputs(step, hook(step, state) or {})
 
 
-def _tell_start(run: Run, start: int, progress: Progress) -> None:
-    """Says where training begins, and what each pattern of `optim.trainable` matches, if any."""
+def _tell_start(run: Run, start: int, changes: list[configs.Change], progress: Progress) -> None:
+    """Says where training begins, what changes, and what `optim.trainable` matches, if any."""
     verb = "resuming after" if start else "starting at"
     progress.write(f"{verb} step {start} of {run.config.train.num_steps}")
+    for line in configs.consequences(changes):
+        progress.write(line)
     if not run.untrained:
         return
     leaves = flatten_dict(run.state.params, sep="/")
@@ -210,7 +214,7 @@ def _check_memory(run: Run) -> None:
 
 
 def _restore_or_create(
-    run: Run, checkpoints: Checkpointer, iterator: Any
+    run: Run, checkpoints: Checkpointer, iterator: Any, class_names: Sequence[str]
 ) -> tuple[TrainState, Tree]:
     """The state of the newest checkpoint, with the iterator set to match, or a new one.
 
@@ -219,17 +223,11 @@ def _restore_or_create(
     """
     _check_memory(run)
     if checkpoints.newest() is None:
-        warm = bool(run.config.init_from)
-        variables = warm_start.read(run.config, shardings(run.variables)) if warm else None
+        variables = warm_start.read(run, class_names) if run.config.init_from else None
         return run.create(run.config.seed, variables)
     state, data_state = checkpoints.restore(run.state)
     iterator.set_state(data_state)
     return state, checkpoints.restore_untrained(run.untrained)
-
-
-def _check_batch(model: Model, batch: Mapping[str, Any]) -> None:
-    """Raises a UserError unless a batch [B, ...] has the fields that the model takes."""
-    check_fields(fields_of(batch), model.cond_spec(), "the data")
 
 
 def _check_constants(traced: Any) -> None:
@@ -241,8 +239,11 @@ def _check_constants(traced: Any) -> None:
         )
 
 
-def _open_workdir(run: Run, workdir: str | os.PathLike, start: int) -> MetricWriter:
+def _open_workdir(
+    run: Run, workdir: str | os.PathLike, start: int, changes: list[configs.Change]
+) -> MetricWriter:
     if is_main_process():
+        configs.record_changes(workdir, start, changes)
         configs.save_json(run.config, epath.Path(workdir) / "config.json")
     writer = MetricWriter(workdir, start)
     writer.write_setup(run.config.to_dict(), run.variables["params"])

@@ -13,6 +13,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import streamed
 from moe_diffusion.training import checkpoint, loop, warm_start
+from moe_diffusion.training.run import prepare_run
 from tests import cli
 from tests.training import toy
 
@@ -39,9 +40,8 @@ def test_a_run_begins_with_what_sample_would_use(tmp_path, source, preset):
     assert int(state.step) == 1
     for params in (state.params, state.emas["0.9"]["params"], state.emas["0.5"]["params"]):
         toy.assert_trees_close(params, trained.emas["0.9"]["params"], 1e-6)
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     expected = {"params": trained.emas["0.9"]["params"], "router_state": trained.router_state}
-    found = warm_start.read(config, jax.tree.map(lambda _: single, expected))
+    found = warm_start.read(prepare_run(config, toy.Toy(), toy.loss_fn))
     toy.assert_trees_equal(found, expected)
     # Again with the same command: it resumes, whether or not the source is still there.
     config.init_from = str(tmp_path / "gone")
