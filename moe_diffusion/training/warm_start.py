@@ -32,7 +32,7 @@ _FREE = (*COMPUTATION, "model.param_dtype", "model.moe.", "model.router.")
 
 def check(config: ConfigDict, model: Model) -> None:
     """Raises a UserError, which lists the differences, if config.init_from is of another model."""
-    with _opened(config, model) as (_, found, changes):
+    with _opened(config, abstract_variables(model)) as (_, found, changes):
         found.check(changes, _FREE, f"init_from = {config.init_from}")
 
 
@@ -42,7 +42,7 @@ def read(run: Run, class_names: Sequence[str] = ()) -> dict[str, Any]:
     class_names: of the data, in order; empty if unknown.
     """
     config, places = run.config, flatten_dict(shardings(run.variables), sep="/")
-    with _opened(config, run.model, class_names) as (stored, found, _):
+    with _opened(config, run.variables, class_names) as (stored, found, _):
         variables = stored.read({path: places[path] for path in found.kept})
         tables = stored.read(dict.fromkeys(found.rows))
     anew = [*found.new, *found.rows]
@@ -58,7 +58,7 @@ def read(run: Run, class_names: Sequence[str] = ()) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(
-    config: ConfigDict, model: Model, class_names: Sequence[str] = ()
+    config: ConfigDict, variables: Any, class_names: Sequence[str] = ()
 ) -> Iterator[tuple[StoredWeights, Fit, list[configs.Change]]]:
     """The weights of config.init_from, what becomes of them, and how its model's config differs."""
     path = epath.Path(config.init_from) / "config.json"
@@ -67,7 +67,7 @@ def _opened(
             f"init_from = {config.init_from} is no workdir (it has no config.json): name a run's "
             "workdir, or a folder that convert wrote"
         )
-    there, wanted = configs.load_json(path), flatten_dict(abstract_variables(model), sep="/")
+    there, wanted = configs.load_json(path), flatten_dict(variables, sep="/")
     changes = [c for c in configs.differences(there, config) if c.key.startswith("model.")]
     with StoredWeights(config.init_from, ema=first_average(there)) as stored:
         names = class_names_of(config.init_from), class_names
