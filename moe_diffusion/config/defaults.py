@@ -181,6 +181,7 @@ FIXED = {
     "diffusion.noise_scale": "the stored weights know noise of that strength",
     "optim.trainable": "the state of the optimizer is stored for these parameters",
     "optim.mu_dtype": "the moments are stored in it",
+    "optim.decay_mask": "the state of the optimizer has another structure with it",
     "ema.decays": "these averages are stored",
     "ema.router_state": "it says what the stored averages hold",
 }

@@ -26,13 +26,17 @@ _PLAIN = (".yaml", ".yml")
 
 
 def hyperparameters(
-    family: Family, path: Path, weights: files.Weights, given: str | None = None
+    family: Family,
+    path: Path,
+    weights: files.Weights,
+    given: str | Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Finds the authors' hyperparameters of a weight file.
 
     Args:
       path: of the weight file.
-      given: path of a `.yaml` or `.json` file with the hyperparameters; None looks for them.
+      given: the hyperparameters, or the path of a `.yaml` or `.json` file with them; None looks for
+        them.
 
     Returns:
       The hyperparameters, and a text that says where they come from.
@@ -41,6 +45,8 @@ def hyperparameters(
       UserError: there is no such file, it is not readable, or hyperparameters are missing.
     """
     told = from_shapes(family, weights.state)
+    if isinstance(given, Mapping):
+        return merge(told, given), "the arguments"
     source = Path(given) if given else _beside(path)
     if source is not None:
         return merge(told, read_hparams(source)), str(source)
