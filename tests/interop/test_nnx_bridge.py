@@ -31,13 +31,16 @@ def loss_of(output):
 def test_outputs_and_gradients(parts):
     model, variables = parts
     module = moe_diffusion.to_nnx(model, variables)
-    np.testing.assert_array_equal(module(*ARGS, False), model.apply(variables, *ARGS, False))
+    found = nnx.jit(lambda module: module(*ARGS, False))(module)
+    expected = jax.jit(lambda variables: model.apply(variables, *ARGS, False))(variables)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
     def of_params(params):
         return loss_of(model.apply({**variables, "params": params}, *ARGS, True))
 
-    value, expected = jax.value_and_grad(of_params)(variables["params"])
-    found, gradients = nnx.value_and_grad(lambda module: loss_of(module(*ARGS, True)))(module)
+    value, expected = jax.jit(jax.value_and_grad(of_params))(variables["params"])
+    gradient = nnx.value_and_grad(lambda module: loss_of(module(*ARGS, True)))
+    found, gradients = nnx.jit(gradient)(module)
     np.testing.assert_allclose(found, value, rtol=1e-6)
     # Those of what is trained, and of nothing else: no gradient of the router's bias.
     pure = nnx.to_pure_dict(gradients)
@@ -49,14 +52,16 @@ def test_outputs_and_gradients(parts):
 def test_what_is_sown(parts):
     model, variables = parts
     module = moe_diffusion.to_nnx(model, variables)
-    module(*ARGS, True, mutable=["losses"])
-    _, sown = model.apply(variables, *ARGS, True, mutable=["losses"])
+    nnx.jit(lambda module: module(*ARGS, True, mutable=["losses"]))(module)
+    apply = jax.jit(lambda v: model.apply(v, *ARGS, True, mutable=["losses"]))
+    _, sown = apply(variables)
     expected = sown["losses"]["layers_0"]["block_0"]["moe"]["balance"]
     found = module.layers_0["block_0"]["moe"]["balance"]
     np.testing.assert_allclose(found[...], expected, rtol=1e-6)
     assert expected.ndim == 1 and (expected > 0.5).all()
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer_trains_it(parts):
     """Five steps of gradient descent lower the loss; the weights that were given stay."""
     model, variables = parts

@@ -180,6 +180,7 @@ def test_a_file_of_the_authors(tmp_path):
     assert len(load_file(path)) > 10
 
 
+@pytest.mark.slow
 def test_latents_are_decoded(run, tmp_path):
     """An autoencoder of 4 latent channels that makes 16 x 16 pixels of 8 x 8 latents."""
     network = AutoencoderKL(

@@ -168,7 +168,7 @@ def begun(config, class_names=(), new=()):
     return tuple({path: np.asarray(x) for path, x in tree.items()} for tree in (found, fresh))
 
 
-@pytest.mark.parametrize("preset", ["dp", "fsdp"])
+@pytest.mark.parametrize("preset", ["dp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_another_number_of_classes_keeps_the_rows_of_both(tmp_path, preset, capsys):
     """5 classes become 3: rows 0, 1, 2 stay, and row 5 (no class) becomes row 3; 7: 5 -> 7."""
     before = stored(tmp_path, small())
@@ -206,7 +206,7 @@ def test_known_names_find_their_rows(tmp_path):
         begun(config, ["owl"])
 
 
-@pytest.mark.parametrize("architecture", ["dit", "jit"])
+@pytest.mark.parametrize("architecture", [pytest.param("dit", marks=pytest.mark.slow), "jit"])
 def test_other_images_and_patches(tmp_path, architecture):
     """A larger image needs nothing. Of other patches or channels, both ends begin anew."""
     before = stored(tmp_path, small(architecture))
