@@ -141,6 +141,22 @@ def test_weights_in_bfloat16_draw_and_train(tmp_path, golden):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
 
 
+def test_it_begins_a_model_of_other_classes_and_channels(tmp_path, golden):
+    """Of 10 classes, the first 4 and "no class" (row 10) stay; the file has the same rows."""
+    run("--family", "dsmoe", "--input", golden, "--output", tmp_path / "in")
+    changes = ["model.num_classes=4", "model.image_size=16", "model.channels=3", "init.reset=auto"]
+    changes += [f"init_from={tmp_path / 'in'}"]
+    config = configs.load_json(tmp_path / "in" / "config.json", changes)
+    model = models.build(config.model)
+    warm_start.check(config, model)
+    params = warm_start.read(prepare_run(config, model))["params"]
+    table = load_file(golden / "weights.safetensors")["y_embedder.embedding_table.weight"]
+    found = params["label_embed"]["embedding"]
+    np.testing.assert_array_equal(found, table[[0, 1, 2, 3, 10]])
+    assert params["patch_embed"]["kernel"].shape[0] == config.model.patch_size**2 * 3
+    assert not np.any(params["final"]["linear"]["kernel"])  # a new last layer is zero
+
+
 def test_the_state_dict_may_be_changed_on_the_way(tmp_path, golden):
     key = "final_layer.linear.weight"
     plain = load_file(golden / "weights.safetensors")[key]
