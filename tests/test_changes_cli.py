@@ -178,3 +178,10 @@ def test_a_line_is_written_once(tmp_path):
         (4, "data.augment", "none", "flip"),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["changes.jsonl"]
+    for text in ('{"step": 2', "[1]"):
+        (tmp_path / "changes.jsonl").write_text(text + "\n")
+        with pytest.raises(
+            UserError, match="^.*changes.jsonl is damaged .*: mend it, or move it aw"
+        ):
+            record_changes(tmp_path, 2, changes)
+        assert (tmp_path / "changes.jsonl").read_text() == text + "\n"

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from moe_diffusion.config.defaults import COMPUTATION, FIXED, RUN_CONTROL
 from moe_diffusion.config.draft import is_draft
 from moe_diffusion.config.schema import leaves, settle, unknown_key
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, explained
 
 # Keys that the order of the records depends on, see data/pipeline.py.
 ORDER = ("data.source", "data.split", "data.batch_size", "seed")
@@ -102,24 +102,26 @@ def record_changes(workdir: str | os.PathLike, step: int, changes: Sequence[Chan
 
     A line is {"step", "key", "old", "new", "time"}: the steps after `step` have the new value. The
     file is written whole, because remote files cannot grow.
+
+    Raises:
+      UserError: the file is damaged, or cannot be written.
     """
     if not changes:
         return
     path = epath.Path(workdir) / RECORD
-    text = path.read_text() if path.exists() else ""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    told = [
-        {k: v for k, v in json.loads(line).items() if k != "time"}
-        for line in text.split("\n")
-        if line
-    ]
+    with explained(f"{path} is damaged", "mend it, or move it away", (ValueError, AttributeError)):
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        told = [{k: v for k, v in line.items() if k != "time"} for line in lines]
     for change in changes:
         line = json.loads(json.dumps({"step": step, **change._asdict()}, default=str))
         if line not in told:  # a run that was killed at once has recorded it
-            text += json.dumps({**line, "time": now}) + "\n"
-    part = path.parent / f".{RECORD}.part"
-    part.write_text(text)
-    part.replace(path)
+            lines.append({**line, "time": now})
+    with explained(f"cannot write {path}", "choose another folder", (OSError,)):
+        part = path.parent / f".{RECORD}.part"
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(path)
 
 
 def _values(config: ConfigDict) -> dict[str, Any]:
