@@ -126,8 +126,8 @@ def fit(
                 f"and a path is like {_bare(paths[0])}"
             )
     if auto:
-        concerned = {part for key, _, _ in changes for part in CONCERNED.get(key, ())}
-        patterns += sorted(concerned - set(TABLES))
+        parts = {part for key, _, _ in changes for part in CONCERNED.get(key, ())}
+        patterns += sorted(parts - set(TABLES))
     found = Fit()
     for path in paths:
         there, here = misfits[path] if path in misfits else (wanted[path].shape,) * 2
@@ -141,7 +141,8 @@ def fit(
             found.kept.append(path)
     done = {*found.new, *found.unused, *found.rows}
     for key, parts in CONCERNED.items() if patterns or auto else ():
-        if all(path in done for path in paths for part in parts if _matches(path, part)):
+        concerned = [{path for path in paths if _matches(path, part)} for part in parts]
+        if all(matched and matched <= done for matched in concerned):
             found.excused.add(key)
     return found
 

@@ -88,6 +88,14 @@ def test_auto_sees_another_meaning_of_the_same_shape():
         fit(WANTED, {}, changes, ("patch_embed",)).check(changes, (), "")
 
 
+def test_auto_does_not_know_every_architecture():
+    """Where no array has the name of a part, a difference in the key is refused."""
+    wanted = shapes(params__img_in__kernel=(16, 8))
+    changes = [("model.channels", 4, 1), ("model.patch_size", 2, 4)]
+    with pytest.raises(UserError, match="model.channels: 4 there, 1 here; model.patch_size: 2 th"):
+        fit(wanted, {}, changes, ("auto",)).check(changes, (), "")
+
+
 def test_auto_never_replaces_what_makes_the_model():
     router = "params/layers_0/block_0/moe/router/kernel"
     changes = [("model.depth", 3, 2)]
