@@ -25,6 +25,8 @@ from etils import epath
 from moe_diffusion.conditions import Field
 from moe_diffusion.errors import UserError, explained
 from moe_diffusion.pictures import printable
+from moe_diffusion.reading import read_table
+from moe_diffusion.writing import save_text
 
 FILE = "data.json"
 LABEL = "label"  # the field of a condition that the names belong to
@@ -37,13 +39,14 @@ class Classes:
     Attributes:
       num_values: of every scalar field of the condition, how many values the data has.
       names, counts: of each class, and its images; () if they are not known.
-      source: the `data.source` that they are of.
+      source, records: the `data.source` that they are of, and how many records it has.
     """
 
     num_values: Mapping[str, int] = dataclasses.field(default_factory=dict)
     names: Sequence[str] = ()
     counts: Sequence[int] = ()
     source: str = ""
+    records: int = 0
 
     def limit(self, field: str, most: int) -> int:
         """How many of the `most` values of a model's field were trained: all if it is not known."""
@@ -61,6 +64,19 @@ class Classes:
         """Up to three names that look like `name`, whatever the case of their letters."""
         lower = {other.lower(): printable(other) for other in reversed(self.names)}
         return [lower[key] for key in difflib.get_close_matches(name.lower(), lower, cutoff=0.4)]
+
+    def save(self, workdir: str | os.PathLike) -> None:
+        """Writes the workdir's `data.json`, unless nothing is known."""
+        if self == NOTHING:
+            return
+        values = {
+            "source": self.source,
+            "records": self.records,
+            "num_values": dict(self.num_values),
+            "class_names": list(self.names) or None,
+            "class_counts": list(self.counts) or None,
+        }
+        save_text(json.dumps(values, indent=1) + "\n", epath.Path(workdir) / FILE)
 
 
 NOTHING = Classes()
@@ -81,7 +97,9 @@ def of_source(source: Any, name: str = "") -> Classes:
     if labels.size and 0 <= labels.min() and labels.max() < classes:
         counts = np.bincount(labels, minlength=classes).tolist()
     names, counts = (tuple(found) if len(found) == classes else () for found in (names, counts))
-    return Classes(num_values, names, counts, name)
+    return Classes(
+        num_values, names, counts, name, len(source) if hasattr(source, "__len__") else 0
+    )
 
 
 def table(classes: Classes) -> str:
@@ -100,18 +118,6 @@ def table(classes: Classes) -> str:
     )
 
 
-def to_json(classes: Classes, records: int) -> str:
-    """The text of `data.json`."""
-    values = {
-        "source": classes.source,
-        "records": records,
-        "num_values": dict(classes.num_values),
-        "class_names": list(classes.names) or None,
-        "class_counts": list(classes.counts) or None,
-    }
-    return json.dumps(values, indent=1) + "\n"
-
-
 def of_run(workdir: str | os.PathLike) -> Classes:
     """The classes that a run was trained on; nothing is known of a conversion or an old run.
 
@@ -122,27 +128,26 @@ def of_run(workdir: str | os.PathLike) -> Classes:
     if not path.exists():
         return NOTHING
     remedy = "restore it, or delete it to draw every class that the model knows"
-    with explained(f"{path} is damaged", remedy, (ValueError, OSError, RecursionError)):
-        values = json.loads(path.read_text())
+    values = read_table(path, remedy)
+    with explained(f"{path} is damaged", remedy, (ValueError,)):
         num_values = _checked(values, "num_values", dict, _is_count)
         names = _checked(values, "class_names", list, lambda name: isinstance(name, str))
         counts = _checked(values, "class_counts", list, lambda n: n == 0 or _is_count(n))
         for key, found in (("class_names", names), ("class_counts", counts)):
             if found and len(found) != num_values.get(LABEL):
                 raise ValueError(f"{key} has {len(found)} entries")
-        if not isinstance(source := values.get("source", ""), str):
-            raise ValueError("source is no text")
-        return Classes(num_values, tuple(names), tuple(counts), source)
+        source, records = values.get("source", ""), values.get("records", 0)
+        if not isinstance(source, str) or type(records) is not int:
+            raise ValueError("source is no text, or records no number")
+    return Classes(num_values, tuple(names), tuple(counts), source, records)
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _checked(values: Any, key: str, kind: type, fits: Callable[[Any], bool]) -> Any:
+def _checked(values: dict, key: str, kind: type, fits: Callable[[Any], bool]) -> Any:
     """The value of a key, an empty one for null, with entries that fit."""
-    if not isinstance(values, dict):
-        raise ValueError("it holds no object")
     found = kind() if values.get(key) is None else values[key]
     entries = found.values() if isinstance(found, dict) else found
     if not (isinstance(found, kind) and all(map(fits, entries))):

@@ -3,6 +3,8 @@
   python -m moe_diffusion.train --config configs/digits.py --workdir runs/digits
   python -m moe_diffusion.train --config configs/digits.py:router=diffmoe --workdir runs/diffmoe \\
       --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
+  python -m moe_diffusion.train --config configs/digits.py --workdir runs/digits \\
+      --config.optim.learning_rate=1e-4 --allow-change optim.learning_rate
 
 The workdir then holds config.json, data.json (the classes of the data), parameters.txt,
 metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and samples/. Any key of the config can be
@@ -41,8 +43,12 @@ from moe_diffusion.sampling.labels import untrained
 from moe_diffusion.training.loop import train
 
 
-def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run(
+    spec: str, workdir: str, overrides: Sequence[str] = (), allow_change: Sequence[str] = ()
+) -> dict[str, Any]:
     """Trains the config `spec` (see `config.load`) in `workdir`.
+
+    allow_change: keys that may differ from those of the run that is resumed.
 
     Returns:
       {"step": steps done, "num_steps": steps wanted, "workdir"}.
@@ -73,8 +79,8 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
         if config.train.eval_samples and config.train.sample_every:
             hooks.append(EvaluationHook(config, model, source))
         loss_fn = make_loss(model, config)
-        notes = {classes.FILE: classes.to_json(known, len(source))}
-        state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks, notes=notes)
+        options = {"hooks": hooks, "known": known, "allow_change": allow_change}
+        state = train(config, model, loss_fn, open_iterator, workdir, **options)
     metrics = Path(workdir) / "metrics.jsonl"
     if distributed.is_main_process() and metrics.exists() and metrics.stat().st_size:
         loss_curve(metrics, Path(workdir) / "loss.png")
@@ -92,10 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="config file, with arguments: configs/digits.py:router=dense",
     )
     add("--workdir", metavar="DIR", help="folder of the run; made if missing, resumed if not")
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEYS",
+        default="",
+        help="keys that may change as a run is resumed: data.source,optim.learning_rate",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
     distributed.initialize()
-    result = run(args.config, args.workdir, overrides)
+    allow_change = [key.strip() for key in args.allow_change.split(",") if key.strip()]
+    result = run(args.config, args.workdir, overrides, allow_change)
     if args.json and distributed.is_main_process():
         print(json.dumps(result))
 

@@ -24,6 +24,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop import describe, files, tensors, transfer
 from moe_diffusion.training import warm_start
 from moe_diffusion.training.checkpoint import Checkpointer, StoredWeights
+from moe_diffusion.training.run import prepare_run
 from moe_diffusion.training.state import TrainState
 from tests import cli
 
@@ -136,9 +137,24 @@ def test_weights_in_bfloat16_draw_and_train(tmp_path, golden):
     config.init_from, config.model.param_dtype = str(tmp_path / "in"), "float32"
     model = models.build(config.model)
     warm_start.check(config, model)  # no other model, since only the precision differs
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    tree = warm_start.read(config, jax.tree.map(lambda _: device, models.abstract_variables(model)))
+    tree = warm_start.read(prepare_run(config, model))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
+
+
+def test_it_begins_a_model_of_other_classes_and_channels(tmp_path, golden):
+    """Of 10 classes, the first 4 and "no class" (row 10) stay; the file has the same rows."""
+    run("--family", "dsmoe", "--input", golden, "--output", tmp_path / "in")
+    changes = ["model.num_classes=4", "model.image_size=16", "model.channels=3", "init.reset=auto"]
+    changes += [f"init_from={tmp_path / 'in'}"]
+    config = configs.load_json(tmp_path / "in" / "config.json", changes)
+    model = models.build(config.model)
+    warm_start.check(config, model)
+    params = warm_start.read(prepare_run(config, model))["params"]
+    table = load_file(golden / "weights.safetensors")["y_embedder.embedding_table.weight"]
+    found = params["label_embed"]["embedding"]
+    np.testing.assert_array_equal(found, table[[0, 1, 2, 3, 10]])
+    assert params["patch_embed"]["kernel"].shape[0] == config.model.patch_size**2 * 3
+    assert not np.any(params["final"]["linear"]["kernel"])  # a new last layer is zero
 
 
 def test_the_state_dict_may_be_changed_on_the_way(tmp_path, golden):

@@ -157,7 +157,7 @@ IMPOSSIBLE = [
     (["--num", "0"], "--num and --batch must be at least 1"),
     (["--labels", "3,10"], "--labels: 10 is no class; this model knows 0 to 9"),
     (["--labels=-1"], "--labels: -1 is no class; this model knows 0 to 9"),
-    (["--labels", "three"], "--labels 'three' is not a list of numbers like 3,7"),
+    (["--labels", "three"], "--labels: 'three' is not a number like 3"),
     (["--config.sampling.cgf=1"], "'sampling.cgf'; the nearest is sampling.cfg"),
     (["--config.model.router.top_k=5"], "top_k = 5 exceeds model.moe.num_experts = 4: lower it"),
 ]

@@ -16,6 +16,12 @@ DEFAULTS: dict[str, Any] = {
     "name": "dit",
     "seed": 0,
     "init_from": "",  # workdir or converted folder whose weights a new run begins with
+    "init": {
+        # Which parameters begin anew all the same, see models/fitting.py: none | patterns of paths,
+        # like label_embed,layers_0/*/moe | auto, those that a change of classes, channels or
+        # patches concerns (a class that both models know keeps its row)
+        "reset": ("none",),
+    },
     "model": {
         # dit (and what descends from it) | jit (large patches of pixels) | flux (texts, FLUX.1)
         "architecture": "dit",
@@ -159,10 +165,28 @@ DEFAULTS: dict[str, Any] = {
     "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
 }
 
-# Keys that may change when a workdir is resumed; a change of any other key makes another run.
+# Keys of how a model is computed; no weight depends on them.
+COMPUTATION = ("model.dtype", "model.residual_dtype", "model.remat", "model.unroll")
+COMPUTATION += ("model.attention", "model.jit.dropout", "model.moe.backend", "model.moe.transport")
+COMPUTATION += ("model.moe.capacity_factor", "model.moe.dropout")
+
+# Keys that may change when a workdir is resumed. `train --allow-change` permits others, too.
 RUN_CONTROL = ("train.", "checkpoint.", "sampling.", "parallel.") + (
     "compile_cache",
     "data.autoencoder",
     "data.num_workers",
     "data.prefetch",
 )
+
+# Keys (with a dot: sections) that no flag permits to change, and why. `COMPUTATION` is excepted.
+FIXED = {
+    "model.": "the stored weights are those of that model",
+    "diffusion.path": "the stored weights predict on that path",
+    "diffusion.prediction": "it is what the stored weights predict",
+    "diffusion.noise_scale": "the stored weights know noise of that strength",
+    "optim.trainable": "the state of the optimizer is stored for these parameters",
+    "optim.mu_dtype": "the moments are stored in it",
+    "optim.decay_mask": "the state of the optimizer has another structure with it",
+    "ema.decays": "these averages are stored",
+    "ema.router_state": "it says what the stored averages hold",
+}

@@ -21,9 +21,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from moe_diffusion.config.defaults import RUN_CONTROL
 from moe_diffusion.config.draft import is_draft
-from moe_diffusion.config.schema import leaves, parse, settle, unknown_key
+from moe_diffusion.config.schema import parse, settle, unknown_key
 from moe_diffusion.config.validation import validate
 from moe_diffusion.errors import UserError, shown
 from moe_diffusion.reading import read_table
@@ -103,21 +102,6 @@ def load_json(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigD
     config = settle(values, overrides, origin=str(path))
     validate(config)
     return config
-
-
-def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """The differences that make two configs different runs, as "key: old value -> new value".
-
-    Keys under `RUN_CONTROL` (how long to run, how to save, sample and shard) are left out.
-    """
-    old, new = (settle(config) if is_draft(config) else config for config in (old, new))
-    before, after = ({**leaves(c), **leaves(c.loss_weights, "loss_weights.")} for c in (old, new))
-    keys = sorted((before.keys() | after.keys()) - {"loss_weights"})
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in keys
-        if before.get(key) != after.get(key) and not key.startswith(RUN_CONTROL)
-    ]
 
 
 def parse_arg(

@@ -36,6 +36,11 @@ def validate(config: ConfigDict) -> None:
     _check_loss_weights(config, router.provides if router else ())
     _check_diffusion(config)
     _check_training(config)
+    require(
+        bool(config.init_from) or tuple(config.init.reset) == ("none",),
+        f"init.reset = {config.init.reset} is about the weights of init_from, which names no "
+        "folder: set init_from, or init.reset=none",
+    )
 
 
 def validate_devices(config: ConfigDict, num_devices: int) -> None:

@@ -6,6 +6,7 @@
 | `folder:<path>`                   | image files, a sub-folder per class         | `images.py`  |
 | `tfds:<name>`, `tfds:<path>`      | prepared by TensorFlow Datasets             | `tfds.py`    |
 | `latents:<path>`                  | written by `python -m moe_diffusion.prepare`| `latents.py` |
+| `<package.module>:<name>`         | a class, function or object of your own     | your module  |
 
 A source has `__len__` and `__getitem__(i) -> {"image": f32[H, W, C] in [-1, 1], **cond}`. The
 attribute `image_shape` is (H, W, C); `cond_spec` names the fields of cond (see `conditions`). For
@@ -15,6 +16,10 @@ example, `Digits.cond_spec` is {"label": Field((), "int32", 10)}. A source may a
 * `labels`, i32[N], if it knows all labels beforehand: they are then checked before training;
 * `levels`, the number of grey levels of quantised images; the augmentation "dequantize" needs it;
 * `take_stored` and `draw`, if it draws a training record from a stored one (`latents.Latents`).
+
+A class or a function of your own is called with those of `image_shape`, `cond_spec` (of the model)
+and `split` that it has parameters for. The worker processes of `data.num_workers` receive the
+source as a pickle.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from moe_diffusion.data.images import ImageFolder
 from moe_diffusion.data.latents import Latents
 from moe_diffusion.data.tfds import TfdsImages
 from moe_diffusion.errors import UserError
+from moe_diffusion.own_data import find_source
 
 Batch = dict[str, np.ndarray]
 Shape = tuple[int, int, int]  # (H, W, C)
@@ -204,10 +210,7 @@ def open_images(
         return Latents(place)
     if kind == "tfds" and place:
         return TfdsImages(place, split, image_shape)
-    raise UserError(
-        f"data.source={name!r} is unknown; known are: digits, synthetic, folder:<path>, "
-        "tfds:<name>, latents:<path>"
-    )
+    return find_source(name, image_shape=image_shape, cond_spec=cond_spec, split=split)
 
 
 def check_fits(source: Source, name: str, input_shape: Shape, cond_spec: Spec) -> None:

@@ -27,13 +27,17 @@ _USUAL_CLASSES = (10, 100, 1000)  # CIFAR-10 and digits, CIFAR-100, ImageNet
 
 
 def hyperparameters(
-    family: Family, path: Path, weights: files.Weights, given: str | None = None
+    family: Family,
+    path: Path,
+    weights: files.Weights,
+    given: str | Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Finds the authors' hyperparameters of a weight file.
 
     Args:
       path: of the weight file.
-      given: path of a `.yaml` or `.json` file with the hyperparameters; None looks for them.
+      given: the hyperparameters, or the path of a `.yaml` or `.json` file with them; None looks for
+        them.
 
     Returns:
       The hyperparameters, and a text that says where they come from.
@@ -42,6 +46,8 @@ def hyperparameters(
       UserError: there is no such file, it is not readable, or hyperparameters are missing.
     """
     told = from_shapes(family, weights.state)
+    if isinstance(given, Mapping):
+        return merge(told, given), "the arguments"
     source = Path(given) if given else _beside(path)
     if source is not None:
         given = read_hparams(source)

@@ -202,13 +202,18 @@ def import_tree(
 
     Floating tensors of any precision are cast to the dtype of our leaves. See `import_leaves`.
     """
-    leaves = {}
-    for path, leaf in import_leaves(state, family, model, abstract).items():
-        leaves[path] = np.empty(leaf.shape, leaf.dtype)
+    return assembled(import_leaves(state, family, model, abstract))
+
+
+def assembled(leaves: Mapping[str, Pieces]) -> dict[str, dict[str, Any]]:
+    """Reads path -> Pieces; returns {"params": ..., "router_state": ...} of numpy arrays."""
+    arrays = {}
+    for path, leaf in leaves.items():
+        arrays[path] = np.empty(leaf.shape, leaf.dtype)
         for index, parts in leaf.read():
             for part, array in parts:
-                leaves[path][(*index, *part, ...)] = array
-    variables = unflatten_dict(leaves, sep="/")
+                arrays[path][(*index, *part, ...)] = array
+    variables = unflatten_dict(arrays, sep="/")
     return {"params": variables["params"], "router_state": variables.get("router_state", {})}
 
 

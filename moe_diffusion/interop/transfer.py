@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -58,24 +58,12 @@ def import_folder(
     """
     if "://" in os.fspath(folder):
         raise UserError(f"{folder} is remote: convert into a local folder and copy it there")
-    chosen = families.family(family)
-    path = files.find(source, chosen.subfolder)
     folder = Path(os.path.abspath(folder))
-    if hparams and config:
-        raise UserError("--hparams and --config both say what the model is: give one of them")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists: name another output, or delete it")
     check_writable(folder.parent)
-    opened = files.open_weights(path, weights)
-    if change:
-        opened = opened._replace(state=lazy(change(opened.state)))
-    described, origin, model_config = _describe(chosen, path, opened, hparams, config)
-    model = models.build(model_config.model)
-    leaves = _leaves(opened.state, chosen, model, described, dtype or DTYPES[0])
-    model_config.model.param_dtype = next(
-        x.dtype.name for path, x in leaves.items() if path.startswith("params/")
-    )
-    model_config.ema.decays = ()  # there is one set of weights, the one to sample from
+    how = {"weights": weights, "hparams": hparams, "config": config, "dtype": dtype}
+    path, opened, origin, model_config, leaves = open_import(family, source, **how, change=change)
     total = sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in leaves.values())
     _check_room(folder, total)
 
@@ -105,6 +93,55 @@ def import_folder(
         "tensors": len(opened.state),
         "bytes": total,
     }
+
+
+class Import(NamedTuple):
+    """A weight file that is known to fit a model; no tensor has been read.
+
+    Attributes:
+      path: of the file.
+      opened: what lies in it.
+      origin: a text that says where the hyperparameters come from.
+      config: of the model, without averages.
+      leaves: path of every variable -> how to read it.
+    """
+
+    path: Path
+    opened: files.Weights
+    origin: str
+    config: ConfigDict
+    leaves: dict[str, Pieces]
+
+
+def open_import(
+    family: str,
+    source: str | os.PathLike,
+    *,
+    weights: str | None = None,
+    hparams: str | Mapping[str, Any] | None = None,
+    config: str | None = None,
+    dtype: str | None = None,
+    change: Callable[[State], State] | None = None,
+) -> Import:
+    """Finds out which model a PyTorch file holds; see `import_folder` for arguments and errors.
+
+    hparams: may be a mapping, too.
+    """
+    chosen = families.family(family)
+    path = files.find(source, chosen.subfolder)
+    if hparams and config:
+        raise UserError("--hparams and --config both say what the model is: give one of them")
+    opened = files.open_weights(path, weights)
+    if change:
+        opened = opened._replace(state=lazy(change(opened.state)))
+    described, origin, model_config = _describe(chosen, path, opened, hparams, config)
+    model = models.build(model_config.model)
+    leaves = _leaves(opened.state, chosen, model, described, dtype or DTYPES[0])
+    model_config.model.param_dtype = next(
+        x.dtype.name for path, x in leaves.items() if path.startswith("params/")
+    )
+    model_config.ema.decays = ()  # there is one set of weights, the one to sample from
+    return Import(path, opened, origin, model_config, leaves)
 
 
 def export_file(
@@ -186,7 +223,11 @@ def _slices(
 
 
 def _describe(
-    family: Family, path: Path, opened: files.Weights, hparams: str | None, config: str | None
+    family: Family,
+    path: Path,
+    opened: files.Weights,
+    hparams: str | Mapping | None,
+    config: str | None,
 ) -> tuple[dict[str, Any], str, ConfigDict]:
     """(hyperparameters, text that says where they come from, config of the model)."""
     if config:

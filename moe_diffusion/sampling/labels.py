@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from moe_diffusion.classes import LABEL, NOTHING, Classes, of_run, with_names
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.models.stack import Model
 from moe_diffusion.sampling.conditions import spread
 
-_LONGEST = 60  # characters of a user's text in a message
+_LONGEST = 60  # characters of a user's text that are compared with names
 
 
 def num_labels(model: Model, asked_by: str, known: Classes = NOTHING) -> int:
@@ -54,38 +56,59 @@ def chosen_labels(text: str, num: int, model: Model, known: Classes = NOTHING) -
       UserError: the text names something that is no class, that was not trained, or that several
         classes are called; or the model takes no labels.
     """
-    count = num_labels(model, "--labels", known)
+    num_labels(model, "--labels", known)
     chosen, parts = [], text.split(",")
     while parts:
         # The longest name first: "tench, Tinca tinca" before "tench".
-        for length in range(len(parts), 0, -1):
-            name = ",".join(parts[:length]).strip()
-            found = known.numbers_of(name)
-            if found or length == 1:
-                break
-        if len(found) > 1:
-            several = " and ".join(map(str, found))
-            raise UserError(f"--labels: {name} is the name of {several}: give a number")
-        chosen.append(found[0] if found else _number(parts[0], text, known))
+        lengths = range(len(parts), 0, -1)
+        names = {length: ",".join(parts[:length]).strip() for length in lengths}
+        length = next((length for length in lengths if known.numbers_of(names[length])), 1)
+        chosen.append(_number(names[length], known, "--labels"))
         del parts[:length]
-    bad = [label for label in chosen if not 0 <= label < count]
-    if bad:
-        whose = "the data of this run has" if untrained(model, known) else "this model knows"
-        raise UserError(f"--labels: {bad[0]} is no class; {whose} 0 to {count - 1}")
-    return np.array(chosen)[spread(num, len(chosen))].astype(np.int32)
+    return check_labels(chosen, model, known, "--labels")[spread(num, len(chosen))]
 
 
-def _number(part: str, text: str, known: Classes) -> int:
+def check_labels(labels: Sequence[Any], model: Model, known: Classes, asked_by: str) -> np.ndarray:
+    """i32[N] of numbers, or of names of classes.
+
+    Args:
+      asked_by: see `num_labels`.
+
+    Raises:
+      UserError: one is no class, was not trained, or is the name of several classes.
+    """
+    count = num_labels(model, asked_by, known)
+    if not len(labels):
+        raise UserError(f"{asked_by} is empty: name at least one class")
+    numbers = []
+    for label in labels:
+        number = _number(label, known, asked_by) if isinstance(label, str) else label
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise UserError(
+                f"{asked_by}: {shown(label)} is neither the number nor the name of a class"
+            )
+        if not 0 <= number < count:
+            whose = "the data of this run has" if untrained(model, known) else "this model knows"
+            raise UserError(f"{asked_by}: {shown(number)} is no class; {whose} 0 to {count - 1}")
+        numbers.append(int(number))
+    return np.array(numbers, np.int32)
+
+
+def _number(text: str, known: Classes, asked_by: str) -> int:
+    """The class of a name, or of a text that is a number."""
+    found = known.numbers_of(text)
+    if len(found) > 1:
+        several = " and ".join(map(str, found))
+        raise UserError(f"{asked_by}: {text} is the name of {several}: give a number")
+    if found:
+        return found[0]
     try:
-        return int(part)
+        return int(text)
     except ValueError:
-        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         if not known.names:
-            raise UserError(f"--labels {shown!r} is not a list of numbers like 3,7") from None
-        near = ", ".join(known.nearest(part.strip()[:_LONGEST])) or f"{known.name(0)} is one"
-        raise UserError(
-            f"--labels: no class is called {part.strip()[:_LONGEST]!r}; nearest: {near}"
-        ) from None
+            raise UserError(f"{asked_by}: {shown(text)} is not a number like 3") from None
+        near = ", ".join(known.nearest(text[:_LONGEST])) or f"{known.name(0)} is one"
+        raise UserError(f"{asked_by}: no class is called {shown(text)}; nearest: {near}") from None
 
 
 def classes_of(workdir: str | os.PathLike, model: Model, names: str | None = None) -> Classes:

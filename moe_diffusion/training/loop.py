@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from moe_diffusion import caches, locks
 from moe_diffusion import config as configs
+from moe_diffusion.classes import NOTHING, Classes
 from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.kernels.cpu.heap import make_room
@@ -28,7 +29,7 @@ from moe_diffusion.signals import StopSignal
 from moe_diffusion.training import warm_start
 from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
 from moe_diffusion.training.logging import MetricWriter, Progress
-from moe_diffusion.training.run import Run, on_every_device, prepare_run, shardings
+from moe_diffusion.training.run import Run, on_every_device, prepare_run
 from moe_diffusion.training.state import TrainState, matches, whole
 from moe_diffusion.training.step import Frozen, Metrics, large_constants
 
@@ -48,7 +49,8 @@ def train(
     *,
     hooks: Sequence[Hook] = (),
     frozen: Any = None,
-    notes: Mapping[str, str] | None = None,
+    known: Classes = NOTHING,
+    allow_change: Sequence[str] = (),
 ) -> TrainState:
     """Trains until step `config.train.num_steps`; called again on the same workdir, it resumes.
 
@@ -57,12 +59,13 @@ def train(
 
     Args:
       model, loss_fn: see `models.stack.Model` and `step.make_train_step`.
-      iterator_fn: makes this process's iterator over batches of numpy arrays, which all processes'
-        together are `data.batch_size` images, with the methods of `data.pipeline.BatchIterator`.
+      iterator_fn: makes this process's part of a `data.pipeline.BatchIterator`; the batches of all
+        processes together are `data.batch_size` images in numpy arrays.
       hooks: see `Hook`; called on every process every `train.sample_every` steps.
       frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights; not saved.
         Those that lie on the run's mesh stay as they are; others go whole to every device.
-      notes: texts to keep in the workdir beside config.json, by the names of their files.
+      known: the classes of the data, which the workdir's data.json keeps.
+      allow_change: keys that may differ from the run that is resumed, see `config.changes`.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -71,33 +74,30 @@ def train(
       UserError: before anything is written if config, workdir, devices or checkpoint do not fit or
         another run is at work; later if a loss is not finite (`train.stop_on_nan`) or a save fails.
     """
-    _check(config, model, workdir)
+    changes = _check(config, model, workdir, allow_change)
     caches.keep_programs(config.compile_cache)
     run = prepare_run(config, model, loss_fn)
     with locks.held(workdir, "training") as lock, contextlib.ExitStack() as stack:
-
-        def opened(resource: Any) -> Any:
-            return stack.enter_context(contextlib.closing(resource))
-
+        opened = partial(_open, stack)
         stop = stack.enter_context(StopSignal())
         stack.enter_context(run.on_mesh())
         iterator = opened(iterator_fn())
         checkpoints = opened(Checkpointer(workdir, config.checkpoint))
-        state, untrained = _restore_or_create(run, checkpoints, iterator)
+        state, untrained = _restore_or_create(run, checkpoints, iterator, known)
         start, num_steps = int(state.step), config.train.num_steps
         progress = opened(Progress(start, num_steps, config.data.batch_size))
         if start >= num_steps:
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state
         key, first = jax.random.key(config.seed), next(iterator)
-        _check_batch(model, first)
+        check_fields(fields_of(first), model.cond_spec(), "the data")
         place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
         held = Frozen(untrained, on_every_device(run.mesh, frozen))
         batch, train_step = place(first), run.step()
         _check_constants(train_step.trace(state, batch, key, held))  # nothing is written yet
-        writer = opened(_open_workdir(run, workdir, start, notes or {}))
+        writer = opened(_open_workdir(run, workdir, start, changes, known))
         checkpoints.save_untrained(untrained)
-        _tell_start(run, start, progress)
+        _tell_start(run, start, changes, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
             state, metrics = train_step(state, batch, key, held)
@@ -164,21 +164,23 @@ class Monitor:
         )
 
 
-def _check(config: ConfigDict, model: Model, workdir: str | os.PathLike) -> None:
-    """Raises a UserError for what would fail later; writes nothing."""
+def _check(
+    config: ConfigDict, model: Model, workdir: str | os.PathLike, allow_change: Sequence[str]
+) -> list[configs.Change]:
+    """Raises a UserError for what would fail later; writes nothing. Returns what changes."""
     configs.validate_devices(config, jax.device_count())
-    folder = epath.Path(workdir)
-    if (folder / "config.json").exists():
-        differences = configs.compare(configs.load_json(folder / "config.json"), config)
-        if differences:
-            raise UserError(
-                f"{workdir} belongs to a run with another config ({'; '.join(differences)}): "
-                "choose another workdir, or set these back to resume"
-            )
+    path = epath.Path(workdir) / "config.json"
+    before = configs.load_json(path) if path.exists() else config
+    changes = configs.allowed_changes(before, config, allow_change, workdir)
     if "://" not in os.fspath(workdir):
         check_writable(workdir)
     if config.init_from and not saved_steps(workdir):
         warm_start.check(config, model)
+    return changes
+
+
+def _open(stack: contextlib.ExitStack, resource: Any) -> Any:
+    return stack.enter_context(contextlib.closing(resource))
 
 
 def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: MetricWriter) -> None:
@@ -186,10 +188,12 @@ def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: Met
         writer.write_outputs(step, hook(step, state) or {})
 
 
-def _tell_start(run: Run, start: int, progress: Progress) -> None:
-    """Says where training begins, and what each pattern of `optim.trainable` matches, if any."""
+def _tell_start(run: Run, start: int, changes: list[configs.Change], progress: Progress) -> None:
+    """Says where training begins, what changes, and what `optim.trainable` matches, if any."""
     verb = "resuming after" if start else "starting at"
     progress.write(f"{verb} step {start} of {run.config.train.num_steps}")
+    for line in configs.consequences(changes):
+        progress.write(line)
     if not run.untrained:
         return
     leaves = flatten_dict(run.state.params, sep="/")
@@ -212,7 +216,7 @@ def _check_memory(run: Run) -> None:
 
 
 def _restore_or_create(
-    run: Run, checkpoints: Checkpointer, iterator: Any
+    run: Run, checkpoints: Checkpointer, iterator: Any, known: Classes
 ) -> tuple[TrainState, Tree]:
     """The state of the newest checkpoint, with the iterator set to match, or a new one.
 
@@ -221,17 +225,11 @@ def _restore_or_create(
     """
     _check_memory(run)
     if checkpoints.newest() is None:
-        warm = bool(run.config.init_from)
-        variables = warm_start.read(run.config, shardings(run.variables)) if warm else None
+        variables = warm_start.read(run, known) if run.config.init_from else None
         return run.create(run.config.seed, variables)
     state, data_state = checkpoints.restore(run.state)
     iterator.set_state(data_state)
     return state, checkpoints.restore_untrained(run.untrained)
-
-
-def _check_batch(model: Model, batch: Mapping[str, Any]) -> None:
-    """Raises a UserError unless a batch [B, ...] has the fields that the model takes."""
-    check_fields(fields_of(batch), model.cond_spec(), "the data")
 
 
 def _check_constants(traced: Any) -> None:
@@ -244,12 +242,16 @@ def _check_constants(traced: Any) -> None:
 
 
 def _open_workdir(
-    run: Run, workdir: str | os.PathLike, start: int, notes: Mapping[str, str]
+    run: Run,
+    workdir: str | os.PathLike,
+    start: int,
+    changes: list[configs.Change],
+    known: Classes,
 ) -> MetricWriter:
     if is_main_process():
-        for name, text in notes.items():
-            configs.save_text(text, epath.Path(workdir) / name)
+        configs.record_changes(workdir, start, changes)
         configs.save_json(run.config, epath.Path(workdir) / "config.json")
+        known.save(workdir)
     writer = MetricWriter(workdir, start)
     writer.write_setup(run.config.to_dict(), run.variables["params"])
     return writer

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -70,19 +71,32 @@ class Run:
             yield
 
     def create(self, seed: int, variables: Tree | None = None) -> tuple[TrainState, Tree]:
-        """The state before step 0 and the untrained parameters, each device making its own part.
+        """The state before step 0 and the untrained parameters.
 
         Args:
           seed: the values depend on it alone, not on the mesh.
           variables: {"params", "router_state"} to begin with instead; their memory is used up.
         """
+        variables = variables or unflatten_dict(self.initial(seed), sep="/")
         begin = partial(initial_state, self.optimizer, self.config)
-        jit = partial(jax.jit, out_shardings=shardings((self.state, self.untrained)))
-        if variables is not None:
-            return jit(begin, donate_argnums=0)(variables)
+        places = shardings((self.state, self.untrained))
+        return jax.jit(begin, out_shardings=places, donate_argnums=0)(variables)
+
+    def initial(self, seed: int, paths: Sequence[str] | None = None) -> dict[str, jax.Array]:
+        """Path -> initial value of the variables, or of those at some paths.
+
+        A path is like "params/final/linear/kernel". Each device makes its own part.
+        """
+        places = flatten_dict(shardings(self.variables), sep="/")
+        places = {path: places[path] for path in (places if paths is None else paths)}
+
+        def init(key: jax.Array) -> dict[str, jax.Array]:
+            variables = nn.meta.unbox(init_variables(self.model, key, num_batch_shards()))
+            leaves = flatten_dict(variables, sep="/")
+            return {path: leaves[path] for path in places}
+
         with self.on_mesh():
-            init = partial(init_variables, self.model, batch=num_batch_shards())
-            return jit(lambda key: begin(nn.meta.unbox(init(key))))(jax.random.key(seed))
+            return jax.jit(init, out_shardings=places)(jax.random.key(seed))
 
     def step(self) -> TrainStep:
         """The compiled training step, see `make_train_step`."""

@@ -2,70 +2,74 @@
 
 The folder is a workdir or what `convert` wrote. Its weights are those that `sample` would use (the
 first average, or the live ones). Step, optimizer and data begin anew; the averages begin at the
-weights.
+weights. What begins anew of a model that differs, `init.reset` says; see models/fitting.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
+from moe_diffusion.classes import NOTHING, Classes, of_run
+from moe_diffusion.config.defaults import COMPUTATION
 from moe_diffusion.errors import UserError
+from moe_diffusion.models.fitting import Fit, fit, put_rows
 from moe_diffusion.models.stack import Model, abstract_variables
+from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.training.checkpoint import StoredWeights, first_average
+from moe_diffusion.training.run import Run, shardings
 
-_LISTED = 10
 # May differ: how to compute and train, and (as long as all arrays fit) how tokens are routed.
-_FREE = ("dtype", "residual_dtype", "param_dtype", "remat", "unroll", "attention")
-_FREE += ("jit.dropout", "moe.", "router.")
+_FREE = (*COMPUTATION, "model.param_dtype", "model.moe.", "model.router.")
 
 
 def check(config: ConfigDict, model: Model) -> None:
-    """Checks that config.init_from is of the same model; reads no weights.
+    """Raises a UserError, which lists the differences, if config.init_from is of another model."""
+    with _opened(config, abstract_variables(model)) as (_, found, changes):
+        found.check(changes, _FREE, f"init_from = {config.init_from}")
 
-    Raises:
-      UserError: it is of another model; the message lists the differences.
+
+def read(run: Run, known: Classes = NOTHING) -> dict[str, Any]:
+    """{"params": ..., "router_state": ...} to begin with, after `check`; says what is kept.
+
+    known: the classes of the data.
     """
-    there = _config(config)
-    with StoredWeights(config.init_from, ema=first_average(there)) as stored:
-        misfits = stored.misfits(flatten_dict(abstract_variables(model), sep="/"))
-    arrays = [f"{name}: {found} there, {ours} here" for name, (found, ours) in misfits.items()]
-    ours, theirs = (flatten_dict(c.model.to_dict(), sep=".") for c in (config, there))
-    differences = [
-        f"model.{key}: {theirs.get(key)} there, {ours[key]} here"
-        for key in sorted(ours)
-        if ours[key] != theirs.get(key) and (arrays or not key.startswith(_FREE))
-    ] + arrays
-    if differences:
-        more = len(differences) - _LISTED
-        raise UserError(
-            f"init_from = {config.init_from} is another model: {'; '.join(differences[:_LISTED])}"
-            f"{f'; ... ({more} more)' if more > 0 else ''}: use its model, or another folder"
-        )
+    config, places = run.config, flatten_dict(shardings(run.variables), sep="/")
+    with _opened(config, run.variables, known) as (stored, found, _):
+        variables = stored.read({path: places[path] for path in found.kept})
+        tables = stored.read(dict.fromkeys(found.rows))
+    anew = [*found.new, *found.rows]
+    variables |= run.initial(config.seed, anew) if anew else {}
+    for path, (there, here) in found.rows.items():
+        variables[path] = put_rows(variables[path], here, tables[path][there])
+    if is_main_process():
+        print(*found.told(), sep="\n", flush=True)
+    tree, dtype = unflatten_dict(variables, sep="/"), config.model.param_dtype
+    params = jax.tree.map(lambda x: x.astype(dtype), tree["params"])
+    return {"router_state": {}} | tree | {"params": params}
 
 
-def read(config: ConfigDict, shardings: Any) -> dict[str, Any]:
-    """Reads {"params": ..., "router_state": ...} of config.init_from, after `check`.
-
-    shardings: trees of the same structure.
-    """
-    with StoredWeights(config.init_from, ema=first_average(_config(config))) as stored:
-        tree = stored.read_tree(flatten_dict(shardings, sep="/"))
-    dtype = config.model.param_dtype
-    return tree | {"params": jax.tree.map(lambda x: x.astype(dtype), tree["params"])}
-
-
-def _config(config: ConfigDict) -> ConfigDict:
-    """Of the run, or of the conversion, that config.init_from names."""
+@contextlib.contextmanager
+def _opened(
+    config: ConfigDict, variables: Any, known: Classes = NOTHING
+) -> Iterator[tuple[StoredWeights, Fit, list[configs.Change]]]:
+    """The weights of config.init_from, what becomes of them, and how its model's config differs."""
     path = epath.Path(config.init_from) / "config.json"
     if not path.exists():
         raise UserError(
             f"init_from = {config.init_from} is no workdir (it has no config.json): name a run's "
             "workdir, or a folder that convert wrote"
         )
-    return configs.load_json(path)
+    there, wanted = configs.load_json(path), flatten_dict(variables, sep="/")
+    changes = [c for c in configs.differences(there, config) if c.key.startswith("model.")]
+    with StoredWeights(config.init_from, ema=first_average(there)) as stored:
+        names = of_run(config.init_from).names, known.names
+        fits = fit(wanted, stored.misfits(wanted), changes, config.init.reset, names)
+        yield stored, fits, changes
