@@ -5,15 +5,17 @@
       --config.optim.learning_rate=5e-4 --config.train.num_steps=2000
 
 The workdir then holds config.json, parameters.txt, metrics.jsonl, loss.png, TensorBoard events,
-checkpoints/ and samples/. Any key of the config can be set as --config.<key>=<value>. The shared
-keys are listed in moe_diffusion/config/defaults.py, those of model.<architecture> in
-models/<architecture>.py, and those of model.router in moe/routers/<router>.py.
+checkpoints/ and samples/; the last lines say where what lies. Any key of the config can be set as
+--config.<key>=<value>. The shared keys are listed in moe_diffusion/config/defaults.py, those of
+model.<architecture> in models/<architecture>.py, and those of model.router in
+moe/routers/<router>.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,8 @@ from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.evaluation.periodic import EvaluationHook
-from moe_diffusion.figures.curves import loss_curve
+from moe_diffusion.figures.curves import read_metrics, training_picture
+from moe_diffusion.figures.images import save_ornament
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.models import build
@@ -35,6 +38,7 @@ from moe_diffusion.models.accounting import forward_flops, parameter_counts, tab
 from moe_diffusion.parallel import distributed
 from moe_diffusion.planning.kernels import dispatch_line
 from moe_diffusion.sampling.hooks import SampleHook
+from moe_diffusion.training.checkpoint import saved_steps
 from moe_diffusion.training.loop import train
 
 
@@ -68,10 +72,36 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
             hooks.append(EvaluationHook(config, model, source))
         loss_fn = make_loss(model, config)
         state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks)
-    metrics = Path(workdir) / "metrics.jsonl"
-    if distributed.is_main_process() and metrics.exists() and metrics.stat().st_size:
-        loss_curve(metrics, Path(workdir) / "loss.png")
+    if distributed.is_main_process():
+        metrics, curves = Path(workdir) / "metrics.jsonl", None
+        if metrics.exists() and metrics.stat().st_size:
+            curves = save_ornament(
+                lambda: training_picture(read_metrics(metrics)), Path(workdir) / "loss.png"
+            )
+        print(where_everything_lies(workdir, curves), flush=True)
     return {"step": int(state.step), "num_steps": config.train.num_steps, "workdir": workdir}
+
+
+def where_everything_lies(workdir: str, curves: Path | None) -> str:
+    """Lines of text: the files of a run, and the command that draws images with it.
+
+    curves: the picture of the loss, if there is one.
+    """
+    folder, steps = Path(workdir), saved_steps(workdir)
+    samples = sorted((folder / "samples").glob("*.png"))
+    lines = [("run", workdir)]
+    if steps:
+        numbers = ", ".join(f"{step:,}" for step in steps[-3:])
+        more = "... " if len(steps) > 3 else ""
+        lines.append(("checkpoints", f"{folder / 'checkpoints'} (steps {more}{numbers})"))
+    if samples:
+        lines.append(("samples", f"{samples[-1]} ({len(samples)} pictures)"))
+    if curves:
+        lines.append(("curves", curves))
+    if steps:
+        command = f"python -m moe_diffusion.sample --workdir {shlex.quote(workdir)} --out grid.png"
+        lines.append(("draw images", command))
+    return "\n".join(f"{name:<13}{text}" for name, text in lines)
 
 
 @exits_on_user_error

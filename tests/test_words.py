@@ -230,7 +230,8 @@ def test_no_modules_import_each_other_in_a_circle():
 
 # From the ground up. A folder or file may import what stands in a lower row, or in its own folder.
 FLOORS = (
-    ("errors", "checks", "writing", "caches", "signals", "__init__", "cli"),
+    ("errors", "checks", "writing", "caches", "signals", "__init__", "cli")
+    + ("ornaments", "trackers"),
     ("conditions", "parallel"),
     ("kernels",),
     ("moe",),
@@ -248,6 +249,8 @@ COMMANDS += ("reproduce", "routing", "thresholds", "train", "tune")
 BESIDE = {("evaluation", "sampling"), ("evaluation", "figures"), ("sampling", "figures")}
 BESIDE |= {("benchmarks", "planning"), ("checks", "errors"), ("cli", "errors")}
 BESIDE |= {("conditions", "parallel")}
+BESIDE |= {("writing", "errors"), ("ornaments", "errors")}
+BESIDE |= {("trackers", "errors"), ("trackers", "ornaments"), ("trackers", "writing")}
 FLOOR = {name: number for number, names in enumerate((*FLOORS, COMMANDS)) for name in names}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.
 
     The figure needs no display. It is freed like any object, unlike those that pyplot keeps.
     """
-    # Importing matplotlib takes a second, so only functions that draw import it.
+    _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,10 +30,29 @@ def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.
 
     def draw() -> Image.Image:
         canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        with warnings.catch_warnings():  # a font may lack a letter of a label
+            warnings.simplefilter("ignore")
+            canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
     return figure, draw
+
+
+def _import_matplotlib() -> None:
+    """Imports it, which takes a second, so only functions that draw do.
+
+    A notebook or a login script may have left an MPLBACKEND that is not known here, which
+    matplotlib refuses to be imported with. These pictures need no backend.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ValueError:
+        inherited = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib  # noqa: F401
+        finally:
+            if inherited is not None:
+                os.environ["MPLBACKEND"] = inherited
 
 
 def make_plain(axes: Axes, grid: str = "both") -> None:

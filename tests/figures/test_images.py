@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -116,9 +117,9 @@ def test_save_png_is_atomic(tmp_path):
         assert image.size == (5, 4) and image.getpixel((0, 0)) == 77
 
     class Broken:
-        def save(self, target, format):
-            target.write_bytes(b"half")
-            raise OSError("disk full")
+        def save(self, target, format, pnginfo):
+            target.write(b"half")
+            raise OSError(errno.ENOSPC, "disk full")
 
     with pytest.raises(OSError, match="disk full"):
         figures.save_png(Broken(), path)

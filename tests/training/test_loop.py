@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_diffusion import caches
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.parallel.mesh import make_mesh
@@ -217,15 +218,15 @@ def test_micro_batches_are_cut_on_the_host(tmp_path):
 def test_compile_cache_folder(tmp_path, monkeypatch):
     before = (jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)
     try:
-        loop._use_compile_cache(str(tmp_path))
+        caches.keep_programs(str(tmp_path))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        loop._use_compile_cache("")  # what is set stays
+        caches.keep_programs("")  # what is set stays
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        loop._use_compile_cache("off")
+        caches.keep_programs("off")
         assert not jax.config.jax_enable_compilation_cache
         monkeypatch.setenv("HOME", str(tmp_path))
         jax.config.update("jax_compilation_cache_dir", None)
-        loop._use_compile_cache("")
+        caches.keep_programs("")
         expected = tmp_path / ".cache" / "moe_diffusion" / "jax"
         assert jax.config.jax_compilation_cache_dir == str(expected)
     finally:
