@@ -10,8 +10,9 @@ from moe_diffusion.errors import first_line
 
 
 def warn(what: str, error: Exception) -> None:
-    """Prints "warning: <what> (<the error's first line>)" on stderr."""
-    print(f"warning: {what} ({first_line(error)})", file=sys.stderr, flush=True)
+    """Prints "warning: <what> (<the error's first line>)" on stderr, if that can be written."""
+    with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+        print(f"warning: {what} ({first_line(error)})", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -30,16 +30,32 @@ def row(result: Mapping[str, Any], first: bool = False) -> str:
 
 def conditions(results: Sequence[Mapping[str, Any]]) -> str:
     """What all results of a sweep depend on, in one line, and then what only some depend on."""
-    left_out = ("metrics", "warnings", *_VARIES)
-    flat = [_flat({k: v for k, v in r.items() if k not in left_out}) for r in results]
-    shared = {k: v for k, v in flat[0].items() if all(f.get(k) == v for f in flat)}
-    lines = ["all: " + "; ".join(f"{key} {protocol.text(v)}" for key, v in shared.items())]
-    for result, own in zip(results, flat, strict=True):
-        rest = {key: value for key, value in own.items() if key not in shared}
-        if rest:
-            told = "; ".join(f"{key} {protocol.text(value)}" for key, value in rest.items())
-            lines.append(f"ema {result['ema']}, cfg {result['cfg']:g}: {told}")
+    left_out = ("metrics", "warnings", "sampling", *_VARIES)
+    own = [{k: v for k, v in result.items() if k not in left_out} for result in results]
+    shared = _take_shared(own)
+    own = [_flat(settings) for settings in own]
+    shared |= _take_shared(own)
+    lines = ["all: " + _told(shared)]
+    for result, settings in zip(results, own, strict=True):
+        if settings:
+            lines.append(f"ema {result['ema']}, cfg {result['cfg']:g}: {_told(settings)}")
     return "\n".join(lines)
+
+
+def _take_shared(every: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Removes what is the same in all dicts from them, and returns it."""
+    first = every[0]
+    names = [name for name in first if all(d.get(name) == first[name] for d in every)]
+    shared = {name: first[name] for name in names}
+    for settings in every:
+        for name in names:
+            settings.pop(name, None)
+    return shared
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    pairs = ((k, v) for k, v in settings.items() if v not in (None, [], {}))
+    return "; ".join(f"{name} {protocol.text(value)}".rstrip() for name, value in pairs)
 
 
 def _flat(result: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -50,6 +66,6 @@ def _flat(result: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             found |= _flat(value, f"{prefix}{key}.")
         elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
             found |= {f"{prefix}{key}: {text}": "" for text in value}
-        elif value not in (None, "", [], {}):
+        else:
             found[prefix + key] = value
     return found

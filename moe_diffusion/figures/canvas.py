@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -41,18 +43,21 @@ def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.
 def _import_matplotlib() -> None:
     """Imports it, which takes a second, so only functions that draw do.
 
-    A notebook or a login script may have left an MPLBACKEND that is not known here, which
-    matplotlib refuses to be imported with. These pictures need no backend.
+    With an MPLBACKEND that it does not know, as a notebook or a login script may leave it,
+    matplotlib refuses to be imported. These pictures need no backend, so it is set afterwards.
     """
+    if "matplotlib" in sys.modules:
+        return
+    inherited = os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib  # noqa: F401
-    except ValueError:
-        inherited = os.environ.pop("MPLBACKEND", None)
-        try:
-            import matplotlib  # noqa: F401
-        finally:
-            if inherited is not None:
-                os.environ["MPLBACKEND"] = inherited
+        import matplotlib
+
+        if inherited:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = inherited
+    finally:
+        if inherited is not None:
+            os.environ["MPLBACKEND"] = inherited
 
 
 def make_plain(axes: Axes, grid: str = "both") -> None:

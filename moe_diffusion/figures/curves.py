@@ -64,6 +64,7 @@ def training_picture(columns: Mapping[str, Mapping[int, float]]) -> Image.Image:
         panel.tick_params(labelsize=7)
         panel.yaxis.get_offset_text().set_fontsize(7)
         panel.locator_params(nbins=5)
+        panel.ticklabel_format(axis="y", scilimits=(-2, 5))
         make_plain(panel)
     return draw()
 

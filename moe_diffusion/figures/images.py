@@ -169,12 +169,18 @@ def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:
 def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, seconds: float) -> Path:
     """Writes an endless film of `seconds`; the last frame stays for two seconds more.
 
+    The frames may differ in size. White fills them up to the largest.
+
     Raises:
       WriteError: it cannot be written.
     """
     each = max(20, round(1000 * seconds / len(frames)))  # milliseconds; viewers slow down less
     times = [each] * (len(frames) - 1) + [each + 2000]
-    first, *others = frames
+    size = tuple(max(frame.size[axis] for frame in frames) for axis in range(2))
+    sheets = [Image.new("RGB", size, "white") for _ in frames]
+    for sheet, frame in zip(sheets, frames, strict=True):
+        sheet.paste(frame)
+    first, *others = sheets
     with whole_file(path) as file:
         first.save(file, "gif", save_all=True, append_images=others, duration=times, loop=0)
     return Path(path)

@@ -18,6 +18,7 @@ from moe_diffusion.sampling.generate import generate
 SHOWN = 8  # images of a film
 COLUMNS = 10  # states of a filmstrip
 FRAMES = 40  # states of a GIF
+_GIF_COLUMNS = 4
 _SECONDS = 4
 
 
@@ -73,11 +74,12 @@ def save_film(
 
     Args:
       texts: captions of the images; None for none.
+      title: above the filmstrip.
     """
     shown = None if texts is None else texts[: len(film)]
     if Path(path).suffix.lower() == ".gif":
         frames = [
-            image_grid(film[:, i], shown, title=f"{title}, after step {step}")
+            image_grid(film[:, i], shown, _GIF_COLUMNS, title=f"step {step} of {steps[-1]}")
             for i, step in enumerate(steps)
         ]
         return save_gif(frames, path, _SECONDS)
@@ -86,7 +88,7 @@ def save_film(
         film.reshape(-1, *film.shape[2:]),
         rows,
         columns=len(steps),
-        title=f"{title}, after steps",
+        title=f"{title}, after step",
         heads=[str(step) for step in steps],
     )
     return save_png(grid, path)
