@@ -5,9 +5,11 @@ Nothing depends on these. The first failure of one is told in a line and ends th
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import socket
 import textwrap
 import time
 import uuid
@@ -47,10 +49,10 @@ class Trackers:
         self._open: dict[str, Any] = {}
         if not enabled:
             return
-        with ornament("TensorBoard events"):
-            self._open["TensorBoard"] = _TensorBoard(workdir, step)
         if project:
             self._open["wandb"] = _WandB(workdir, project)
+        with ornament("TensorBoard events"):
+            self._open["TensorBoard"] = _TensorBoard(workdir, step)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
         """The run's config, as nested dicts."""
@@ -73,7 +75,8 @@ class Trackers:
                 call(tracker)
             except Exception as error:
                 warn(f"{name} gets nothing more", error)
-                del self._open[name]
+                with contextlib.suppress(Exception):
+                    self._open.pop(name).close()
 
 
 class _TensorBoard:
@@ -85,15 +88,18 @@ class _TensorBoard:
 
     def __init__(self, workdir: str | os.PathLike, step: int):
         # Imported here because the command lines that only read need none of it.
-        from tensorboardX import event_file_writer, summary
+        from tensorboardX import record_writer, summary
         from tensorboardX.proto import event_pb2
 
         self._event, self._summary = event_pb2.Event, summary
         if "://" not in os.fspath(workdir):
             Path(workdir).mkdir(parents=True, exist_ok=True)
-        # The name holds the second only, and would replace the file of a run that just ended.
-        prefix, suffix = os.path.join(os.fspath(workdir), "events"), f".{uuid.uuid4().hex[:8]}"
-        self._file = event_file_writer.EventsWriter(prefix, suffix)
+        # Random, because two runs in one second must not write the same file.
+        name = (
+            f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        )
+        self._file = record_writer.RecordWriter(os.path.join(os.fspath(workdir), name))
+        self._write(0, file_version="brain.Event:2")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(step + 1, session_log=start)  # TensorBoard forgets later steps of older files
 
@@ -115,7 +121,8 @@ class _TensorBoard:
         self._file.close()
 
     def _write(self, step: int, **content: Any) -> None:
-        self._file.write_event(self._event(step=step, wall_time=time.time(), **content))
+        event = self._event(step=step, wall_time=time.time(), **content)
+        self._file.write(event.SerializeToString())
 
 
 class _WandB:

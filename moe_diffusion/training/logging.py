@@ -43,8 +43,8 @@ class MetricWriter:
         path = self._folder / "metrics.jsonl" if is_main else epath.Path(os.devnull)
         if is_main:
             _drop_after(path, step)
-        self._lines = path.open("a")
         self._trackers = Trackers(workdir, step, project, enabled=is_main)
+        self._lines = path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in scalars.items()}
