@@ -37,7 +37,7 @@ from moe_diffusion.sampling.load import load_workdir
 from moe_diffusion.writing import check_empty, check_outputs, save_arrays, save_each
 
 NUM = 64
-_OTHERS = "the other outputs are written"
+_OTHERS = "what is not named here is written"
 
 
 def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> None:

@@ -95,10 +95,9 @@ class _TensorBoard:
         if "://" not in os.fspath(workdir):
             Path(workdir).mkdir(parents=True, exist_ok=True)
         # Random, because two runs in one second must not write the same file.
-        name = (
-            f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
-        )
-        self._file = record_writer.RecordWriter(os.path.join(os.fspath(workdir), name))
+        name = f"{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        path = os.path.join(os.fspath(workdir), f"events.out.tfevents.{name}")
+        self._file = record_writer.RecordWriter(path)
         self._write(0, file_version="brain.Event:2")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(step + 1, session_log=start)  # TensorBoard forgets later steps of older files

@@ -171,7 +171,7 @@ def check_empty(flag: str, folder: str | os.PathLike) -> None:
 
 
 def save_each(*saves: Callable[[], Any]) -> None:
-    """Calls every function, even if an earlier one fails; then raises the first UserError."""
+    """Calls every function, even if an earlier one fails; then raises the UserErrors as one."""
     failed = []
     for save in saves:
         try:
@@ -179,4 +179,4 @@ def save_each(*saves: Callable[[], Any]) -> None:
         except UserError as error:
             failed.append(error)
     if failed:
-        raise failed[0]
+        raise UserError("; ".join(map(str, failed)))

@@ -229,7 +229,7 @@ def test_the_rest_is_saved_before_an_error_is_told():
     def fails(text):
         raise UserError(text)
 
-    with pytest.raises(UserError, match="first"):
+    with pytest.raises(UserError, match="^first; second$"):
         writing.save_each(
             lambda: done.append(1), lambda: fails("first"), lambda: fails("second"),
             lambda: done.append(2),
