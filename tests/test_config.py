@@ -265,7 +265,7 @@ def test_save_json_replaces_and_reports(tmp_path):
     path.write_text("old")
     configs.save_json(configs.default(), path)
     assert configs.load_json(path) == configs.settle(configs.default())
-    with raises("config.json (Not a directory): make room, or choose another folder"):
+    with raises("config.json (File exists): make room, or choose another folder"):
         configs.save_json(configs.default(), path / "config.json")
     assert configs.load_json(path) == configs.settle(configs.default())
 
