@@ -20,16 +20,16 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from moe_diffusion.benchmarks import report
 from moe_diffusion.benchmarks.dispatch import ROUTINGS, SHAPES, bench_dispatch, parse_shape
 from moe_diffusion.benchmarks.steps import bench_sample, bench_train
 from moe_diffusion.benchmarks.timing import environment, gemm_flops
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.errors import UserError
 from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.moe.dispatch import BACKENDS
+from moe_diffusion.writing import check_outputs
 
 
 @exits_on_user_error
@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", help="file to write the results to, as JSON")
     add("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
-    if args.out:
-        check_writable(Path(args.out).parent)
+    check_outputs({"--out": (args.out, ".json")})
     if args.what == "suite":
         measurements = report.suite(args.repeats)
     elif args.what == "dispatch":

@@ -21,7 +21,7 @@ from moe_diffusion import train
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.evaluation.digits import DigitsJudge
-from moe_diffusion.figures.images import image_grid, save_png
+from moe_diffusion.figures.images import image_grid, save_ornament
 from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.sampling.conditions import default_conditions
 from moe_diffusion.sampling.generate import generate, pool_of
@@ -62,11 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     shown = np.concatenate([np.flatnonzero(labels == c)[:COLUMNS] for c in np.unique(labels)])
     title = f"{config.name}, step {note['step']}, cfg {config.sampling.cfg:g}"
-    picture = Path(args.workdir) / "digits.png"
-    save_png(image_grid(images[shown], labels[shown], columns=COLUMNS, title=title), picture)
-    print(f"{len(shown)} of {SAMPLES} drawn digits: {picture.absolute()}")
+    picture = save_ornament(
+        lambda: image_grid(images[shown], labels[shown], columns=COLUMNS, title=title),
+        Path(args.workdir) / "digits.png",
+    )
+    if picture:
+        print(f"{len(shown)} of {SAMPLES} drawn digits: {picture.absolute()}")
     seconds = time.perf_counter() - started
-    places = {"picture": str(picture), "workdir": args.workdir}
+    places = {"picture": picture and str(picture), "workdir": args.workdir}
     times = {"train_seconds": round(train_seconds, 1), "seconds": round(seconds, 1)}
     print(json.dumps({name: round(value, 4) for name, value in score.items()} | times | places))
 

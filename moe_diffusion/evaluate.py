@@ -24,12 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.evaluation import evaluator, protocol
+from moe_diffusion.errors import UserError
+from moe_diffusion.evaluation import evaluator, protocol, sweep
 from moe_diffusion.figures.curves import sweep_picture
-from moe_diffusion.figures.images import save_png
+from moe_diffusion.figures.images import own_name, save_png
+from moe_diffusion.ornaments import ornament
 from moe_diffusion.parallel import distributed
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.writing import check_outputs
 
 
 def add_flags(parser: Parser) -> None:
@@ -85,8 +87,10 @@ def settle(args: argparse.Namespace, overrides: list[str]) -> evaluator.Request:
     if args.cfg:
         settings.cfg = _numbers("--cfg", args.cfg)
     protocol.validate(settings)
-    for path in filter(None, (args.save_features, args.plot)):
-        check_writable(Path(path).parent)
+    read = [args.samples, args.reference, args.inception, args.vae]
+    read += [path.partition(":")[2] for path in read if path and path.startswith("folder:")]
+    outputs = {"--save-features": (args.save_features, ".npz"), "--plot": (args.plot, ".png")}
+    check_outputs(outputs, read)
     emas = args.ema.split(",") if args.ema else [None]
     return evaluator.Request(
         settings=settings,
@@ -110,18 +114,27 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
 def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse(argv)
     distributed.initialize()
-    results = []
-    for result in evaluator.evaluate(settle(args, overrides)):
+    request, results = settle(args, overrides), []
+    is_sweep = max(len(request.settings.cfg), 1) * len(request.emas) > 1 and not request.samples
+    warned: set[str] = set()
+    for result in evaluator.evaluate(request):
         results.append(result)
         if is_main_process():
             for warning in result["warnings"]:
-                print(f"warning: {warning}", file=sys.stderr)
-            print(protocol.describe(result), flush=True)
+                if warning not in warned:
+                    print(f"warning: {warning}", file=sys.stderr)
+            warned |= set(result["warnings"])
+            show = sweep.row(result, first=len(results) == 1) if is_sweep else None
+            print(show or protocol.describe(result), flush=True)
     last = results[0] if len(results) == 1 else {"results": results}
     if len(results) > 1 and is_main_process():
-        picture = save_png(sweep_picture(results), args.plot or Path(args.workdir) / "sweep.png")
-        print(f"the curve: {picture}")
-        last["plot"] = str(picture)
+        print(sweep.conditions(results))
+        place = args.plot or own_name(Path(args.workdir) / "sweep.png")
+        picture = None
+        with ornament(f"the picture {place}"):
+            picture = save_png(sweep_picture(results), place)
+            print(f"the curve: {picture}")
+        last["plot"] = picture and str(picture)
     if args.json and is_main_process():
         print(json.dumps(last))
 

@@ -5,6 +5,7 @@
   python -m moe_diffusion.sample --workdir runs/dsmoe_s --vae sd-vae-ft-ema/ --out grid.png
   python -m moe_diffusion.sample --workdir runs/digits --labels 3,7 --num 32 --out grid.png \\
       --images singles/ --npz samples.npz --config.model.router.top_k=1
+  python -m moe_diffusion.sample --workdir runs/digits --num-per-class 5 --trajectory film.gif
 
 Guidance, sampler and steps are those of the config unless they are given. Any key of the config can
 be set as --config.<key>=<value>.
@@ -12,25 +13,33 @@ be set as --config.<key>=<value>.
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from moe_diffusion.checks import check_seed
+from moe_diffusion.classes import Classes
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.errors import UserError, explained
 from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
-from moe_diffusion.figures.images import image_grid, save_png, save_pngs
+from moe_diffusion.figures.images import few_enough, image_grid, save_png, save_pngs
 from moe_diffusion.interop import autoencoder as autoencoders
+from moe_diffusion.models.stack import Model
 from moe_diffusion.sampling import bound
-from moe_diffusion.sampling.conditions import captions, conditions_of_run
+from moe_diffusion.sampling.conditions import captions, conditions_of_run, spread
+from moe_diffusion.sampling.film import COLUMNS, FRAMES, draw_film, save_film
 from moe_diffusion.sampling.generate import generate, pool_of
-from moe_diffusion.sampling.labels import LABEL, chosen_labels, classes_of, described
+from moe_diffusion.sampling.labels import LABEL, classes_of, described, num_labels, parse_labels
 from moe_diffusion.sampling.load import load_workdir
+from moe_diffusion.writing import check_empty, check_outputs, save_arrays, save_each
+
+NUM = 64
+_OTHERS = "what is not named here is written"
 
 
 def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> None:
@@ -38,20 +47,57 @@ def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> N
 
     Labels are stored as "labels", other fields of the condition under their own names.
     """
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     fields = {"labels" if name == LABEL else name: values for name, values in cond.items()}
-    with part.open("wb") as file:
-        np.savez(file, arr_0=images, **fields)
-    os.replace(part, path)
+    save_arrays(path, {"arr_0": images, **fields})
 
 
-@exits_on_user_error
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("sample", __doc__)
+def save_grid(images: np.ndarray, texts: Sequence[str] | None, title: str, path: str) -> None:
+    """Writes the picture of all images, or of as many as a picture can hold, evenly spread."""
+    shown = few_enough(len(images), images.shape[1:])
+    if len(shown) < len(images):
+        title += f", {len(shown):,} of {len(images):,}"
+    with explained(f"cannot draw {path}", _OTHERS):
+        grid = image_grid(images[shown], texts and [texts[i] for i in shown], title=title)
+    save_png(grid, path)
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Raises a UserError for an output that would be lost, mixed with others or replace others."""
+    film = args.trajectory and Path(args.trajectory).suffix.lower()
+    beside = args.stats and Path(args.stats).with_suffix(".png")
+    outputs = {
+        "--npz": (args.npz, ".npz"),
+        "--stats": (args.stats, ".json"),
+        "the picture beside --stats": (beside, ".png"),
+        "--trajectory": (args.trajectory, film if film == ".gif" else ".png"),
+        "--out": (args.out, ".png"),
+    }
+    run = Path(args.workdir)
+    check_outputs(outputs, [run / "config.json", run / "checkpoints", args.vae])
+    if args.images:
+        check_empty("--images", args.images)
+        folder = Path(args.images).resolve()
+        for flag, (path, _) in outputs.items():
+            if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise UserError(f"{flag} lies in the folder of --images: choose another place")
+
+
+def what_to_draw(args: argparse.Namespace, model: Model, known: Classes) -> tuple[int, dict]:
+    """The number of images, of --num or --num-per-class, and their labels, if --labels says any."""
+    labels = parse_labels(args.labels, model, known) if args.labels else None
+    num = NUM if args.num is None else args.num
+    if args.num_per_class is not None:
+        each = num_labels(model, "--num-per-class", known) if labels is None else len(labels)
+        num = args.num_per_class * each
+    return num, {} if labels is None else {LABEL: labels[spread(num, len(labels))]}
+
+
+def add_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
-    add("--num", type=int, default=64, help="how many images (%(default)s)")
+    count = parser.add_mutually_exclusive_group()
+    count.add_argument("--num", type=int, help=f"how many images ({NUM})")
+    count.add_argument("--num-per-class", type=int, metavar="N", help="how many of each class")
     add("--labels", default="", help="classes by number or name, like 3,7 or cat,dog (all)")
     add("--class-names", help="text file with the name of every class, one a line")
     add("--cfg", type=float, help="guidance scale; 1 is none")
@@ -63,20 +109,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch", type=int, default=64, help="images at a time, which share experts (%(default)s)")
     add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--out", default="grid.png", help="picture of all images (%(default)s)")
-    add("--images", help="folder for one PNG per image")
+    add("--images", help="folder for one PNG per image; it must be empty")
     add("--npz", help="file for the images as an array in [-1, 1]")
     add("--stats", help="JSON file for how experts were used, and a picture (.png) beside it")
+    add("--trajectory", help="film of the first images as they come to be: .gif, or .png, a strip")
     add("--json", action="store_true", help="print one JSON object as last line")
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("sample", __doc__)
+    add_flags(parser)
     args, overrides = parser.parse_with_overrides(argv)
-    if args.num < 1 or args.batch < 1:
-        raise UserError("--num and --batch must be at least 1")
+    counts = (args.num, args.num_per_class, args.batch)
+    if any(count is not None and count < 1 for count in counts):
+        raise UserError("--num, --num-per-class and --batch must be at least 1")
     check_seed("--seed", args.seed)
-    for path in filter(None, (args.out, args.npz, args.stats)):
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder: name a file in it")
-        check_writable(Path(path).parent)
-    if args.images:
-        check_writable(args.images)
+    check_places(args)
     given = {"cfg": args.cfg, "sampler": args.sampler, "steps": args.steps}
     overrides += [f"sampling.{key}={value}" for key, value in given.items() if value is not None]
 
@@ -84,17 +133,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.workdir, tuple(overrides), step=args.step, ema=args.ema
     )
     known = classes_of(args.workdir, model, args.class_names)
-    chosen = {LABEL: chosen_labels(args.labels, args.num, model, known)} if args.labels else {}
+    num, chosen = what_to_draw(args, model, known)
     if chosen and known.names:
         print(f"classes: {described(chosen[LABEL], known)}")
-    cond = conditions_of_run(config, model, args.num, known) | chosen
+    cond = conditions_of_run(config, model, num, known) | chosen
     autoencoder = autoencoders.for_config(config, args.vae)
     observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
-    sampling, batch_size = config.sampling, min(args.batch, args.num)
+    sampling, batch_size = config.sampling, min(args.batch, num)
     pool = pool_of(config, batch_size)
     sampler = make_sampler(observer, config, pool=pool)
     images = generate(
-        observer.watch(sampler, args.num) if args.stats else sampler,
+        observer.watch(sampler, num) if args.stats else sampler,
         variables,
         cond,
         model.input_shape,
@@ -103,24 +152,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         pool=pool,
         progress=True,
     )
-    if autoencoder:
-        images = autoencoder.decode(images)
+    decode = autoencoder.decode if autoencoder else None
+    images = decode(images) if decode else images
     title = f"{config.name}, step {note['step']}, ema {note['ema']}, cfg {sampling.cfg:g}, "
     title += f"{sampling.sampler} {sampling.steps}"
-    save_png(image_grid(images, captions(model, cond, known), title=title), args.out)
-    if args.images:
-        save_pngs(images, args.images)
+    texts, saves = captions(model, cond, known), []
     if args.npz:
-        save_npz(args.npz, images, cond)
+        saves.append(partial(save_npz, args.npz, images, cond))
     if args.stats:
         stats = observer.stats()
-        save_stats(stats, args.stats)
         print(f"experts per token: {stats['c_infer_avg']:.4f} ({args.stats})")
+        saves.append(partial(save_stats, stats, args.stats))
+    if args.images:
+        saves.append(partial(save_pngs, images, args.images))
     dropped = bound.report(config, stats["dropped"] if args.stats else observer.dropped())
-    print(f"{args.num} images: {args.out}")
+
+    def film() -> None:
+        how = {"seed": args.seed, "pool": pool, "decode": decode}
+        how["states"] = FRAMES if args.trajectory.lower().endswith(".gif") else COLUMNS
+        with explained(f"cannot draw {args.trajectory}", _OTHERS):
+            states, steps = draw_film(model, config, variables, cond, **how)
+            save_film(states, steps, texts, title, args.trajectory)
+
+    saves.append(partial(save_grid, images, texts, title, args.out))
+    if args.trajectory:
+        saves.append(film)
+    save_each(*saves)
+    print(f"{num} images: {args.out}")
     if args.json:
         depends = sampling.to_dict() | {"pool": pool, "dropped": dropped}
-        print(json.dumps({"num": args.num, "out": args.out, **note, **depends}))
+        print(json.dumps({"num": num, "out": args.out, **note, **depends}))
 
 
 if __name__ == "__main__":

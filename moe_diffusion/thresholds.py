@@ -21,12 +21,14 @@ from typing import Any
 from moe_diffusion import config as configs
 from moe_diffusion import evaluate
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.capacity_search import COLUMNS, search
 from moe_diffusion.figures.curves import threshold_picture
 from moe_diffusion.figures.images import save_png
+from moe_diffusion.ornaments import ornament
 from moe_diffusion.parallel import distributed
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.writing import check_outputs
 
 NUM = 256  # images for each threshold, if neither the user nor a protocol says
 _FORMATS = dict(zip(COLUMNS, ("{}", "{:.4f}", "{:.4f}", "{:,}", "{:.4g}"), strict=True))
@@ -65,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", help="picture of the curves")
     args, overrides = parser.parse_with_overrides(argv)
     gammas = parse_gammas(args.gammas)
-    if args.out:
-        check_writable(Path(args.out).parent)
+    check_outputs({"--out": (args.out, ".png")}, [args.reference, args.inception, args.vae])
     if args.num is None and not args.protocol:
         args.num = NUM
     distributed.initialize()
@@ -75,10 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     nearest = min(rows[1:], key=lambda row: abs(row["c_infer_avg"] - target))["threshold"]
     if not is_main_process():
         return
-    print(f"nearest to the C = {target:g} of training: threshold {nearest:g}")
     if args.out:
-        save_png(threshold_picture(rows, target), args.out)
-        print(f"curves: {args.out}")
+        with ornament(f"the picture {args.out}"):
+            save_png(threshold_picture(rows, target), args.out)
+            print(f"curves: {args.out}")
+    print(f"nearest to the C = {target:g} of training: threshold {nearest:g}")
     if args.json:
         print(json.dumps({"target": target, "nearest": nearest, "rows": rows}))
 

@@ -7,16 +7,17 @@
       --config.optim.learning_rate=1e-4 --allow-change optim.learning_rate
 
 The workdir then holds config.json, data.json (the classes of the data), parameters.txt,
-metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and samples/. Any key of the config can be
-set as --config.<key>=<value>. The shared keys are listed in moe_diffusion/config/defaults.py, those
-of model.<architecture> in models/<architecture>.py, and those of model.router in
-moe/routers/<router>.py.
+metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and samples/; the last lines say where
+what lies. Any key of the config can be set as --config.<key>=<value>. The shared keys are listed in
+moe_diffusion/config/defaults.py, those of model.<architecture> in models/<architecture>.py, and
+those of model.router in moe/routers/<router>.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.evaluation.periodic import EvaluationHook
-from moe_diffusion.figures.curves import loss_curve
+from moe_diffusion.figures.curves import read_metrics, training_picture
+from moe_diffusion.figures.images import save_ornament
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 from moe_diffusion.models import build
@@ -40,6 +42,7 @@ from moe_diffusion.parallel import distributed
 from moe_diffusion.planning.kernels import dispatch_line
 from moe_diffusion.sampling.hooks import SampleHook
 from moe_diffusion.sampling.labels import untrained
+from moe_diffusion.training.checkpoint import saved_steps
 from moe_diffusion.training.loop import train
 
 
@@ -81,10 +84,36 @@ def run(
         loss_fn = make_loss(model, config)
         options = {"hooks": hooks, "known": known, "allow_change": allow_change}
         state = train(config, model, loss_fn, open_iterator, workdir, **options)
-    metrics = Path(workdir) / "metrics.jsonl"
-    if distributed.is_main_process() and metrics.exists() and metrics.stat().st_size:
-        loss_curve(metrics, Path(workdir) / "loss.png")
+    if distributed.is_main_process():
+        metrics, curves = Path(workdir) / "metrics.jsonl", None
+        if metrics.exists() and metrics.stat().st_size:
+            curves = save_ornament(
+                lambda: training_picture(read_metrics(metrics)), Path(workdir) / "loss.png"
+            )
+        print(where_everything_lies(workdir, curves), flush=True)
     return {"step": int(state.step), "num_steps": config.train.num_steps, "workdir": workdir}
+
+
+def where_everything_lies(workdir: str, curves: Path | None) -> str:
+    """Lines of text: the files of a run, and the command that draws images with it.
+
+    curves: the picture of the loss, if there is one.
+    """
+    folder, steps = Path(workdir), saved_steps(workdir)
+    samples = sorted((folder / "samples").glob("*.png"))
+    lines = [("run", workdir)]
+    if steps:
+        numbers = ", ".join(f"{step:,}" for step in steps[-3:])
+        more = "... " if len(steps) > 3 else ""
+        lines.append(("checkpoints", f"{folder / 'checkpoints'} (steps {more}{numbers})"))
+    if samples:
+        lines.append(("samples", f"{samples[-1]} ({len(samples)} pictures)"))
+    if curves:
+        lines.append(("curves", curves))
+    if steps:
+        command = f"python -m moe_diffusion.sample --workdir {shlex.quote(workdir)} --out grid.png"
+        lines.append(("draw images", command))
+    return "\n".join(f"{name:<13}{text}" for name, text in lines)
 
 
 @exits_on_user_error

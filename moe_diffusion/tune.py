@@ -18,8 +18,9 @@ import jax
 from moe_diffusion.benchmarks.dispatch import SHAPES, parse_shape
 from moe_diffusion.benchmarks.tiles import best_tiles, merge
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.errors import UserError, check_writable
+from moe_diffusion.errors import UserError
 from moe_diffusion.kernels.tuning import table_path
+from moe_diffusion.writing import check_outputs
 
 
 @exits_on_user_error
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if jax.default_backend() == "cpu":
         raise UserError("tune measures the kernels for TPU and GPU: run it on such a device")
     path = Path(args.table) if args.table else table_path()
-    check_writable(path.parent)
+    check_outputs({"--table": (path, ".json")})
     shapes = [parse_shape(text) for text in args.shape or ()] or SHAPES
     found = {}
     options = {"tokens": args.tokens, "dtype": args.dtype, "repeats": args.repeats}

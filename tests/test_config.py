@@ -265,8 +265,9 @@ def test_save_json_replaces_and_reports(tmp_path):
     path.write_text("old")
     configs.save_json(configs.default(), path)
     assert configs.load_json(path) == configs.settle(configs.default())
-    with raises("No such file or directory): choose another folder"):
-        configs.save_json(configs.default(), tmp_path / "missing" / "config.json")
+    with raises("config.json (File exists): make room, or choose another folder"):
+        configs.save_json(configs.default(), path / "config.json")
+    assert configs.load_json(path) == configs.settle(configs.default())
 
 
 def test_load_json_gives_defaults_to_new_keys(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from moe_diffusion import evaluate, train
 from moe_diffusion.data.sources import Digits
 from moe_diffusion.evaluation import compare, evaluator, inception, metrics
 from tests import cli
+from tests.full_disk import full_disk
 from tests.golden.inception import recipe, shrink
 
 PROTOCOL = """
@@ -103,6 +106,14 @@ def test_a_sweep_draws_a_curve(trained, tmp_path, capsys):
     ]  # fmt: skip
     assert len({r["metrics"]["fd_digits"] for r in swept["results"]}) == 4
     assert swept["plot"] == str(tmp_path / "a.png") and lines[-1] == f"the curve: {tmp_path}/a.png"
+    names, *rows, shared, _ = lines
+    assert names.split()[:3] == ["ema", "cfg", "fd_digits"] and len(rows) == 4
+    assert rows[1].split()[:2] == ["0.9", "2"]
+    assert rows[1].split()[2] == f"{swept['results'][1]['metrics']['fd_digits']:.5g}"
+    ends = [[match.end() for match in re.finditer(r"\S+", row)] for row in (names, *rows)]
+    assert ends == [ends[0]] * 5  # columns stand below each other
+    assert shared.startswith(f"all: checkpoint {trained}; ") and "; sampler heun; " in shared
+    assert "cfg " not in shared.replace("cfg_interval", "")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "a.png")))) > 20
     alone, _ = measure(capsys, "--workdir", trained, "--cfg", 1, "--ema", "none", "--num", 64)
     assert alone == swept["results"][2]
@@ -126,6 +137,49 @@ def test_a_protocol_fixes_everything_and_tells_what_differs(trained, tmp_path, c
     assert narrow["dtype"] == "bfloat16" and "; dtype bfloat16; " in lines[-1]
     assert narrow["protocol"]["deviations"] == ["model.dtype: bfloat16 instead of float32"]
     assert narrow["metrics"]["fd_digits"] != first["metrics"]["fd_digits"]
+
+
+def test_a_sweep_leaves_a_picture_of_the_user_alone(trained, tmp_path, capsys, monkeypatch):
+    """And ends well if its own picture or its record cannot be written."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    Image.new("L", (3, 3)).save(workdir / "sweep.png")
+    mine = (workdir / "sweep.png").read_bytes()
+    results = [
+        {"ema": "0.5", "cfg": cfg, "metrics": {"fid": 3.0}, "warnings": ["few images"],
+         "config": "c", "step": 3, "num_samples": 4}
+        for cfg in (1.0, 2.0)
+    ]  # fmt: skip
+    monkeypatch.setattr(evaluator, "evaluate", lambda request: iter(results))
+    flags = ["--workdir", str(workdir), "--cfg", "1,2"]
+    for _ in range(2):
+        evaluate.main(flags)
+        shown = capsys.readouterr()
+        assert shown.out.endswith(f"the curve: {workdir}/sweep-2.png\n")
+        assert shown.err == "warning: few images\n"  # once
+    assert (workdir / "sweep.png").read_bytes() == mine
+    before = cli.contents(workdir)
+    with full_disk():
+        evaluate.main([*flags, "--json"])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["plot"] is None
+    assert "warning: without the picture" in shown.err
+    assert cli.contents(workdir) == before
+
+
+def test_a_full_disk_costs_the_record_not_the_result(trained, tmp_path, capsys):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    (workdir / "evaluations.jsonl").write_text('{"metrics": {}}\n')
+    flags = ["--num", 32, "--save-features", tmp_path / "f.npz", "--workdir", workdir]
+    with full_disk(room=20), pytest.raises(SystemExit):
+        evaluate.main(list(map(str, flags)))
+    shown = capsys.readouterr()
+    assert shown.out.startswith("fd_digits ")
+    told = [line for line in shown.err.splitlines() if line.startswith(("warning: w", "error"))]
+    assert len(told) == 2
+    assert told[0].startswith("warning: without a line in evaluations.jsonl (cannot write ")
+    assert told[1].startswith(f"error: cannot write {tmp_path}/f.npz (")
+    assert (workdir / "evaluations.jsonl").read_text() == '{"metrics": {}}\n'
+    assert not (tmp_path / "f.npz").exists()
 
 
 @pytest.mark.slow
@@ -213,6 +267,14 @@ IMPOSSIBLE = [
         "no weight file at {}/no.pth",
     ),
     (["--workdir", "{run}", "--save-features", "{}/a.npz/b.npz"], "cannot write to {}/a.npz"),
+    (
+        ["--samples", "{}/a.npz", "--reference", "{}/b.npz", "--save-features", "{}/b.npz"],
+        "--save-features {}/b.npz is {}/b.npz, which is read: rename it",
+    ),
+    (
+        ["--samples", "folder:{}", "--plot", "{}/sweep.png"],
+        "--plot {}/sweep.png lies in {}, which is read: rename it",
+    ),
     (["--samples", "{}/a.npz"], "nothing to compare with: give --reference"),
     (["--samples", "{}/a.npz", "--reference", "{}/none.npz"], "no .npz at {}/none.npz"),
     (["--samples", "{}/a.npz", "--reference", "{}/b.npz"], "a.npz are images: give the weights"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 
 from moe_diffusion import config as configs
 from moe_diffusion import sample
+from moe_diffusion.models import build
 from tests import cli
 
 
@@ -154,7 +156,21 @@ IMPOSSIBLE = [
     (["--sampler", "ddim"], "sampling.sampler = ddim does not fit diffusion.path = flow"),
     (["--steps", "0"], "sampling.steps = 0 must be positive"),
     (["--cfg", "-1"], "sampling.cfg = -1.0 must be zero or positive"),
-    (["--num", "0"], "--num and --batch must be at least 1"),
+    (["--num", "0"], "--num, --num-per-class and --batch must be at least 1"),
+    (["--num-per-class", "0"], "--num, --num-per-class and --batch must be at least 1"),
+    (["--stats", "{}/s.png"], "--stats {}/s.png will be a .json file: name it so"),
+    (["--npz", "{}/s.npy"], "--npz {}/s.npy will be a .npz file: name it so"),
+    (["--trajectory", "{}/film.mp4"], "--trajectory {}/film.mp4 will be a .png file: name it so"),
+    (
+        ["--trajectory", "{}/new/grid.png"],
+        "--trajectory and --out are the same file {}/new/grid.png: rename one",
+    ),
+    (
+        ["--stats", "{}/new/grid.json"],
+        "the picture beside --stats and --out are the same file {}/new/grid.png: rename one",
+    ),
+    (["--npz", "{}/singles/a.npz"], "--npz lies in the folder of --images: choose another place"),
+    (["--stats", "{run}/config.json"], "--stats {run}/config.json is {run}/config.json, which is"),
     (["--labels", "3,10"], "--labels: 10 is no class; this model knows 0 to 9"),
     (["--labels=-1"], "--labels: -1 is no class; this model knows 0 to 9"),
     (["--labels", "three"], "--labels: 'three' is not a number like 3"),
@@ -167,6 +183,8 @@ IMPOSSIBLE = [
 def test_an_impossible_wish_writes_nothing(args, message, trained, tmp_path, capfd):
     before = cli.contents(trained)
     out = ["--out", tmp_path / "new" / "grid.png", "--images", tmp_path / "singles"]
+    args = [text.replace("{run}", str(trained)).replace("{}", str(tmp_path)) for text in args]
+    message = message.replace("{run}", str(trained)).replace("{}", str(tmp_path))
     assert message in cli.refused(capfd, sample.main, ["--workdir", trained, *out, *args])
     assert not list(tmp_path.iterdir())
     assert cli.contents(trained) == before
@@ -179,14 +197,71 @@ def test_an_impossible_wish_writes_nothing(args, message, trained, tmp_path, cap
         (["--out", "folder"], "{}/folder is a folder: name a file in it"),
         (["--images", "file"], "cannot write to {}/file: choose another folder"),
         (["--npz", "file/a/b.npz"], "cannot write to {}/file: choose another folder"),
+        (["--npz", "text.npz"], "--npz {}/text.npz is there and is no .npz file: choose another"),
+        (
+            ["--images", "old"],
+            "--images {}/old is not empty, and its files would be taken for new ones: choose "
+            "another folder, or empty this one",
+        ),
     ],
 )
 def test_a_place_that_cannot_be_written(args, message, trained, tmp_path, capfd):
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "text.npz").write_text("mine")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "000000.png").write_text("old")
+    before = cli.contents(tmp_path)
     where = ["--workdir", trained, "--out", tmp_path / "grid.png", args[0], tmp_path / args[1]]
-    assert cli.refused(capfd, sample.main, where) == message.format(tmp_path)
-    assert cli.contents(tmp_path) == {"file": b"mine", "folder": None}
+    assert cli.refused(capfd, sample.main, where).startswith(message.format(tmp_path))
+    assert cli.contents(tmp_path) == before
+
+
+def test_so_many_of_each_class(trained, tmp_path):
+    args = ["--workdir", trained, "--steps", 2, "--out", tmp_path / "a.png"]
+    args += ["--num-per-class", 3, "--labels", "5,2", "--npz", tmp_path / "some.npz"]
+    sample.main(list(map(str, args)))
+    with np.load(tmp_path / "some.npz") as arrays:
+        assert arrays["labels"].tolist() == [5, 5, 5, 2, 2, 2]
+    model = build(configs.load_json(trained / "config.json").model)
+    of_all = argparse.Namespace(num_per_class=3, labels="")
+    assert sample.how_many(of_all, model) == 30
+
+
+def test_a_film_ends_with_the_images(trained, tmp_path, monkeypatch):
+    """Of heun's 5 steps; the images of the film are those of the array."""
+    kept = []
+    monkeypatch.setattr(sample, "save_film", lambda *args: kept.append(args))
+    args = ["--workdir", trained, "--steps", 5, "--num", 3, "--batch", 2]
+    args += ["--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png"]
+    args += ["--trajectory", tmp_path / "film.gif"]
+    sample.main(list(map(str, args)))
+    ((states, steps, texts, title, path),) = kept
+    assert states.shape == (3, 5, 8, 8, 1) and steps.tolist() == [1, 2, 3, 4, 5]
+    assert texts == ["0", "1", "2"] and path == str(tmp_path / "film.gif")
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.testing.assert_allclose(states[:, -1], arrays["arr_0"], rtol=0, atol=1e-5)
+    assert np.abs(states[:, 0] - states[:, -1]).max() > 0.5  # the first is nearly noise
+
+
+def test_the_rest_is_saved_if_the_picture_fails(trained, tmp_path, capfd, monkeypatch):
+    """Arrays, numbers and single images are there; the one line is the last."""
+
+    def broken(*_, **__):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(sample, "image_grid", broken)
+    args = ["--workdir", trained, "--steps", 2, "--num", 2, "--out", tmp_path / "a.png"]
+    args += ["--npz", tmp_path / "a.npz", "--stats", tmp_path / "s.json"]
+    args += ["--images", tmp_path / "singles"]
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(list(map(str, args)))
+    error = capfd.readouterr().err.splitlines()[-1]
+    wanted = f"error: cannot draw {tmp_path}/a.png (no font): what is not named here is written"
+    assert stopped.value.code == 2 and error == wanted
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    singles = ["singles", "singles/000000.png", "singles/000001.png"]
+    assert found == ["a.npz", "s.json", "s.png", *singles]
 
 
 def test_a_folder_without_a_run_in_a_real_process(tmp_path):

@@ -238,7 +238,8 @@ def test_no_modules_import_each_other_in_a_circle():
 FLOORS = (
     ("errors", "__init__"),
     ("checks", "reading", "writing", "caches", "signals", "digests", "plugins", "cli"),
-    ("manifest", "handlers", "locks", "clusters"),
+    ("manifest", "handlers", "locks", "clusters", "ornaments"),
+    ("trackers",),
     ("parallel", "pictures"),
     ("conditions",),
     ("classes", "own_data"),

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from moe_diffusion.benchmarks.dispatch import SHAPES, bench_dispatch
 from moe_diffusion.benchmarks.steps import bench_sample, bench_train
 from moe_diffusion.benchmarks.torch_layer import torch_seconds
 from moe_diffusion.errors import first_line
+from moe_diffusion.writing import save_text
 
 Result = dict[str, Any]
 
@@ -91,11 +91,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def write(path: str | os.PathLike, found: Mapping[str, Any], results: Sequence[Result]) -> None:
     """{"environment", "results"} as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps({"environment": dict(found), "results": results}, indent=1) + "\n")
-    os.replace(part, path)
+    text = json.dumps({"environment": dict(found), "results": results}, indent=1)
+    save_text(text + "\n", path)
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from moe_diffusion.kernels.gpu.gpu import choose
 from moe_diffusion.kernels.grouped import sorted_by_expert
 from moe_diffusion.kernels.tpu.tpu import TPUKernels
 from moe_diffusion.parallel.mesh import platform
+from moe_diffusion.writing import save_text
 
 Shape = tuple[int, int, int, int]
 
@@ -95,9 +95,7 @@ def merge(path: Path, device_kind: str, found: dict[str, list[Any]]) -> None:
     """Adds `found` to a table; it replaces entries for the same device and shapes."""
     table = tuning.read_table_of_tiles(path) if path.exists() else {}
     table[device_kind] = dict(sorted({**table.get(device_kind, {}), **found}.items()))
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)
+    save_text(json.dumps(table, indent=1, sort_keys=True) + "\n", path)
 
 
 def _params(width: int, hidden: int, num_experts: int, dtype: str) -> dict[str, jax.Array]:

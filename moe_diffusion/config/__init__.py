@@ -21,7 +21,6 @@ from moe_diffusion.config.loading import (
     load_json,
     parse_arg,
     save_json,
-    save_text,
 )
 from moe_diffusion.config.schema import settle
 from moe_diffusion.config.validation import validate, validate_devices
@@ -39,7 +38,6 @@ __all__ = [
     "parse_arg",
     "record_changes",
     "save_json",
-    "save_text",
     "settle",
     "validate",
     "validate_devices",

@@ -156,6 +156,7 @@ DEFAULTS: dict[str, Any] = {
         "samples": 16,
         "eval_samples": 0,  # judged every sample_every steps, see evaluation/periodic.py; 0 = none
         "stop_on_nan": True,
+        "wandb": "",  # project of Weights & Biases to write to as well, needs wandb; "" = none
     },
     "checkpoint": {"every": 5000, "keep_last": 3, "keep_every": 0, "asynchronous": True},
     "parallel": {

@@ -26,6 +26,7 @@ from moe_diffusion.config.schema import parse, settle, unknown_key
 from moe_diffusion.config.validation import validate
 from moe_diffusion.errors import UserError, shown
 from moe_diffusion.reading import read_table
+from moe_diffusion.writing import save_text
 
 ROOT = Path(__file__).resolve().parents[2]  # config files may import `configs.families` from it
 VERSION = 2  # of config.json; files without a version are of version 1, with the old names
@@ -64,19 +65,6 @@ def save_json(config: ConfigDict, path: str | os.PathLike) -> None:
     """Writes the config as JSON, whole or not at all. Raises UserError if it cannot be written."""
     values = (settle(config) if is_draft(config) else config).to_dict()
     save_text(json.dumps({"version": VERSION, **values}, indent=2) + "\n", path)
-
-
-def save_text(text: str, path: str | os.PathLike) -> None:
-    """Writes a file, which may be remote, whole or not at all; raises UserError if it cannot."""
-    path = epath.Path(path)
-    part = path.parent / f".{path.name}.part"
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}): choose another folder"
-        ) from error
 
 
 def load_json(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigDict:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import warnings
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from moe_diffusion.data.sources import Digits
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.archives import open_archive
 from moe_diffusion.evaluation.images import to_floats
+from moe_diffusion.writing import save_arrays
 
 _WIDTHS = (64, 32)  # of the layers before the last
 
@@ -149,13 +149,9 @@ def _load(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _store(layers: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     arrays = {f"weight_{i}": weight for i, (weight, _) in enumerate(layers)}
     arrays |= {f"bias_{i}": bias for i, (_, bias) in enumerate(layers)}
-    with part.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(part, path)
+    save_arrays(path, arrays)
 
 
 def _flat_pixels(images: np.ndarray) -> np.ndarray:

@@ -27,7 +27,9 @@ from moe_diffusion.evaluation.features import (
 from moe_diffusion.evaluation.precision import matmul_precision
 from moe_diffusion.evaluation.record import made_with
 from moe_diffusion.evaluation.runs import RunImages
+from moe_diffusion.ornaments import ornament
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.writing import append_line
 
 DIGITS = "digits"  # the training split, the reference for runs on digits
 DIGITS_SHAPE = (8, 8, 1)
@@ -93,11 +95,13 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
     if digits and reference is not None and reference.name == DIGITS:
         heldout = _with_vectors(open_features(f"{DIGITS}@test"), extractor, request)
     for samples in itertools.chain([first], variants):
-        result = _judge(samples, reference, heldout, extractor, request)
+        result, judged = _judge(samples, reference, heldout, extractor, request)
         if request.workdir and is_main_process():
-            with (Path(request.workdir) / "evaluations.jsonl").open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            with ornament("a line in evaluations.jsonl"):
+                append_line(json.dumps(result), Path(request.workdir) / "evaluations.jsonl")
         yield result
+        if request.save_features and is_main_process():  # last, since a full disk ends it
+            save_features(judged, request.save_features)
 
 
 def _judge(
@@ -106,10 +110,13 @@ def _judge(
     heldout: FeatureSet | None,
     extractor: Extractor | None,
     request: Request,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], FeatureSet]:
     """Draws or reads a set of images and compares it; `heldout` is of real digits.
 
     Without an extractor the images are drawn and forgotten.
+
+    Returns:
+      The result of `evaluate`, and the set with its features.
     """
     settings, images = request.settings, samples.images
     if extractor is None:
@@ -118,8 +125,6 @@ def _judge(
                 pass
     else:
         samples = _with_vectors(samples, extractor, request, request.num)
-    if request.save_features and is_main_process():
-        save_features(samples, request.save_features)
     found, warnings = {}, []
     if reference is not None:
         found, warnings = compare(samples, reference, extractor, settings.score)
@@ -151,7 +156,7 @@ def _judge(
         used["reference"] = Path(reference.name).name
     used = {**result, **result.get("sampling", {}), **features, **used}
     result["protocol"] = _against(request.published, used)
-    return result | {"software": result.pop("software")}  # the longest last
+    return result | {"software": result.pop("software")}, samples  # the longest last
 
 
 def _with_vectors(

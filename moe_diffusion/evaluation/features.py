@@ -35,6 +35,7 @@ from moe_diffusion.evaluation.metrics import (
     gaussian_of,
 )
 from moe_diffusion.interop.tensors import listed
+from moe_diffusion.writing import save_arrays
 
 MAX_VECTORS = 50_000  # kept for all but mean and covariance, which use every vector
 _PER_DEVICE = 32  # images; 299 x 299 pixels each take about 20 MB in the network
@@ -257,8 +258,4 @@ def save_features(features: FeatureSet, path: str | os.PathLike) -> None:
     arrays = {"mu": features.pool.mean, "sigma": features.pool.covariance}
     if features.spatial is not None:
         arrays |= {"mu_s": features.spatial.mean, "sigma_s": features.spatial.covariance}
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
-        np.savez(file, features=features.vectors, count=features.pool.count, **arrays)
-    os.replace(part, path)
+    save_arrays(path, {"features": features.vectors, "count": features.pool.count, **arrays})

@@ -12,6 +12,7 @@ from moe_diffusion.evaluation.digits import DigitsFeatures
 from moe_diffusion.evaluation.features import Extractor, FeatureSet
 from moe_diffusion.evaluation.metrics import gaussian_of
 from moe_diffusion.models.stack import Model
+from moe_diffusion.ornaments import ornament
 from moe_diffusion.sampling.hooks import FixedSamples
 from moe_diffusion.training.state import TrainState
 
@@ -47,7 +48,8 @@ class EvaluationHook:
     """A hook of the training loop that compares a few samples with the training data.
 
     Every call draws the same `train.eval_samples` images. It returns eval/fd_digits,
-    eval/precision_digits and so on for digits, and eval/fd_pooled and so on for other data.
+    eval/precision_digits and so on for digits, and eval/fd_pooled and so on for other data. A
+    failure, like samples that are not finite, is told in a line, and training goes on.
 
     Args:
       source: the training data, for the comparison and for conditions (`default_conditions`).
@@ -64,9 +66,11 @@ class EvaluationHook:
         self._reference = self._features("training data", images)
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
-        drawn = self._features("samples", self._samples.draw(state))
-        found, _ = compare(drawn, self._reference, self._extractor)
-        return {f"eval/{name}": value for name, value in found.items()}
+        with ornament(f"the evaluation of step {step}"):
+            drawn = self._features("samples", self._samples.draw(state))
+            found, _ = compare(drawn, self._reference, self._extractor)
+            return {f"eval/{name}": value for name, value in found.items()}
+        return {}
 
     def _features(self, name: str, images: np.ndarray) -> FeatureSet:
         vectors = self._extractor(images)["pool"]

@@ -152,16 +152,17 @@ def describe(result: dict[str, Any]) -> str:
     """One line of text: the metrics, then everything that they depend on."""
     numbers = ", ".join(f"{name} {value:.5g}" for name, value in result["metrics"].items())
     conditions = [
-        f"{key} {_text(value)}"
+        f"{key} {text(value)}"
         for key, value in result.items()
         if key not in ("metrics", "warnings", "sampling") and value not in (None, "", [], {})
     ]
     return f"{numbers} ({'; '.join(conditions)})"
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A setting as people read it."""
     if isinstance(value, dict):
-        return " ".join(f"{key}={_text(item)}" for key, item in value.items() if item != "")
+        return " ".join(f"{key}={text(item)}" for key, item in value.items() if item != "")
     if isinstance(value, list | tuple):
-        return ",".join(_text(item) for item in value)
+        return ",".join(text(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

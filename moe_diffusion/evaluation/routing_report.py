@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.expert_tables import extreme_classes
 from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_json
 from moe_diffusion.figures import routing as pictures
-from moe_diffusion.figures.images import image_grid, save_png, to_pixels
+from moe_diffusion.figures.images import image_grid, is_ours, save_ornament, to_pixels
 from moe_diffusion.sampling.generate import generate_batches
 from moe_diffusion.sampling.labels import LABEL
 
@@ -126,7 +127,7 @@ def write_report(
     texts: Sequence[str] | None,
     known: Classes = NOTHING,
 ) -> tuple[list[str], dict[str, str]]:
-    """Writes the files of this module's docstring.
+    """Writes the files of this module's docstring; a picture that fails is told in a line.
 
     Args:
       stats: of `draw`.
@@ -139,27 +140,31 @@ def write_report(
       The names of the files, and of those that were not written: name -> why.
     """
     folder = Path(folder)
-    made: dict[str, Image.Image | str] = {
-        "capacity.png": pictures.capacity_picture(stats),
-        "experts.png": pictures.experts_picture(stats),
-        "experts_over_time.png": pictures.experts_over_time_picture(stats, blocks),
+    made: dict[str, Callable[[], Image.Image] | str] = {
+        "capacity.png": lambda: pictures.capacity_picture(stats),
+        "experts.png": lambda: pictures.experts_picture(stats),
+        "experts_over_time.png": lambda: pictures.experts_over_time_picture(stats, blocks),
         "experts_by_class.png": "the model takes no labels",
         "tokens.png": "the model does not say where its tokens lie in the image",
     }
     if "per_class" in stats:
-        made["experts_by_class.png"] = pictures.experts_by_class_picture(stats, blocks)
+        made["experts_by_class.png"] = lambda: pictures.experts_by_class_picture(stats, blocks)
     if "tokens" in stats:
         pixels, _ = to_pixels(images[:MAPS])
-        made["tokens.png"] = pictures.tokens_picture(stats, blocks, pixels, texts)
+        made["tokens.png"] = lambda: pictures.tokens_picture(stats, blocks, pixels, texts)
     made |= _extreme_pictures(stats, images, cond.get(LABEL), known)
     save_json(stats, folder / "routing.json")
-    for name, picture in made.items():
-        if isinstance(picture, str):
-            (folder / name).unlink(missing_ok=True)  # of an earlier run
+    files, missing = ["routing.json"], {}
+    for name, draw in made.items():
+        if isinstance(draw, str):
+            missing[name] = draw
+            if is_ours(folder / name):  # of an earlier run
+                (folder / name).unlink()
+        elif place := save_ornament(draw, folder / name):
+            files.append(place.name)
         else:
-            save_png(picture, folder / name)
-    reasons = {name: picture for name, picture in made.items() if isinstance(picture, str)}
-    return ["routing.json", *(name for name in made if name not in reasons)], reasons
+            missing[name] = "see the warning"
+    return files, missing
 
 
 def _extreme_pictures(
@@ -167,7 +172,7 @@ def _extreme_pictures(
     images: np.ndarray,
     labels: np.ndarray | None,
     known: Classes = NOTHING,
-) -> dict[str, Image.Image | str]:
+) -> dict[str, Callable[[], Image.Image] | str]:
     """hardest.png and easiest.png, or why there are none."""
     names = "hardest.png", "easiest.png"
     if labels is None:
@@ -187,7 +192,8 @@ def _extreme_pictures(
         texts = [
             f"{known.name(int(c))}: {per_class[c]:.3f}" for c in classes for _ in range(columns)
         ]
-        made[name] = image_grid(
+        made[name] = partial(
+            image_grid,
             images[np.concatenate(rows)],
             texts,
             columns=columns if columns > 1 else 5,

@@ -21,16 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 from moe_diffusion.diffusion.samplers import Sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.expert_tables import by_class, rounded, tables
-from moe_diffusion.figures.images import save_png
+from moe_diffusion.figures.images import save_ornament
 from moe_diffusion.figures.routing import capacity_picture, experts_picture
 from moe_diffusion.models.stack import Model
 from moe_diffusion.moe.router import Router
 from moe_diffusion.moe.routing import Routing, taken
 from moe_diffusion.sampling.labels import LABEL
+from moe_diffusion.writing import save_text
 
 _COUNTS, _DROPPED, _STRONGEST, _USED = (
     "expert_counts",
@@ -296,20 +298,21 @@ def token_maps(
 
 def save_json(stats: Mapping[str, Any], path: str | os.PathLike) -> Path:
     """Writes `stats` as JSON with five digits, one key a line, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
     lines = [f" {json.dumps(key)}: {json.dumps(rounded(value))}" for key, value in stats.items()]
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(part, path)
-    return path
+    return save_text("{\n" + ",\n".join(lines) + "\n}\n", path)
 
 
-def save_stats(stats: Mapping[str, Any], path: str | os.PathLike) -> tuple[Path, Path]:
-    """Writes `stats` as JSON, and a picture of the same name (.png).
+def save_stats(stats: Mapping[str, Any], path: str | os.PathLike) -> tuple[Path, Path | None]:
+    """Writes `stats` as JSON, and a picture of the same name (.png); None if that fails.
 
     The picture shows C_infer, or the load of every expert if C_infer is the same everywhere.
+
+    Raises:
+      WriteError: the JSON cannot be written.
     """
-    varies = np.ptp(stats["per_layer_and_time"]) > 1e-6
-    picture = capacity_picture(stats) if varies else experts_picture(stats)
-    return save_json(stats, path), save_png(picture, Path(path).with_suffix(".png"))
+
+    def picture() -> Image.Image:
+        varies = np.ptp(stats["per_layer_and_time"]) > 1e-6
+        return capacity_picture(stats) if varies else experts_picture(stats)
+
+    return save_json(stats, path), save_ornament(picture, Path(path).with_suffix(".png"))

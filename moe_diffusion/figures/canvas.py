@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +24,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.
 
     The figure needs no display. It is freed like any object, unlike those that pyplot keeps.
     """
-    # Importing matplotlib takes a second, so only functions that draw import it.
+    _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,10 +32,32 @@ def new_figure(width: float, height: float) -> tuple[Figure, Callable[[], Image.
 
     def draw() -> Image.Image:
         canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        with warnings.catch_warnings():  # a font may lack a letter of a label
+            warnings.simplefilter("ignore")
+            canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
     return figure, draw
+
+
+def _import_matplotlib() -> None:
+    """Imports it, which takes a second, so only functions that draw do.
+
+    With an MPLBACKEND that it does not know, as a notebook or a login script may leave it,
+    matplotlib refuses to be imported. These pictures need no backend, so it is set afterwards.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    inherited = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+
+        if inherited:
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = inherited
+    finally:
+        if inherited is not None:
+            os.environ["MPLBACKEND"] = inherited
 
 
 def make_plain(axes: Axes, grid: str = "both") -> None:

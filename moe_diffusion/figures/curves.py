@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,24 @@ from moe_diffusion.figures.canvas import (
     make_plain,
     new_figure,
 )
-from moe_diffusion.figures.images import save_png
 
 
-def loss_curve(jsonl_path: str | os.PathLike, out_path: str | os.PathLike) -> Path:
-    """Plots the loss over the steps of a metrics.jsonl, raw and as a running mean.
+def training_picture(columns: Mapping[str, Mapping[int, float]]) -> Image.Image:
+    """The loss over the steps, raw and as a running mean, and in small panels what else is known.
 
-    Lines without "step" and "loss" are passed over. If a resumed run wrote a step again, the later
-    line counts. A last line that is cut off in the middle (the run was killed) is passed over too.
+    These are the learning rate, the load of the busiest and of the idlest expert (1 = the average),
+    and the metrics of evaluations.
 
-    Raises:
-      UserError: the file is not there, another line is not JSON, or no line holds a loss.
+    Args:
+      columns: as `read_metrics` returns them.
     """
-    losses = read_losses(Path(jsonl_path))
-    steps = np.array(sorted(losses))
-    values = np.array([losses[step] for step in steps], np.float64)
-    figure, draw = new_figure(7, 4)
-    axes = figure.subplots()
+    panels = _panels(columns)
+    rows = -(-len(panels) // 3)
+    figure, draw = new_figure(8, 4 + 1.9 * rows)
+    grid = figure.add_gridspec(1 + rows, 6, height_ratios=[4, *[1.7] * rows])
+    axes = figure.add_subplot(grid[0, :])
+    steps = np.array(sorted(columns["loss"]))
+    values = np.array([columns["loss"][step] for step in steps], np.float64)
     span, middle, mean = _running_mean(steps, values)
     axes.plot(steps, values, color=PALE_BLUE if span > 1 else BLUE, linewidth=1)
     if span > 1:
@@ -46,7 +46,45 @@ def loss_curve(jsonl_path: str | os.PathLike, out_path: str | os.PathLike) -> Pa
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     make_plain(axes)
-    return save_png(draw(), out_path)
+    for number, (title, curves) in enumerate(panels):
+        row, column = divmod(number, 3)
+        few = len(panels) - 3 * row  # the last row has one, two or three panels
+        width = 6 // min(few, 3)
+        panel = figure.add_subplot(grid[1 + row, column * width : (column + 1) * width])
+        for (name, found), colour in zip(curves.items(), (BLUE, RED), strict=False):
+            place = np.array(sorted(found))
+            marker = "o" if len(place) < 12 else None
+            lines = {"color": colour, "linewidth": 1.2, "marker": marker, "markersize": 3}
+            panel.plot(place, [found[step] for step in place], label=name, **lines)
+        if len(curves) > 1:
+            panel.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+            panel.legend(frameon=False, fontsize=7)
+        panel.set_title(title, fontsize=9)
+        panel.set_xlim(axes.get_xlim())
+        panel.tick_params(labelsize=7)
+        panel.yaxis.get_offset_text().set_fontsize(7)
+        panel.locator_params(nbins=5)
+        panel.ticklabel_format(axis="y", scilimits=(-2, 5))
+        make_plain(panel)
+    return draw()
+
+
+def _panels(
+    columns: Mapping[str, Mapping[int, float]],
+) -> list[tuple[str, dict[str, Mapping[int, float]]]]:
+    """(title, name -> curve) of the small panels."""
+    panels = []
+    if "learning_rate" in columns:
+        panels.append(("learning rate", {"learning rate": columns["learning_rate"]}))
+    load = {
+        text: columns[name]
+        for name, text in (("load_max", "busiest"), ("load_min", "idlest"))
+        if name in columns
+    }
+    if load:
+        panels.append(("load of experts (1 = average)", load))
+    judged = [name for name in columns if name.startswith("eval/")]
+    return panels + [(name.removeprefix("eval/"), {name: columns[name]}) for name in judged]
 
 
 def _running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
@@ -57,21 +95,34 @@ def _running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[int, np.ndarra
 
 
 def read_losses(path: Path) -> dict[int, float]:
-    """Step -> loss, of a metrics.jsonl; raises what `loss_curve` raises."""
-    losses, broken = {}, None
+    """Step -> loss, of a metrics.jsonl; raises what `read_metrics` raises."""
+    return read_metrics(path)["loss"]
+
+
+def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """Name -> {step: value} of the numbers of a metrics.jsonl; lines without a step are left out.
+
+    If a resumed run wrote a step again, the later line counts. A last line that is cut off in the
+    middle (the run was killed) is passed over.
+
+    Raises:
+      UserError: the file is not there, a line before the last is not JSON, or no line holds a loss.
+    """
+    columns: dict[str, dict[int, float]] = {}
+    broken = None
     for number, line in reading.lines(path, "metrics"):
         if broken is not None:
             raise UserError(f"line {broken[0]} of {path} is not JSON: {shown(broken[1])}")
         record = reading.table_of(line)
         if record is None:
             broken = number, line  # the last line may be cut off
-            continue
-        step, loss = record.get("step"), record.get("loss")
-        if type(step) is int and isinstance(loss, int | float):
-            losses[step] = float(loss)
-    if not losses:
+        elif type(step := record.get("step")) is int:
+            for name, value in record.items():
+                if type(value) in (int, float) and name != "step":
+                    columns.setdefault(name, {})[step] = float(value)
+    if "loss" not in columns:
         raise UserError(f"no line of {path} holds a step and a loss")
-    return losses
+    return columns
 
 
 def comparison_picture(

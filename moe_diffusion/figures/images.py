@@ -1,19 +1,24 @@
-"""Images of a model as pictures for people: a grid with captions, and single PNG files."""
+"""Images of a model as pictures for people: a grid with captions, a film, and single PNG files."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from moe_diffusion.errors import UserError
+from moe_diffusion.ornaments import ornament
+from moe_diffusion.writing import check_empty, whole_file
 
 _TEXT = (60, 60, 60)
 _SMALLEST_SIDE = 64  # pixels; smaller images are enlarged to about this
+_MOST_PIXELS = 60e6  # of all images of a grid; about 250 MB while it is drawn
+_SOFTWARE = "moe_diffusion"  # what a PNG of ours says in its field "Software"
 
 
 def image_grid(
@@ -22,6 +27,7 @@ def image_grid(
     columns: int | None = None,
     scale: int | None = None,
     title: str | None = None,
+    heads: Sequence[str] = (),
 ) -> Image.Image:
     """Lays images side by side on white, with their captions.
 
@@ -36,6 +42,7 @@ def image_grid(
       columns: images in a row; by default the grid has about as many rows as columns.
       scale: screen pixels per pixel, a whole number; by default small images grow to about 64.
       title: a line of text above the grid.
+      heads: texts above the columns.
 
     Raises:
       UserError: there is no image, an image is not finite, or `captions` is of another length.
@@ -65,6 +72,8 @@ def image_grid(
         left += math.ceil(max(map(font.getlength, texts))) + 2 * gap
     if title:
         top += line + gap
+    if heads:
+        top += line
     step_x = width + gap
     step_y = height + gap + (line if texts and not one_per_row else 0)
     right = left + columns * step_x - gap
@@ -75,6 +84,8 @@ def image_grid(
     draw = ImageDraw.Draw(canvas)
     if title:
         draw.text((left, margin), title, _TEXT, font, anchor="la")
+    for column, text in enumerate(heads):
+        draw.text((left + column * step_x + width // 2, top - 4), text, _TEXT, font, anchor="md")
     for i, pixel in enumerate(pixels):
         row, column = divmod(i, columns)
         x, y = left + column * step_x, top + row * step_y
@@ -89,25 +100,97 @@ def image_grid(
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Writes a PNG under a temporary name and renames it when it is whole; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes a PNG that says it is ours, whole or not at all; makes the folder.
+
+    Raises:
+      WriteError: it cannot be written.
+    """
+    info = PngInfo()
+    info.add_text("Software", _SOFTWARE)
+    with whole_file(path) as file:
+        image.save(file, format="png", pnginfo=info)
+    return Path(path)
+
+
+def own_name(path: str | os.PathLike) -> Path:
+    """The path, or the first of <name>-2, <name>-3, ... that is free or holds a picture of ours.
+
+    For pictures that no flag names: they must not replace what a user put there.
+    """
+    path, number = Path(path), 1
+    place = path
+    while os.path.lexists(place) and not is_ours(place):
+        number += 1
+        place = path.with_stem(f"{path.stem}-{number}")
+    return place
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether a file is a PNG that `save_png` wrote."""
+    if not os.path.isfile(path):
+        return False
     try:
-        image.save(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        with Image.open(path, formats=("png",)) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def save_ornament(draw: Callable[[], Image.Image], path: str | os.PathLike) -> Path | None:
+    """Draws and saves a picture that no flag names, under `own_name`; returns where.
+
+    If that fails in any way, the user is told in a line and it returns None.
+    """
+    with ornament(f"the picture {path}"):
+        return save_png(draw(), own_name(path))
+    return None
 
 
 def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:
-    """Writes images f32[N, H, W, C] in [-1, 1] as folder/000000.png and on; returns the paths."""
+    """Writes images f32[N, H, W, C] in [-1, 1] as folder/000000.png and on; returns the paths.
+
+    Raises:
+      UserError: the folder holds other files, or an image cannot be written; then the folder holds
+        what it held.
+    """
     pixels, _ = to_pixels(np.asarray(images, np.float32))
-    return [
-        save_png(Image.fromarray(pixel), Path(folder) / f"{i:06}.png")
-        for i, pixel in enumerate(pixels)
-    ]
+    check_empty("the folder of images", folder)
+    paths: list[Path] = []
+    try:
+        for i, pixel in enumerate(pixels):
+            paths.append(save_png(Image.fromarray(pixel), Path(folder) / f"{i:06}.png"))
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+    return paths
+
+
+def save_gif(frames: Sequence[Image.Image], path: str | os.PathLike, seconds: float) -> Path:
+    """Writes an endless film of `seconds`; the last frame stays for two seconds more.
+
+    The frames may differ in size. White fills them up to the largest.
+
+    Raises:
+      WriteError: it cannot be written.
+    """
+    each = max(20, round(1000 * seconds / len(frames)))  # milliseconds; viewers slow down less
+    times = [each] * (len(frames) - 1) + [each + 2000]
+    size = tuple(max(frame.size[axis] for frame in frames) for axis in range(2))
+    sheets = [Image.new("RGB", size, "white") for _ in frames]
+    for sheet, frame in zip(sheets, frames, strict=True):
+        sheet.paste(frame)
+    first, *others = sheets
+    with whole_file(path) as file:
+        first.save(file, "gif", save_all=True, append_images=others, duration=times, loop=0)
+    return Path(path)
+
+
+def few_enough(count: int, shape: Sequence[int]) -> np.ndarray:
+    """i64[at most count]: which of so many images [H, W, C] a grid can show, evenly spread."""
+    side = max(_SMALLEST_SIDE, *shape[:2]) * 1.1
+    most = max(1, min(count, int(_MOST_PIXELS / side**2)))
+    return np.arange(most) * count // most
 
 
 def to_pixels(images: np.ndarray) -> tuple[np.ndarray, str]:

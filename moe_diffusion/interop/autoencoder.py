@@ -26,6 +26,7 @@ from moe_diffusion.interop.rows import CONV, CONV_1X1, LINEAR, SAME, Family, Row
 from moe_diffusion.interop.tensors import lazy, without
 from moe_diffusion.models.autoencoder import Autoencoder, AutoencoderKL
 from moe_diffusion.reading import Key, check_keys, key_like, read_table
+from moe_diffusion.writing import save_text
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # beside config.json in a folder of diffusers
 # The kinds of bare weight files. The papers' models see (z - shift) * scale.
@@ -180,7 +181,7 @@ def save(autoencoder: Autoencoder, folder: str | os.PathLike) -> None:
     }
     state = export_state_dict(autoencoder.params, network, "diffusers")
     files.write_state_dict(state, folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_text(json.dumps(config, indent=1) + "\n", folder / "config.json")
 
 
 def network_from_config(config: Mapping[str, Any], where: str = "config.json") -> AutoencoderKL:

@@ -25,6 +25,7 @@ from moe_diffusion.errors import UserError, explained
 from moe_diffusion.interop import pickled
 from moe_diffusion.interop.places import PICKLED, find, shard_set, shards, subfolders
 from moe_diffusion.interop.tensors import Lazy, Spec, joined, listed, of_torch
+from moe_diffusion.writing import whole_file
 
 # Name of a dtype in safetensors -> numpy's dtype.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?"}
@@ -234,34 +235,28 @@ def safetensors_writer(path: str | os.PathLike, specs: Mapping[str, Spec]) -> It
         }  # fmt: skip
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            data = file.tell()
-            file.truncate(data + end)
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        data = file.tell()
+        file.truncate(data + end)
 
-            def write(key: str, array: np.ndarray, axis: int = 0, start: int = 0) -> None:
-                shape, dtype = specs[key]
-                stop = start + (array.shape[axis] if shape else 1)
-                part = (*shape[:axis], stop - start, *shape[axis + 1 :]) if shape else ()
-                if array.shape != part or (shape and stop > shape[axis]):
-                    raise ValueError(f"{key} is {shape}: no room for {array.shape} at {start}")
-                if not array.size:
-                    return
-                # The part is one run of bytes for every index of the axes before `axis`.
-                runs = np.ascontiguousarray(array, dtype).reshape(math.prod(shape[:axis]), -1)
-                size = math.prod(shape[axis:]) * runs.itemsize
-                skipped = start * math.prod(shape[axis + 1 :]) * runs.itemsize
-                for number, run in enumerate(runs):
-                    file.seek(data + header[key]["data_offsets"][0] + number * size + skipped)
-                    run.tofile(file)
+        def write(key: str, array: np.ndarray, axis: int = 0, start: int = 0) -> None:
+            shape, dtype = specs[key]
+            stop = start + (array.shape[axis] if shape else 1)
+            part = (*shape[:axis], stop - start, *shape[axis + 1 :]) if shape else ()
+            if array.shape != part or (shape and stop > shape[axis]):
+                raise ValueError(f"{key} is {shape}: no room for {array.shape} at {start}")
+            if not array.size:
+                return
+            # The part is one run of bytes for every index of the axes before `axis`.
+            runs = np.ascontiguousarray(array, dtype).reshape(math.prod(shape[:axis]), -1)
+            size = math.prod(shape[axis:]) * runs.itemsize
+            skipped = start * math.prod(shape[axis + 1 :]) * runs.itemsize
+            for number, run in enumerate(runs):
+                file.seek(data + header[key]["data_offsets"][0] + number * size + skipped)
+                run.tofile(file)
 
-            yield write
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield write
 
 
 def _name(dtype: np.dtype) -> str:

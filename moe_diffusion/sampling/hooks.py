@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.classes import NOTHING, of_source
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.figures.images import image_grid, save_png
+from moe_diffusion.figures.images import image_grid, own_name, save_png
 from moe_diffusion.models.stack import Model
+from moe_diffusion.ornaments import ornament
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.sampling.conditions import captions, default_conditions
 from moe_diffusion.sampling.generate import generate, pool_of
@@ -51,7 +52,8 @@ class FixedSamples:
 class SampleHook:
     """Draws `train.samples` images from the same noise and conditions at every call.
 
-    Each call writes workdir/samples/<step>.png.
+    Each call writes workdir/samples/<step>.png. A failure, like a full disk or images that are not
+    finite, is told in a line, and training goes on.
 
     Args:
       source: see `FixedSamples`.
@@ -72,9 +74,11 @@ class SampleHook:
         self._captions = captions(model, self._samples.cond, known)
 
     def __call__(self, step: int, state: TrainState) -> dict[str, np.ndarray]:
-        images = self._samples.draw(state)
-        images = self._decode(images) if self._decode else images
-        picture = image_grid(images, self._captions, title=f"step {step}")
-        if is_main_process():
-            save_png(picture, self._folder / f"{step:08d}.png")
-        return {"samples": np.asarray(picture)}
+        with ornament(f"the samples of step {step}"):
+            images = self._samples.draw(state)
+            images = self._decode(images) if self._decode else images
+            picture = image_grid(images, self._captions, title=f"step {step}")
+            if is_main_process():
+                save_png(picture, own_name(self._folder / f"{step:08d}.png"))
+            return {"samples": np.asarray(picture)}
+        return {}

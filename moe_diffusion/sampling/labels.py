@@ -46,8 +46,8 @@ def untrained(model: Model, known: Classes) -> str | None:
     )
 
 
-def chosen_labels(text: str, num: int, model: Model, known: Classes = NOTHING) -> np.ndarray:
-    """i32[num], spread evenly over the classes of a text like "3,7" or "cat,7".
+def parse_labels(text: str, model: Model, known: Classes = NOTHING) -> np.ndarray:
+    """i32[N], the classes of a text like "3,7" or "cat,7".
 
     A part that is exactly the name of a class means that class, also if it looks like a number or
     holds commas. Any other part is a number.
@@ -65,7 +65,13 @@ def chosen_labels(text: str, num: int, model: Model, known: Classes = NOTHING) -
         length = next((length for length in lengths if known.numbers_of(names[length])), 1)
         chosen.append(_number(names[length], known, "--labels"))
         del parts[:length]
-    return check_labels(chosen, model, known, "--labels")[spread(num, len(chosen))]
+    return check_labels(chosen, model, known, "--labels")
+
+
+def chosen_labels(text: str, num: int, model: Model, known: Classes = NOTHING) -> np.ndarray:
+    """i32[num], spread evenly over the classes of a text, see `parse_labels`."""
+    labels = parse_labels(text, model, known)
+    return labels[spread(num, len(labels))]
 
 
 def check_labels(labels: Sequence[Any], model: Model, known: Classes, asked_by: str) -> np.ndarray:

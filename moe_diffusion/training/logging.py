@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, parameters.txt and a progress bar.
+"""What a run tells: metrics.jsonl, parameters.txt, trackers (TensorBoard) and a progress bar.
 
 Only the main process tells anything.
 """
@@ -10,13 +10,11 @@ import json
 import math
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 import tqdm
 from clu import parameter_overview, platform
 from etils import epath
@@ -24,10 +22,12 @@ from etils import epath
 from moe_diffusion.errors import UserError
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.reading import table_of
+from moe_diffusion.trackers import Trackers
+from moe_diffusion.writing import save_text
 
 
 class MetricWriter:
-    """Writes `workdir/metrics.jsonl` and TensorBoard events, and lists the parameters once.
+    """Writes `workdir/metrics.jsonl`, tells the trackers, and lists the parameters once.
 
     `clu.metric_writers` would do this, but it cannot be imported without TensorFlow.
     metrics.jsonl has one JSON object a line, {"step": 100, "loss": 0.25, ...}; a number that is
@@ -36,17 +36,16 @@ class MetricWriter:
     Args:
       workdir: where the files lie.
       step: of the restored state.
+      project: of Weights & Biases, see `Trackers`.
     """
 
-    def __init__(self, workdir: str | os.PathLike, step: int = 0):
+    def __init__(self, workdir: str | os.PathLike, step: int = 0, project: str = ""):
         self._folder, is_main = epath.Path(workdir), is_main_process()
         path = self._folder / "metrics.jsonl" if is_main else epath.Path(os.devnull)
         if is_main:
             _drop_after(path, step)
+        self._trackers = Trackers(workdir, step, project, enabled=is_main)
         self._lines = path.open("a")
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir), purge_step=step + 1, write_to_disk=is_main
-        )
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in scalars.items()}
@@ -60,38 +59,31 @@ class MetricWriter:
                 f"cannot write {self._lines.name} ({error.strerror}): make room or mend the "
                 "access, then run the same command again to resume"
             ) from error
-        for name, value in finite.items():
-            self._events.add_scalar(name, value, step)
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """images: name -> [H, W, C]; uint8, or floats in [0, 1]."""
-        for name, image in images.items():
-            self._events.add_image(name, image, step, dataformats="HWC")
+        self._trackers.scalars(step, finite)
 
     def write_outputs(self, step: int, outputs: Mapping[str, Any]) -> None:
-        """Writes numbers as scalars and everything else as images."""
+        """Writes numbers as scalars, all else as images [H, W, C]: uint8, or floats in [0, 1]."""
         numbers = {name: value for name, value in outputs.items() if np.ndim(value) == 0}
         if numbers:
             self.write_scalars(step, numbers)
-        self.write_images(step, {k: v for k, v in outputs.items() if k not in numbers})
+        self._trackers.images(step, {k: v for k, v in outputs.items() if k not in numbers})
 
     def write_setup(self, hparams: Mapping[str, Any], params: Any) -> None:
         """Writes what stays the same in a run.
 
         Args:
-          hparams: shown as one indented JSON text.
+          hparams: the run's config, for the trackers.
           params: tree; parameters.txt lists the shape, dtype, size and sharding of every array.
         """
-        text = textwrap.indent(json.dumps(dict(hparams), indent=4, default=str), "    ")
-        self._events.add_text("hparams", text + "\n", 0)
+        self._trackers.hparams(hparams)
         if is_main_process():
             table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
-            (self._folder / "parameters.txt").write_text(table + "\n")
+            save_text(table + "\n", self._folder / "parameters.txt")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was complained about where it mattered
             self._lines.close()
-            self._events.close()
+        self._trackers.close()
 
 
 def _drop_after(path: epath.Path, step: int) -> None:
@@ -101,9 +93,7 @@ def _drop_after(path: epath.Path, step: int) -> None:
     lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     if kept != lines:
-        part = path.parent / ".metrics.jsonl.part"
-        part.write_text("".join(kept))
-        part.replace(path)
+        save_text("".join(kept), path)
 
 
 def _step_of(line: str) -> float:
@@ -125,17 +115,22 @@ class Progress:
 
     def __init__(self, step: int, num_steps: int, batch_size: int):
         self._num_steps, self._batch_size = num_steps, batch_size
-        self._last_step, self._last_time, self._paused = step, None, 0.0  # of the last report
+        self._ended, self._first, self._last_time = step, None, 0.0
         self._enabled = is_main_process()
         hidden = not (self._enabled and sys.stderr.isatty())
         self._bar = tqdm.tqdm(
             initial=step, total=num_steps, unit="step", dynamic_ncols=True, disable=hidden
         )
 
-    def update(self, step: int) -> None:
-        """Call when `step` is done. The first call, after compilation, starts the clock."""
-        if self._last_time is None:
-            self._last_step, self._last_time = step, time.perf_counter()
+    def update(self, step: int, ended: int | None = None) -> None:
+        """Call when `step` is done. The first call, after the slow first step, starts the clock.
+
+        ended: the last step that is done, if that is a later one. Rates count what has ended.
+        """
+        self._ended = ended or step
+        if self._first is None:
+            self._first = self._last_step, self._last_time = self._ended, time.perf_counter()
+            self._bar.unpause()
         self._bar.update(step - self._bar.n)
 
     @contextlib.contextmanager
@@ -143,22 +138,22 @@ class Progress:
         """Time that does not count as training."""
         start = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
+        self._last_time += time.perf_counter() - start
 
     def report(self, step: int, loss: float) -> float:
         """Shows where training stands; returns images per second since the last report.
 
-        That is NaN for the very first step, whose time is compilation.
+        That is NaN if no step has ended since, as in the report of the very first step.
         """
-        now, steps = time.perf_counter(), step - self._last_step
-        seconds = now - self._last_time - self._paused
-        self._last_step, self._last_time, self._paused = step, now, 0.0
-        rate = self._batch_size * steps / seconds if steps else math.nan
+        now, steps = time.perf_counter(), self._ended - self._last_step
+        rate = self._batch_size * steps / (now - self._last_time) if steps else math.nan
+        self._last_step, self._last_time = self._ended, now
         text = f"loss {loss:.4g}" + (f", {rate:.4g} images/s" if rate > 0 else "")
         self._bar.set_postfix_str(text)
-        if rate > 0:
-            left = (self._num_steps - step) * self._batch_size / rate
-            text = f"{text}, {tqdm.tqdm.format_interval(left)} left"
+        if self._ended > self._first[0] and step < self._num_steps:
+            # Of the whole time up to now, in which checkpoints and samples have their share.
+            each = (now - self._first[1]) / (self._ended - self._first[0])
+            text += f", {tqdm.tqdm.format_interval((self._num_steps - step) * each)} left"
         text = f"step {step}/{self._num_steps}: {text}"
         platform.work_unit().set_task_status(text)
         if self._bar.disable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from moe_diffusion import caches, locks
+from moe_diffusion import caches, locks, trackers
 from moe_diffusion import config as configs
 from moe_diffusion.classes import NOTHING, Classes
 from moe_diffusion.conditions import check_fields, fields_of
@@ -94,10 +95,10 @@ def train(
         place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
         held = Frozen(untrained, on_every_device(run.mesh, frozen))
         batch, train_step = place(first), run.step()
-        _check_constants(train_step.trace(state, batch, key, held))  # nothing is written yet
+        traced = _checked(train_step.trace(state, batch, key, held))  # nothing is written yet
         writer = opened(_open_workdir(run, workdir, start, changes, known))
         checkpoints.save_untrained(untrained)
-        _tell_start(run, start, changes, progress)
+        _start(run, start, changes, traced, progress)
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
             state, metrics = train_step(state, batch, key, held)
@@ -134,17 +135,21 @@ class Monitor:
 
     def follow(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that has just been started and finishes the one before."""
-        self.finish()
+        self.finish(later=metrics)
         self._pending = (step, metrics)
 
-    def finish(self) -> None:
-        """Waits for the step that is under way and reports it. Raises UserError if it failed."""
+    def finish(self, later: Metrics | None = None) -> None:
+        """Waits for the step that is under way and reports it. Raises UserError if it failed.
+
+        later: the metrics of the step after it, which may have ended, too.
+        """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         if not metrics["finite"]:
             self._complain(step, metrics)
-        self.progress.update(step)
+        ended = step + (later is not None and later["finite"].is_ready())
+        self.progress.update(step, ended)
         if step % self.config.log_every == 0 or step == self.config.num_steps:
             values = jax.device_get({k: v for k, v in metrics.items() if k != "finite"})
             loss = float(values.pop("loss"))
@@ -176,6 +181,7 @@ def _check(
         check_writable(workdir)
     if config.init_from and not saved_steps(workdir):
         warm_start.check(config, model)
+    trackers.check(config.train.wandb)
     return changes
 
 
@@ -188,18 +194,23 @@ def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: Met
         writer.write_outputs(step, hook(step, state) or {})
 
 
-def _tell_start(run: Run, start: int, changes: list[configs.Change], progress: Progress) -> None:
-    """Says where training begins, what changes, and what `optim.trainable` matches, if any."""
+def _start(
+    run: Run, start: int, changes: list[configs.Change], traced: Any, progress: Progress
+) -> None:
+    """Says where training begins, what changes and what `optim.trainable` matches; compiles."""
     verb = "resuming after" if start else "starting at"
     progress.write(f"{verb} step {start} of {run.config.train.num_steps}")
     for line in configs.consequences(changes):
         progress.write(line)
-    if not run.untrained:
-        return
     leaves = flatten_dict(run.state.params, sep="/")
-    for pattern, paths in matches(leaves, run.config.optim.trainable).items():
+    patterns = run.config.optim.trainable if run.untrained else ()
+    for pattern, paths in matches(leaves, patterns).items():
         count = sum(leaves[path].size for path in paths)
         progress.write(f"trained: {pattern}: {len(paths)} arrays, {count:,} parameters")
+    progress.write("compiling ...")
+    began = time.perf_counter()
+    traced.lower().compile()  # jax keeps it for the first call
+    progress.write(f"compiled in {time.perf_counter() - began:.1f} s")
 
 
 def _check_memory(run: Run) -> None:
@@ -232,13 +243,14 @@ def _restore_or_create(
     return state, checkpoints.restore_untrained(run.untrained)
 
 
-def _check_constants(traced: Any) -> None:
-    """Raises a UserError if a loss brought weights into the program other than as arguments."""
+def _checked(traced: Any) -> Any:
+    """The program; raises a UserError if a loss brought weights into it but as arguments."""
     for size, shape in large_constants(traced, _LARGEST_CONSTANT):
         raise UserError(
             f"the loss holds an array of shape {shape} ({size / 1e6:.0f} MB) as a constant of the "
             "program: hand it to train as frozen"
         )
+    return traced
 
 
 def _open_workdir(
@@ -251,8 +263,7 @@ def _open_workdir(
     if is_main_process():
         configs.record_changes(workdir, start, changes)
         configs.save_json(run.config, epath.Path(workdir) / "config.json")
-        known.save(workdir)
-    writer = MetricWriter(workdir, start)
+    writer = MetricWriter(workdir, start, run.config.train.wandb)
     writer.write_setup(run.config.to_dict(), run.variables["params"])
     return writer
 

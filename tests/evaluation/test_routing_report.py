@@ -64,10 +64,16 @@ def test_a_folder_of_everything_and_then_of_less(tmp_path):
 
     stats = make_stats(fixed=True)
     del stats["tokens"]
+    (folder / "hardest.png").write_text("a picture of the user")
+    (folder / "experts.png").write_text("another")
     files, missing = write(folder, stats, [0, 1, 2, 3, 4, 5])
-    assert files == ALL[:-3] and list(missing) == ALL[-3:]
+    renamed = ["experts-2.png" if name == "experts.png" else name for name in ALL[:-3]]
+    assert files == renamed and list(missing) == ALL[-3:]
     assert missing["hardest.png"] == missing["easiest.png"] == "all classes use 1 experts per token"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(files)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == sorted([*files, "experts.png", "hardest.png"])
+    assert (folder / "hardest.png").read_text() == "a picture of the user"
+    assert (folder / "experts.png").read_text() == "another"
 
 
 def test_a_model_without_labels(tmp_path):
@@ -94,7 +100,7 @@ def test_the_images_of_the_extremes():
     greys = {level: round((level + 1) * 127.5) for level in levels.tolist()}
 
     def levels_of(picture):
-        pixels = np.asarray(picture.convert("L"))
+        pixels = np.asarray(picture().convert("L"))
         return [level for level, grey in greys.items() if (pixels == grey).sum() >= 64 * 64 * 2]
 
     assert levels_of(made["hardest.png"]) == [-0.5, 0]

@@ -6,21 +6,20 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures import curves, routing
 
 
-def test_loss_curve_tolerates_a_killed_run(tmp_path):
+def test_the_loss_picture_tolerates_a_killed_run(tmp_path):
     lines = [json.dumps({"step": s, "loss": 100 / s, "grad_norm": 1.0}) for s in range(1, 200)]
     lines.insert(3, json.dumps({"step": 3, "images_per_sec": 5.0}))
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(lines) + '\n{"step": 200, "lo')
-    out = curves.loss_curve(path, tmp_path / "loss.png")
-    with Image.open(out) as image:
-        assert image.width > 400 and len(image.convert("L").getcolors()) > 10
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    columns = curves.read_metrics(path)
+    assert columns["loss"][199] == 100 / 199 and 200 not in columns["loss"]
+    image = curves.training_picture(columns)
+    assert image.width > 400 and len(image.convert("L").getcolors()) > 10
 
 
 def test_losses_of_a_resumed_run_count_once(tmp_path):
@@ -29,17 +28,35 @@ def test_losses_of_a_resumed_run_count_once(tmp_path):
     assert curves.read_losses(path) == {1: 5.0, 2: 3.0}
 
 
-def test_loss_curve_refuses(tmp_path):
+def test_metrics_that_cannot_be_drawn(tmp_path):
     with pytest.raises(UserError, match="no metrics at"):
-        curves.loss_curve(tmp_path / "none.jsonl", tmp_path / "loss.png")
+        curves.read_metrics(tmp_path / "none.jsonl")
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="holds a step and a loss"):
-        curves.loss_curve(path, tmp_path / "loss.png")
+        curves.read_metrics(path)
     path.write_text('{"step": 1, "loss": 2}\nnoise\n{"step": 2, "loss": 2}\n')
     with pytest.raises(UserError, match="line 2"):
-        curves.loss_curve(path, tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
+        curves.read_metrics(path)
+
+
+def test_small_panels_show_what_else_is_known():
+    """Each row of panels adds its height; red is the idlest expert alone."""
+
+    def red(picture):
+        return (np.asarray(picture).reshape(-1, 3) == (179, 71, 46)).all(1).sum()
+
+    steps = range(0, 100, 10)
+    loss = {"loss": {step: 1 / (1 + step) for step in steps}, "grad_norm": {0: 1.0}}
+    plain = curves.training_picture(loss)
+    rate = {"learning_rate": {step: 1e-4 for step in steps}}
+    load = {"load_max": {s: 1.5 for s in steps}, "load_min": {s: 0.5 for s in steps}}
+    judged = {f"eval/{name}": {50: 3.0, 90: 2.0} for name in ("fd", "kd")}
+    one_row = curves.training_picture(loss | rate | load)
+    two_rows = curves.training_picture(loss | rate | load | judged)
+    assert plain.width == one_row.width == two_rows.width
+    assert two_rows.height - one_row.height == one_row.height - plain.height == round(1.9 * 120)
+    assert red(plain) == 0 and red(one_row) > 20
 
 
 def coloured(picture):
@@ -48,9 +65,14 @@ def coloured(picture):
 
 
 def test_thresholds_with_and_without_a_metric():
-    rows = [{"threshold": t, "c_infer_avg": c} for t, c in (("dynamic", 2), (0.2, 3), (0.5, 1))]
-    plain = curves.threshold_picture([row | {"metrics": {}} for row in rows], 2)
-    judged = curves.threshold_picture([row | {"metrics": {"fid": 0.5}} for row in rows], 2)
+    rows = [
+        {"threshold": t, "c_infer_avg": c, "metrics": {}}
+        for t, c in (("dynamic", 2), (0.2, 3), (0.5, 1))
+    ]
+    plain = curves.threshold_picture(rows, 2)
+    judged = curves.threshold_picture(
+        [row | {"metrics": {"class_accuracy": 0.5}} for row in rows], 2
+    )
     assert coloured(judged) > coloured(plain) > 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -116,15 +117,41 @@ def test_save_png_is_atomic(tmp_path):
         assert image.size == (5, 4) and image.getpixel((0, 0)) == 77
 
     class Broken:
-        def save(self, target, format):
-            target.write_bytes(b"half")
-            raise OSError("disk full")
+        def save(self, target, format, pnginfo):
+            target.write(b"half")
+            raise OSError(errno.ENOSPC, "disk full")
 
     with pytest.raises(OSError, match="disk full"):
         figures.save_png(Broken(), path)
     assert list(path.parent.iterdir()) == [path]
     with Image.open(path) as image:
         assert image.size == (5, 4)
+
+
+def test_heads_stand_above_their_columns():
+    images = np.ones((4, 8, 8, 1), np.float32)  # white on white: all ink is text
+    plain = figures.image_grid(images, columns=2)
+    headed = figures.image_grid(images, columns=2, heads=["1", "20"])
+    assert headed.width == plain.width and headed.height > plain.height
+    ink = np.asarray(headed.convert("L")) < 200
+    assert ink[12 + headed.height - plain.height :].sum() == 0  # nothing on the images
+    left, right = ink[:, : headed.width // 2].sum(), ink[:, headed.width // 2 :].sum()
+    assert 0 < left < right
+
+
+def test_a_film(tmp_path):
+    """Two frames in one second; the last stays for two more. The smaller one is filled up."""
+    frames = [Image.new("L", (10, 6), 0), Image.new("L", (12, 5), 0)]
+    with Image.open(figures.save_gif(frames, tmp_path / "film.gif", 1.0)) as film:
+        assert (film.n_frames, film.size, film.info["loop"]) == (2, (12, 6), 0)
+        times, corners = [], []
+        for number in range(2):
+            film.seek(number)
+            times.append(film.info["duration"])
+            pixels = np.asarray(film.convert("L"))
+            corners.append((pixels[0, 0], pixels[5, 9], pixels[4, 11]))
+    assert times == [500, 2500]
+    assert corners == [(0, 0, 255), (0, 255, 0)]
 
 
 def test_save_pngs(tmp_path):

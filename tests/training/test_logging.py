@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from clu import platform
 
+from moe_diffusion.errors import UserError
 from moe_diffusion.training import logging
 from moe_diffusion.training.logging import MetricWriter, Progress
+from tests import cli
+from tests.full_disk import full_disk
 
 
 def lines(workdir):
@@ -45,6 +48,22 @@ def test_a_resumed_run_drops_what_it_will_write_anew(tmp_path):
     writer.close()
     assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
     assert sorted(p.name for p in tmp_path.iterdir() if "events" not in p.name) == ["metrics.jsonl"]
+
+
+def test_a_full_disk_keeps_the_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    before = path.read_bytes()
+    with full_disk(), pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
+        MetricWriter(tmp_path, step=2)
+    assert cli.contents(tmp_path) == {"metrics.jsonl": before}
+    writer = MetricWriter(tmp_path, step=3)
+    with full_disk(), pytest.raises(UserError, match="make room .* run the same command again"):
+        writer.write_scalars(4, {"loss": 1.0})
+    writer.close()
+    assert path.read_bytes().startswith(before)
+    MetricWriter(tmp_path, step=3).close()  # what the next run finds
+    assert path.read_bytes() == before
 
 
 def test_a_line_without_its_end_is_dropped(tmp_path):
@@ -114,6 +133,50 @@ def test_without_a_terminal_progress_prints_lines(capsys, monkeypatch):
     assert first == "step 11/30: loss 1"
     assert second.startswith("step 21/30: loss 0.5, ") and second.endswith("images/s, 00:00 left")
     assert third == "note"
+
+
+def reports(monkeypatch, capsys, moments):
+    """What Progress prints for 4 steps of 8 images, of ("update" or "report", seconds, ...)."""
+    clock = [0.0]
+    monkeypatch.setattr(logging.time, "perf_counter", lambda: clock[0])
+    progress = Progress(0, 4, batch_size=8)
+    rates = []
+    for name, clock[0], *args in moments:
+        if name == "update":
+            progress.update(*args)
+        else:
+            rates.append(progress.report(*args, 1.0))
+    progress.close()
+    return rates, capsys.readouterr().out.splitlines()
+
+
+def test_rates_count_the_steps_that_have_ended(monkeypatch, capsys):
+    """By hand. The device computes when a step is started, as a CPU does: at each report the next
+    step has ended, too, and at the last report none has since the one before. Steps take 2 s."""
+    moments = [
+        ("update", 4.0, 1, 2), ("report", 4.0, 1),
+        ("update", 6.0, 2, 3), ("report", 6.0, 2),  # 1 step in 2 s
+        ("update", 8.0, 3, 4), ("report", 8.0, 3),
+        ("update", 8.001, 4), ("report", 8.001, 4),  # 8 images in 1 ms it would have been
+    ]  # fmt: skip
+    rates, lines = reports(monkeypatch, capsys, moments)
+    np.testing.assert_equal(rates, [np.nan, 4.0, 4.0, np.nan])
+    assert lines == [
+        "step 1/4: loss 1",
+        "step 2/4: loss 1, 4 images/s, 00:04 left",
+        "step 3/4: loss 1, 4 images/s, 00:02 left",
+        "step 4/4: loss 1",
+    ]
+
+
+def test_rates_where_the_device_computes_on_its_own(monkeypatch, capsys):
+    """By hand: no later step has ended at a report, and the last one is like all others."""
+    moments = [("update", 10.0, 1), ("update", 12.0, 2), ("report", 12.0, 2)]
+    moments += [("update", 14.0, 3), ("update", 17.0, 4), ("report", 17.0, 4)]
+    rates, lines = reports(monkeypatch, capsys, moments)
+    assert rates == [4.0, 3.2]  # 8 images in 2 s; 16 in 5 s
+    assert lines[0] == "step 2/4: loss 1, 4 images/s, 00:04 left"
+    assert lines[1] == "step 4/4: loss 1, 3.2 images/s"
 
 
 def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -54,6 +55,22 @@ def test_a_run_leaves_what_it_should(tmp_path):
     ]
     assert list(metrics(workdir)) == [2, 4, 6]
     assert set(metrics(workdir)[6]) == {"loss", "mse", "grad_norm", "learning_rate"}
+
+
+def test_compiling_is_announced_and_is_no_training(tmp_path, capsys, caplog):
+    """It happens once: what is compiled ahead is what the loop calls."""
+    with jax.log_compiles():
+        train(toy.make_config(train__log_every=1), tmp_path)
+    compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
+    assert sum("jit(train_step)" in text for text in compiled) == 1, compiled
+    first, second, third, *steps = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("starting at step 0 of 6", "compiling ...")
+    assert re.fullmatch(r"compiled in \d+\.\d s", third)
+    assert [line.split(":")[0] for line in steps] == [f"step {n}/6" for n in range(1, 7)]
+    assert steps[0].count("images/s") == 0 and "left" not in steps[-1]
+    entries = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert entries[0]["images_per_sec"] is None
+    assert all(entry["images_per_sec"] is None or entry["images_per_sec"] > 0 for entry in entries)
 
 
 @pytest.mark.parametrize("preset,accumulate", [("dp", 1), ("zero1", 2), ("fsdp", 1)])
