@@ -20,9 +20,22 @@ from collections.abc import Sequence
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop.families import FAMILIES
-from moe_diffusion.interop.transfer import DTYPES, export_file, import_folder
 
+# The names in `interop.families.FAMILIES` and `interop.transfer.DTYPES`.
+FAMILIES = (
+    "dit",
+    "sit",
+    "dsmoe",
+    "tcdit",
+    "ecdit",
+    "diffmoe",
+    "dit_moe",
+    "promoe_tc",
+    "promoe_ec",
+    "jit",
+    "jitmoe",
+)
+DTYPES = ("file", "float32", "bfloat16", "float16")
 _IMPORT_ONLY = ("weights", "hparams", "config", "dtype")
 
 
@@ -49,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if misplaced:
         wrong = "does not go with" if args.export else "needs"
         raise UserError(f"--{misplaced[0]} {wrong} --export")
+    from moe_diffusion.interop.transfer import export_file, import_folder
+
     if args.export:
         done = export_file(args.family, args.input, args.output, ema=args.ema, progress=True)
         what = f"step {done['step']}, ema {done['ema']}"

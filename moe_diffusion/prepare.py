@@ -16,19 +16,13 @@ import os
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
-from jax.experimental import multihost_utils
+from typing import TYPE_CHECKING, Any
 
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.data.latents import describe_fields, read_manifest
-from moe_diffusion.data.sources import open_images
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.models.autoencoder import images_at_once
-from moe_diffusion.parallel import distributed
-from moe_diffusion.preparing import encode
+
+if TYPE_CHECKING:
+    from moe_diffusion.preparing import encode
 
 
 def make_job(args: Any) -> encode.Job:
@@ -37,6 +31,14 @@ def make_job(args: Any) -> encode.Job:
     Raises:
       UserError: a flag is wrong, or something cannot be read or does not fit the rest.
     """
+    import jax
+
+    from moe_diffusion.data.latents import describe_fields
+    from moe_diffusion.data.sources import open_images
+    from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.models.autoencoder import images_at_once
+    from moe_diffusion.preparing import encode
+
     height, width = _parse_size(args.size)
     for name, least in (("shard_size", 1), ("workers", 1), ("seed", 0)):
         if getattr(args, name) < least:
@@ -84,6 +86,13 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def run(job: encode.Job) -> dict[str, Any]:
     """Encodes what is still missing and returns the manifest; all processes must call this."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    from moe_diffusion.data.latents import read_manifest
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.preparing import encode
+
     main = distributed.is_main_process()
     unfinished = encode.begin(job) if main else True
     if multihost_utils.broadcast_one_to_all(unfinished):
@@ -114,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--skip-broken", action="store_true", help="leave out files that are no images")
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
+    from moe_diffusion.parallel import distributed
+
     distributed.initialize()
     manifest = run(make_job(args))
     if distributed.is_main_process():

@@ -18,23 +18,11 @@ from pathlib import Path
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.evaluation.routing_report import (
-    MAPS,
-    chosen_blocks,
-    draw,
-    shuffled,
-    write_report,
-)
-from moe_diffusion.evaluation.routing_stats import RoutingObserver
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.sampling.conditions import captions, conditions_of_run
-from moe_diffusion.sampling.labels import LABEL, chosen_labels
-from moe_diffusion.sampling.load import load_workdir
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("routing", __doc__)
+    parser = Parser("routing", __doc__, remote=("workdir",))
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
     add("--num", type=int, default=64, help="how many images (%(default)s)")
@@ -51,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", default="routing", help="folder for the numbers and pictures (%(default)s)")
     add("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
+    from moe_diffusion.evaluation import routing_report as report
+    from moe_diffusion.evaluation.routing_stats import RoutingObserver
+    from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.sampling.conditions import captions, conditions_of_run
+    from moe_diffusion.sampling.labels import LABEL, chosen_labels
+    from moe_diffusion.sampling.load import load_workdir
+
     if args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1")
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -62,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, variables, note = load_workdir(
         args.workdir, tuple(overrides), step=args.step, ema=args.ema
     )
-    observer = RoutingObserver(model, MAPS)
-    blocks = chosen_blocks(args.blocks, observer.blocks)
+    observer = RoutingObserver(model, report.MAPS)
+    blocks = report.chosen_blocks(args.blocks, observer.blocks)
     chosen = {LABEL: chosen_labels(args.labels, args.num, model)} if args.labels else {}
-    cond = shuffled(conditions_of_run(config, model, args.num) | chosen, args.seed)
+    cond = report.shuffled(conditions_of_run(config, model, args.num) | chosen, args.seed)
     autoencoder = autoencoders.for_config(config, args.vae)
-    stats, images, cond = draw(
+    stats, images, cond = report.draw(
         config,
         observer,
         variables,
@@ -77,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         decode=autoencoder.decode if autoencoder else None,
     )
     print(f"experts per token: {stats['c_infer_avg']:.4f}")
-    files, missing = write_report(args.out, stats, blocks, images, cond, captions(model, cond))
+    texts = captions(model, cond)
+    files, missing = report.write_report(args.out, stats, blocks, images, cond, texts)
     for name in files:
         print(Path(args.out) / name)
     for name, reason in missing.items():

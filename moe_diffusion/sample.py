@@ -14,22 +14,16 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
-from moe_diffusion.figures.images import image_grid, save_png, save_pngs
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.sampling import bound
-from moe_diffusion.sampling.conditions import captions, conditions_of_run
-from moe_diffusion.sampling.generate import generate, pool_of
-from moe_diffusion.sampling.labels import LABEL, chosen_labels
-from moe_diffusion.sampling.load import load_workdir
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> None:
@@ -37,6 +31,10 @@ def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> N
 
     Labels are stored as "labels", other fields of the condition under their own names.
     """
+    import numpy as np
+
+    from moe_diffusion.sampling.labels import LABEL
+
     part = Path(path).with_name(f".{Path(path).name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     fields = {"labels" if name == LABEL else name: values for name, values in cond.items()}
@@ -45,9 +43,8 @@ def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> N
     os.replace(part, path)
 
 
-@exits_on_user_error
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("sample", __doc__)
+def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
+    parser = Parser("sample", __doc__, remote=("workdir",))
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
     add("--num", type=int, default=64, help="how many images (%(default)s)")
@@ -65,7 +62,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--npz", help="file for the images as an array in [-1, 1]")
     add("--stats", help="JSON file for how experts were used, and a picture (.png) beside it")
     add("--json", action="store_true", help="print one JSON object as last line")
-    args, overrides = parser.parse_with_overrides(argv)
+    return parser.parse_with_overrides(argv)
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    args, overrides = parse(argv)
+    from moe_diffusion.diffusion.samplers import make_sampler
+    from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
+    from moe_diffusion.figures.images import image_grid, save_png, save_pngs
+    from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.sampling import bound
+    from moe_diffusion.sampling.conditions import captions, conditions_of_run
+    from moe_diffusion.sampling.generate import generate, pool_of
+    from moe_diffusion.sampling.labels import LABEL, chosen_labels
+    from moe_diffusion.sampling.load import load_workdir
+
     if args.num < 1 or args.batch < 1:
         raise UserError("--num and --batch must be at least 1")
     for path in filter(None, (args.out, args.npz, args.stats)):

@@ -16,26 +16,9 @@ import contextlib
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import jax
-
-from moe_diffusion import config as configs
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.data.pipeline import make_iterator
-from moe_diffusion.data.sources import open_source
-from moe_diffusion.diffusion.objectives import make_loss
-from moe_diffusion.evaluation.periodic import EvaluationHook
-from moe_diffusion.figures.curves import loss_curve
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.kernels.cpu.heap import keep_freed_memory
-from moe_diffusion.models import build
-from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
-from moe_diffusion.parallel import distributed
-from moe_diffusion.planning.kernels import dispatch_line
-from moe_diffusion.sampling.hooks import SampleHook
-from moe_diffusion.training.loop import train
 
 
 def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -44,6 +27,23 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     Returns:
       {"step": steps done, "num_steps": steps wanted, "workdir"}.
     """
+    import jax
+    from etils import epath
+
+    from moe_diffusion import config as configs
+    from moe_diffusion.data.pipeline import make_iterator
+    from moe_diffusion.data.sources import open_source
+    from moe_diffusion.diffusion.objectives import make_loss
+    from moe_diffusion.evaluation.periodic import EvaluationHook
+    from moe_diffusion.figures.curves import loss_curve
+    from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.models import build
+    from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.planning.kernels import dispatch_line
+    from moe_diffusion.sampling.hooks import SampleHook
+    from moe_diffusion.training.loop import train
+
     config = configs.load(spec, overrides)
     model = build(config.model, losses=sorted(config.loss_weights))
     source = open_source(config.data, model.input_shape, model.cond_spec())
@@ -68,25 +68,28 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
             hooks.append(EvaluationHook(config, model, source))
         loss_fn = make_loss(model, config)
         state = train(config, model, loss_fn, open_iterator, workdir, hooks=hooks)
-    metrics = Path(workdir) / "metrics.jsonl"
-    if distributed.is_main_process() and metrics.exists() and metrics.stat().st_size:
-        loss_curve(metrics, Path(workdir) / "loss.png")
+    metrics = epath.Path(workdir) / "metrics.jsonl"
+    if distributed.is_main_process() and metrics.exists() and metrics.stat().length:
+        loss_curve(metrics, metrics.parent / "loss.png")
     return {"step": int(state.step), "num_steps": config.train.num_steps, "workdir": workdir}
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    keep_freed_memory()
-    parser = Parser("train", __doc__)
+    parser = Parser("train", __doc__, remote=("workdir",))
     add = partial(parser.add_argument, required=True)
     add(
         "--config",
-        metavar="FILE",
-        help="config file, with arguments: configs/digits.py:router=dense",
+        metavar="NAME",
+        help="a config file or its name, with arguments: digits:router=dense; list shows all",
     )
     add("--workdir", metavar="DIR", help="folder of the run; made if missing, resumed if not")
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
+    from moe_diffusion.kernels.cpu.heap import keep_freed_memory
+    from moe_diffusion.parallel import distributed
+
+    keep_freed_memory()
     distributed.initialize()
     result = run(args.config, args.workdir, overrides)
     if args.json and distributed.is_main_process():

@@ -7,12 +7,11 @@ and combinations are possible.
 """
 
 from moe_diffusion.config.draft import default
-from moe_diffusion.config.loading import ROOT, compare, load, load_json, parse_arg, save_json
+from moe_diffusion.config.loading import compare, load, load_json, parse_arg, save_json, show
 from moe_diffusion.config.schema import settle
 from moe_diffusion.config.validation import validate, validate_devices
 
 __all__ = [
-    "ROOT",
     "compare",
     "default",
     "load",
@@ -20,6 +19,7 @@ __all__ = [
     "parse_arg",
     "save_json",
     "settle",
+    "show",
     "validate",
     "validate_devices",
 ]

@@ -20,7 +20,6 @@ from moe_diffusion.data import sources
 from moe_diffusion.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-QUANTIZATIONS = ("round", "none")
 _LARGEST = 8.0  # samples overshoot [-1, 1] a little; larger values show that the range is another
 
 
