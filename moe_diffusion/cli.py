@@ -85,17 +85,21 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self._hint(unknown[0])}")
-        for action in self._actions:
-            value = getattr(parsed, action.dest, None)
-            if isinstance(value, str) and remote.is_remote(value):
-                flag = (action.option_strings or [action.dest])[0]
-                if action.dest not in self._remote:
-                    raise UserError(
-                        f"{flag} {value} is remote, and {self._name} needs a local path there: "
-                        "copy it"
-                    )
-                remote.check(value, flag)
+        self._check_remote(parsed)
         return parsed
+
+    def _check_remote(self, parsed: argparse.Namespace) -> None:
+        """Raises a UserError about a flag that names a remote place and may not, or in vain."""
+        for action in self._actions:
+            given = getattr(parsed, action.dest, None)
+            flag = (action.option_strings or [action.dest])[0]
+            for value in given if isinstance(given, list) else [given]:
+                if not (isinstance(value, str) and remote.is_remote(value)):
+                    continue
+                if action.dest not in self._remote:
+                    where = f"{self._name} needs a local path there"
+                    raise UserError(f"{flag} {value} is remote, and {where}: copy it")
+                remote.check(value, flag)
 
     def format_usage(self) -> str:
         self.usage = self._usage()

@@ -31,6 +31,7 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     from etils import epath
 
     from moe_diffusion import config as configs
+    from moe_diffusion import remote
     from moe_diffusion.data.pipeline import make_iterator
     from moe_diffusion.data.sources import open_source
     from moe_diffusion.diffusion.objectives import make_loss
@@ -45,6 +46,8 @@ def run(spec: str, workdir: str, overrides: Sequence[str] = ()) -> dict[str, Any
     from moe_diffusion.training.loop import train
 
     config = configs.load(spec, overrides)
+    remote.check(workdir, "the workdir")
+    remote.check(config.init_from, "init_from =")
     model = build(config.model, losses=sorted(config.loss_weights))
     source = open_source(config.data, model.input_shape, model.cond_spec())
     autoencoder = autoencoders.for_config(config)

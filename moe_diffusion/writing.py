@@ -9,13 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from moe_diffusion import remote
+
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a new file in the folder of `path`, which is made; the end of the body renames it.
 
-    If the body fails, the file is removed and what was at `path` stays.
+    If the body fails, the file is removed and what was at `path` stays. The path may be remote.
     """
+    if url := remote.url_of(path):
+        with remote.whole_object(url, mode) as file:
+            yield file
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     number, name = tempfile.mkstemp(".part", f".{path.name}.", path.parent)

@@ -263,7 +263,7 @@ FLOORS = (
 BESIDE = {("evaluation", "sampling"), ("evaluation", "figures"), ("sampling", "figures")}
 BESIDE |= {("benchmarks", "planning"), ("checks", "errors"), ("cli", "errors")}
 BESIDE |= {("cli", "shipped"), ("cli", "remote"), ("cli", "__init__"), ("remote", "errors")}
-BESIDE |= {("workers", "errors"), ("workers", "checks")}
+BESIDE |= {("workers", "errors"), ("writing", "remote")}
 BESIDE |= {("conditions", "parallel")}
 FLOOR = {name: number for number, names in enumerate((*FLOORS, COMMANDS)) for name in names}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from moe_diffusion import remote
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation import inception, protocol
 from moe_diffusion.evaluation.choices import SCORES
@@ -96,7 +98,7 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
     for samples in itertools.chain([first], variants):
         result = _judge(samples, reference, heldout, extractor, request)
         if request.workdir and is_main_process():
-            with (Path(request.workdir) / "evaluations.jsonl").open("a") as file:
+            with remote.open_log(os.path.join(request.workdir, "evaluations.jsonl")) as file:
                 file.write(json.dumps(result) + "\n")
         yield result
 

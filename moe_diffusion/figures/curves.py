@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from moe_diffusion.errors import UserError
@@ -33,7 +34,7 @@ def loss_curve(jsonl_path: str | os.PathLike, out_path: str | os.PathLike) -> Pa
     Raises:
       UserError: the file is not there, another line is not JSON, or no line holds a loss.
     """
-    losses = read_losses(Path(jsonl_path))
+    losses = read_losses(epath.Path(jsonl_path))
     steps = np.array(sorted(losses))
     values = np.array([losses[step] for step in steps], np.float64)
     figure, draw = new_figure(7, 4)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from moe_diffusion.errors import UserError
+from moe_diffusion.writing import whole_file
 
 _TEXT = (60, 60, 60)
 _SMALLEST_SIDE = 64  # pixels; smaller images are enlarged to about this
@@ -89,16 +90,10 @@ def image_grid(
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Writes a PNG under a temporary name and renames it when it is whole; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Writes a PNG, whole or not at all; makes the folder, which may be remote."""
+    with whole_file(path) as file:
+        image.save(file, format="png")
+    return Path(path)
 
 
 def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:

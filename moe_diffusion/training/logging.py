@@ -21,6 +21,7 @@ import tqdm
 from clu import parameter_overview, platform
 from etils import epath
 
+from moe_diffusion import remote
 from moe_diffusion.errors import UserError
 from moe_diffusion.parallel.distributed import is_main_process
 
@@ -42,7 +43,7 @@ class MetricWriter:
         path = self._folder / "metrics.jsonl" if is_main else epath.Path(os.devnull)
         if is_main:
             _drop_after(path, step)
-        self._lines = path.open("a")
+        self._lines = remote.open_log(path)
         self._events = tensorboardX.SummaryWriter(
             str(workdir), purge_step=step + 1, write_to_disk=is_main
         )
