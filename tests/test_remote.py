@@ -130,7 +130,8 @@ def test_pictures_and_configs(bucket):
     config = configs.load("digits")
     configs.save_json(config, run / "config.json")
     assert configs.load_json(run / "config.json") == config
-    save_png(Image.fromarray(np.zeros((4, 6), np.uint8)), Path(f"{bucket}/run") / "samples" / "1.png")
+    image = Image.fromarray(np.zeros((4, 6), np.uint8))
+    save_png(image, Path(f"{bucket}/run") / "samples" / "1.png")
     with (run / "samples" / "1.png").open("rb") as file:
         assert Image.open(file).size == (6, 4)
     with pytest.raises(UserError, match="^gs://bucket/other is not a workdir"):

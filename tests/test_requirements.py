@@ -22,7 +22,7 @@ IMPORTED_AS = {
     "tensorflow-datasets": "tensorflow_datasets",
 }
 # Imported, but part of what another requirement brings.
-PART_OF = {"jaxlib": "jax", "ml_dtypes": "jax"}
+PART_OF = {"jaxlib": "jax", "ml_dtypes": "jax", "fsspec": "etils"}
 # A rival that `bench --compare` measures if the user has it.
 OPTIONAL = {"tokamax"}
 # tensorflow-datasets imports it and declares it for old versions of Python only.

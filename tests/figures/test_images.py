@@ -117,7 +117,7 @@ def test_save_png_is_atomic(tmp_path):
 
     class Broken:
         def save(self, target, format):
-            target.write_bytes(b"half")
+            target.write(b"half")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
