@@ -10,6 +10,9 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent import futures
+from multiprocessing import resource_tracker
+from typing import Any
 
 import grain
 from absl import flags
@@ -18,6 +21,7 @@ from moe_diffusion.errors import UserError
 
 _PER_CORE = 8  # more processes than this only wait for each other
 _GRACE = 30.0  # seconds that a worker goes on after SIGTERM, in which the parent ends a step
+_MOMENT = 5.0  # seconds
 # The signal that ends a worker -> what was short. Writing to a full /dev/shm is SIGBUS.
 _SHORT_OF = {
     signal.SIGBUS: "/dev/shm is full: make it larger (docker run --shm-size=8g) or lower "
@@ -37,24 +41,42 @@ def check_count(count: int) -> None:
         )
 
 
-def read_in_processes(dataset: grain.IterDataset, count: int, ahead: int) -> grain.IterDataset:
-    """The same elements in the same order, read by `count` processes, `ahead` in each."""
-    flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside of absl.app
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(count, ahead), _begin)
+class Reader:
+    """Reads the elements of a dataset in order with `count` processes, `ahead` in each.
 
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Threads and processes that begin in the body see neither Ctrl-C nor SIGTERM.
-
-    A terminal and a scheduler send these to all processes. What is to be done is the parent's
-    matter; its threads that began before see them as ever. See also `_begin`.
+    grain starts its processes when it is asked for the first element. This happens in a thread that
+    is not interrupted, and so do the processes begin: Ctrl-C and SIGTERM, which a terminal and a
+    scheduler send to all processes, are the parent's matter. Its other threads see them as ever.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
+
+    def __init__(self, dataset: grain.IterDataset, count: int, ahead: int):
+        flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside of absl.app
+        options = grain.MultiprocessingOptions(count, ahead)
+        self._elements = iter(dataset.mp_prefetch(options, _begin))
+        self._first: futures.Future | None = futures.Future()
+        resource_tracker.ensure_running()  # in Python 3.11 its start lets signals through again
+        held = {signal.SIGINT, signal.SIGTERM}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        threading.Thread(target=self._ask, args=(self._first,), daemon=True).start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def __next__(self) -> Any:
+        if self._first is None:
+            return next(self._elements)
+        element, self._first = self._first.result(), None
+        return element
+
+    def close(self) -> None:
+        """Ends the processes; those that are just beginning get a moment to do so."""
+        if self._first is not None:
+            futures.wait([self._first], timeout=_MOMENT)
+        self._elements.close()
+
+    def _ask(self, first: futures.Future) -> None:
+        try:
+            first.set_result(next(self._elements))
+        except BaseException as error:
+            first.set_exception(error)
 
 
 @contextlib.contextmanager

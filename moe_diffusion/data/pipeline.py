@@ -88,7 +88,7 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__()
         self._batches, self._num_workers, self._prefetch = batches, num_workers, prefetch
         self._next_index = 0
-        self._reader: grain.DatasetIterator | None = None
+        self._reader: grain.DatasetIterator | workers.Reader | None = None
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
@@ -110,16 +110,15 @@ class BatchIterator(grain.DatasetIterator):
         self._stop()
         super().close()
 
-    def _start(self) -> grain.DatasetIterator:
+    def _start(self) -> grain.DatasetIterator | workers.Reader:
         """Begins to read ahead in the background, from the next batch on."""
         options = grain.ReadOptions(self._prefetch, self._prefetch)
         dataset = self._batches[self._next_index :].to_iter_dataset(options)
         if self._num_workers > 0:
             ahead = max(1, self._prefetch)
-            dataset = workers.read_in_processes(dataset, self._num_workers, ahead)
-        with workers.signals_held():
-            reader = iter(dataset)
-            reader.start_prefetch()
+            return workers.Reader(dataset, self._num_workers, ahead)
+        reader = iter(dataset)
+        reader.start_prefetch()
         return reader
 
     def _stop(self) -> None:
