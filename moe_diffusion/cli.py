@@ -176,7 +176,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command line: a `UserError` becomes one line on stderr and exit status 2."""
+    """Wraps a command line: a `UserError` becomes one line on stderr and exit status 2.
+
+    So does Ctrl-C, with status 130, where the command does not handle it.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -185,6 +188,9 @@ def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped
 

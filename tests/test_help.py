@@ -110,6 +110,25 @@ def test_names_that_flags_choose_from_are_those_of_the_code():
     assert all(protocol.load(name) for name in shipped.protocols())
 
 
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (UserError("no file x"), 2, "error: no file x"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(error, status, message, capsys):
+    @cli.exits_on_user_error
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+
+
 # moe-diffusion
 
 
