@@ -16,6 +16,7 @@ from pathlib import Path
 from docs import pages
 from docs.published import PUBLISHED, VARIANTS, Published
 from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.cli import exits_on_user_error
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts
@@ -61,7 +62,7 @@ def specs() -> list[str]:
     """Every config file with its default arguments, and the variants that stand for a model."""
     files = [
         f"configs/{path.name}"
-        for path in sorted((configs.ROOT / "configs").glob("*.py"))
+        for path in sorted(shipped.FOLDER.glob("*.py"))
         if "def get_config(" in path.read_text()
     ]
     return files + list(VARIANTS)

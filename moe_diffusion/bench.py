@@ -18,23 +18,20 @@ from __future__ import annotations
 import json
 import math
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from moe_diffusion.benchmarks import report
-from moe_diffusion.benchmarks.dispatch import ROUTINGS, SHAPES, bench_dispatch, parse_shape
-from moe_diffusion.benchmarks.steps import bench_sample, bench_train
-from moe_diffusion.benchmarks.timing import environment, gemm_flops
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
-from moe_diffusion.kernels.cpu.heap import keep_freed_memory
-from moe_diffusion.moe.dispatch import BACKENDS
 from moe_diffusion.writing import check_outputs
 
+# The names in `benchmarks.dispatch.ROUTINGS` and `moe.dispatch.BACKENDS`.
+ROUTINGS = ("uniform", "zipf")
+BACKENDS = ("cpu", "tpu", "slots", "gpu", "blocked", "reference", "ragged_dot")
 
-@exits_on_user_error
-def main(argv: Sequence[str] | None = None) -> None:
-    keep_freed_memory()
+
+def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     parser = Parser("bench", __doc__)
     parser.add_argument("what", choices=("dispatch", "train", "sample", "suite"))
     add = parser.add_argument
@@ -49,8 +46,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--minutes", type=float, default=math.inf, help="start nothing after so long (no limit)")
     add("--out", help="file to write the results to, as JSON")
     add("--json", action="store_true", help="print one JSON object as last line")
-    args, overrides = parser.parse_with_overrides(argv)
+    return parser.parse_with_overrides(argv)
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    args, overrides = parse(argv)
+    from moe_diffusion.benchmarks import report
+    from moe_diffusion.benchmarks.dispatch import SHAPES, bench_dispatch, parse_shape
+    from moe_diffusion.benchmarks.steps import bench_sample, bench_train
+    from moe_diffusion.benchmarks.timing import environment, gemm_flops
+    from moe_diffusion.kernels.cpu.heap import keep_freed_memory
+
     check_outputs({"--out": (args.out, ".json")})
+    keep_freed_memory()
     if args.what == "suite":
         measurements = report.suite(args.repeats)
     elif args.what == "dispatch":

@@ -23,10 +23,24 @@ from functools import partial
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
-from moe_diffusion.interop import lora
-from moe_diffusion.interop.families import FAMILIES
-from moe_diffusion.interop.transfer import DTYPES, export_file, import_folder
 
+# The names in `interop.families.FAMILIES` and `interop.transfer.DTYPES`.
+FAMILIES = (
+    "dit",
+    "sit",
+    "dsmoe",
+    "tcdit",
+    "ecdit",
+    "diffmoe",
+    "dit_moe",
+    "promoe_tc",
+    "promoe_ec",
+    "jit",
+    "jitmoe",
+    "flux",
+    "flux_diffusers",
+)
+DTYPES = ("file", "float32", "bfloat16", "float16")
 _IMPORT_ONLY = ("weights", "hparams", "config", "dtype", "lora", "lora_scale")
 
 
@@ -59,12 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--{misplaced[0].replace('_', '-')} {wrong} --export")
     if args.lora_scale is not None and not args.lora:
         raise UserError("--lora-scale needs --lora: the file that is to be merged")
+    from moe_diffusion.interop.transfer import export_file, import_folder
+
     if args.export:
         done = export_file(args.family, args.input, args.output, ema=args.ema, progress=True)
         what = f"step {done['step']}, ema {done['ema']}"
     else:
         given = {name: getattr(args, name) for name in _IMPORT_ONLY if "lora" not in name}
         if args.lora:
+            from moe_diffusion.interop import lora
+
             scale = 1.0 if args.lora_scale is None else args.lora_scale
             given["change"] = partial(lora.merge, path=args.lora, scale=scale)
         done = import_folder(args.family, args.input, args.output, **given, progress=True)

@@ -15,17 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from moe_diffusion import train
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.evaluation.digits import DigitsJudge
-from moe_diffusion.figures.images import image_grid, save_ornament
-from moe_diffusion.kernels.cpu.heap import keep_freed_memory
-from moe_diffusion.sampling.conditions import default_conditions
-from moe_diffusion.sampling.generate import generate, pool_of
-from moe_diffusion.sampling.load import load_workdir
 
 SAMPLES, BATCH, COLUMNS = 1000, 250, 12
 
@@ -33,12 +24,21 @@ SAMPLES, BATCH, COLUMNS = 1000, 250, 12
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
-    keep_freed_memory()
     parser = Parser("demo", __doc__)
     parser.add_argument("--config", default="configs/digits.py", help="default: %(default)s")
     parser.add_argument("--workdir", default="runs/digits", help="default: %(default)s")
     args, overrides = parser.parse_with_overrides(argv)
+    import numpy as np
 
+    from moe_diffusion.diffusion.samplers import make_sampler
+    from moe_diffusion.evaluation.digits import DigitsJudge
+    from moe_diffusion.figures.images import image_grid, save_ornament
+    from moe_diffusion.kernels.cpu.heap import keep_freed_memory
+    from moe_diffusion.sampling.conditions import default_conditions
+    from moe_diffusion.sampling.generate import generate, pool_of
+    from moe_diffusion.sampling.load import load_workdir
+
+    keep_freed_memory()
     trained = train.run(args.config, args.workdir, overrides)
     if trained["step"] < trained["num_steps"]:  # stopped by a signal
         return

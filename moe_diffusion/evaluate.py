@@ -22,16 +22,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moe_diffusion import shipped
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation import evaluator, protocol, sweep
-from moe_diffusion.figures.curves import sweep_picture
-from moe_diffusion.figures.images import own_name, save_png
+from moe_diffusion.evaluation import choices
 from moe_diffusion.ornaments import ornament
-from moe_diffusion.parallel import distributed
-from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.writing import check_outputs
+
+if TYPE_CHECKING:
+    from moe_diffusion.evaluation.evaluator import Request
 
 
 def add_flags(parser: Parser) -> None:
@@ -39,7 +40,7 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--reference", help="images, features or statistics to compare with")
     add("--inception", help="weights of the FID Inception")
-    add("--protocol", help=f"a published one: {', '.join(protocol.known())}")
+    add("--protocol", help=f"a published one: {', '.join(shipped.protocols())}")
     add("--num", type=int, help="images to judge (the protocol's; 50,000, of digits 1,000)")
     add("--size", type=int, default=0, help="side in pixels, of images of folder: and tfds:")
     add("--vae", help="the autoencoder of a run on latents (its data.autoencoder)")
@@ -48,19 +49,19 @@ def add_flags(parser: Parser) -> None:
     add("--cfg", help="guidance scale; several for a sweep: 1.0,1.25,1.5")
     add("--sampler", help="sampling.sampler of the config")
     add("--steps", type=int, help="steps of the sampler")
-    add("--labels", choices=protocol.LABELS, help="classes in order, or drawn (balanced)")
+    add("--labels", choices=choices.LABELS, help="classes in order, or drawn (balanced)")
     add("--batch", type=int, help="images sampled together (64)")
     add("--seed", type=int, help="of noise and random labels (0)")
-    add("--resize", choices=protocol.RESIZES, help="before Inception, as who does it (tensorflow)")
-    add("--quantize", choices=protocol.QUANTIZATIONS, help="samples to 0..255 (round)")
-    add("--score", choices=protocol.SCORES, help="whose Inception Score (torch-fidelity: shuffled)")
-    add("--matmul", choices=protocol.MATMULS, help="float32 products, at least so exact (tf32)")
+    add("--resize", choices=choices.RESIZES, help="before Inception, as who does it (tensorflow)")
+    add("--quantize", choices=choices.QUANTIZATIONS, help="samples to 0..255 (round)")
+    add("--score", choices=choices.SCORES, help="whose Inception Score (torch-fidelity: shuffled)")
+    add("--matmul", choices=choices.MATMULS, help="float32 products, at least so exact (tf32)")
     add("--json", action="store_true", help="print one JSON object as last line")
     parser.set_defaults(workdir=None, samples=None, save_features=None, plot=None)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser("evaluate", __doc__)
+    parser = Parser("evaluate", __doc__, remote=("workdir",))
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--workdir", help="folder of a trained run")
     what.add_argument("--samples", help="images or features to judge, instead of a run")
@@ -71,10 +72,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_with_overrides(argv)
 
 
-def settle(args: argparse.Namespace, overrides: list[str]) -> evaluator.Request:
+def settle(args: argparse.Namespace, overrides: list[str]) -> Request:
     """The request: the command line overrides the protocol, which overrides the defaults."""
     if not (args.workdir or args.samples):
         raise UserError("nothing to judge: give --workdir or --samples")
+    from moe_diffusion.evaluation import evaluator, protocol
+
     published = protocol.load(args.protocol) if args.protocol else None
     settings = copy.deepcopy(published or protocol.default())
     given = {"num_samples": args.num, "batch_size": args.batch}
@@ -113,6 +116,12 @@ def _numbers(flag: str, text: str) -> tuple[float, ...]:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse(argv)
+    from moe_diffusion.evaluation import evaluator, protocol, sweep
+    from moe_diffusion.figures.curves import sweep_picture
+    from moe_diffusion.figures.images import own_name, save_png
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.parallel.distributed import is_main_process
+
     distributed.initialize()
     request, results = settle(args, overrides), []
     is_sweep = max(len(request.settings.cfg), 1) * len(request.emas) > 1 and not request.samples

@@ -16,12 +16,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-import jax
-
-from moe_diffusion import config as configs
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.planning.report import compare_presets, make_plan, search_batch, table
-from moe_diffusion.planning.topologies import describe, known
+from moe_diffusion.planning.chips import known
 
 
 @exits_on_user_error
@@ -36,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--own-preset", action="store_true", help="leave the config's preset uncompared")
     add("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
+    import jax
+
+    from moe_diffusion import config as configs
+    from moe_diffusion.planning.report import compare_presets, make_plan, search_batch, table
+    from moe_diffusion.planning.topologies import describe
+
     config = configs.load(args.config, overrides)
     if args.topology != "local":
         jax.config.update("jax_platforms", "cpu")  # compiling uses no accelerator of this machine

@@ -20,24 +20,17 @@ import os
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-from jax.experimental import multihost_utils
-
-from moe_diffusion import classes, locks
 from moe_diffusion.checks import check_seed
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.data.latents import describe_fields, read_manifest
-from moe_diffusion.data.sources import open_images
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.interop.prompts import TEXT_LENGTH, PromptEncoders
-from moe_diffusion.models.autoencoder import images_at_once
-from moe_diffusion.parallel import distributed
-from moe_diffusion.preparing import encode
-from moe_diffusion.preparing.captions import CaptionFolder, read_metadata
-from moe_diffusion.preparing.verify import verify
+
+if TYPE_CHECKING:
+    from moe_diffusion.preparing import encode
+
+
+TEXT_LENGTH = 512  # tokens of FLUX.1 [dev]
 
 
 def make_job(args: Any) -> encode.Job:
@@ -46,6 +39,16 @@ def make_job(args: Any) -> encode.Job:
     Raises:
       UserError: a flag is wrong, or something cannot be read or does not fit the rest.
     """
+    import jax
+
+    from moe_diffusion.data.latents import describe_fields
+    from moe_diffusion.data.sources import open_images
+    from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.interop.prompts import PromptEncoders
+    from moe_diffusion.models.autoencoder import images_at_once
+    from moe_diffusion.preparing import encode
+    from moe_diffusion.preparing.captions import CaptionFolder, read_metadata
+
     height, width = _parse_size(args.size)
     check_seed("--seed", args.seed)
     for name, least in (("shard_size", 1), ("workers", 1)):
@@ -118,6 +121,14 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def run(job: encode.Job) -> dict[str, Any]:
     """Encodes what is still missing and returns the manifest; all processes must call this."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    from moe_diffusion import locks
+    from moe_diffusion.data.latents import read_manifest
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.preparing import encode
+
     main = distributed.is_main_process()
     check_writable(job.folder)
     with locks.held(job.folder, "prepare"):
@@ -161,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     absent = [f"--{name}" for name in ("size", "vae") if not getattr(args, name)]
     if absent and not args.verify:
         parser.error(f"the following arguments are required: {', '.join(absent)}")
+    from moe_diffusion import classes
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.preparing.verify import verify
+
     distributed.initialize()
     job = None if args.verify else make_job(args)
     table = classes.table(classes.of_source(job.source)) if job else ""

@@ -19,15 +19,12 @@ from pathlib import Path
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.parallel import distributed
-from moe_diffusion.parallel.distributed import is_main_process
-from moe_diffusion.reproduction.commands import Options, check, judging, training
-from moe_diffusion.reproduction.items import find, papers
-from moe_diffusion.reproduction.run import make
 
 
 def show_all() -> None:
     """Prints the name and the title of every item."""
+    from moe_diffusion.reproduction.items import papers
+
     for items in papers().values():
         for item in items:
             missing = f" (not yet: {item.missing})" if item.missing else ""
@@ -54,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return show_all()
     if not args.name:
         raise UserError("name a table or figure, like dsmoe_table5; --list shows all")
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.parallel.distributed import is_main_process
+    from moe_diffusion.reproduction.commands import Options, check, judging, training
+    from moe_diffusion.reproduction.items import find
+    from moe_diffusion.reproduction.run import make
+
     item = find(args.name)
     out = Path(args.out or Path(args.runs) / args.name)
     given = {key: getattr(args, key) for key in ("run", "vaes", "inception", "reference", "tiny")}

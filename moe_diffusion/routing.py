@@ -16,64 +16,33 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_diffusion.checks import check_seed
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.evaluation.routing_report import (
-    MAPS,
-    chosen_blocks,
-    draw,
-    shuffled,
-    write_report,
-)
-from moe_diffusion.evaluation.routing_stats import RoutingObserver
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.sampling.conditions import captions, conditions_of_run
-from moe_diffusion.sampling.labels import LABEL, chosen_labels, classes_of, described
-from moe_diffusion.sampling.load import load_workdir
+from moe_diffusion.sampling import flags
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("routing", __doc__)
+    parser = Parser("routing", __doc__, remote=("workdir",))
+    flags.add_flags(parser)
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of a trained run")
-    add("--num", type=int, default=64, help="how many images (%(default)s)")
-    add("--labels", default="", help="classes by number or name, like 3,7 or cat,dog (all)")
-    add("--class-names", help="text file with the name of every class, one a line")
-    add("--cfg", type=float, help="guidance scale; 1 is none")
-    add("--sampler", help="of a flow: heun, euler, dopri5, sde or sde_heun; of ddpm: ddpm or ddim")
-    add("--steps", type=int, help="steps of the sampler")
-    add("--ema", help="decay of the average to use, or none (the run's first)")
-    add("--step", type=int, help="checkpoint to use (the newest)")
-    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    add("--batch", type=int, default=64, help="images at a time (%(default)s)")
-    add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--blocks", default="", help="blocks to look into, like 1,7 (four of those with experts)")
     add("--out", default="routing", help="folder for the numbers and pictures (%(default)s)")
-    add("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
-    if args.num < 1 or args.batch < 1:
-        raise UserError("--num and --batch must be at least 1")
-    check_seed("--seed", args.seed)
+    flags.check_flags(args)
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out {args.out} is a file: name a folder")
     check_writable(args.out)
-    given = {"cfg": args.cfg, "sampler": args.sampler, "steps": args.steps}
-    overrides += [f"sampling.{key}={value}" for key, value in given.items() if value is not None]
+    from moe_diffusion.evaluation import routing_report as report
+    from moe_diffusion.evaluation.routing_stats import RoutingObserver
+    from moe_diffusion.sampling.conditions import captions
 
-    config, model, variables, note = load_workdir(
-        args.workdir, tuple(overrides), step=args.step, ema=args.ema
-    )
-    observer = RoutingObserver(model, MAPS)
-    blocks = chosen_blocks(args.blocks, observer.blocks)
-    known = classes_of(args.workdir, model, args.class_names)
-    chosen = {LABEL: chosen_labels(args.labels, args.num, model, known)} if args.labels else {}
-    if chosen and known.names:
-        print(f"classes: {described(chosen[LABEL], known)}")
-    cond = shuffled(conditions_of_run(config, model, args.num, known) | chosen, args.seed)
-    autoencoder = autoencoders.for_config(config, args.vae)
-    stats, images, cond = draw(
+    run = flags.open_run(args, overrides)
+    config, model, variables, note, known, autoencoder = run
+    observer = RoutingObserver(model, report.MAPS)
+    blocks = report.chosen_blocks(args.blocks, observer.blocks)
+    cond = report.shuffled(flags.conditions(run, args), args.seed)
+    stats, images, cond = report.draw(
         config,
         observer,
         variables,
@@ -83,9 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         decode=autoencoder.decode if autoencoder else None,
     )
     print(f"experts per token: {stats['c_infer_avg']:.4f}")
-    files, missing = write_report(
-        args.out, stats, blocks, images, cond, captions(model, cond, known)
-    )
+    texts = captions(model, cond, known)
+    files, missing = report.write_report(args.out, stats, blocks, images, cond, texts, known)
     for name in files:
         print(Path(args.out) / name)
     for name, reason in missing.items():
@@ -93,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         numbers = {"c_infer_avg": stats["c_infer_avg"], "dropped": stats["dropped"]}
         written = {"out": args.out, "files": files, "not_written": missing}
-        print(json.dumps({"num": args.num, **note, **numbers, **written}))
+        print(json.dumps({"num": len(images), **note, **numbers, **written}))
 
 
 if __name__ == "__main__":

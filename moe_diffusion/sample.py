@@ -18,41 +18,34 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from moe_diffusion.checks import check_seed
-from moe_diffusion.classes import Classes
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError, explained
-from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
-from moe_diffusion.figures.images import few_enough, image_grid, save_png, save_pngs
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.models.stack import Model
-from moe_diffusion.sampling import bound
-from moe_diffusion.sampling.conditions import captions, conditions_of_run, spread
-from moe_diffusion.sampling.film import COLUMNS, FRAMES, draw_film, save_film
-from moe_diffusion.sampling.generate import generate, pool_of
-from moe_diffusion.sampling.labels import LABEL, classes_of, described, num_labels, parse_labels
-from moe_diffusion.sampling.load import load_workdir
+from moe_diffusion.sampling import flags
 from moe_diffusion.writing import check_empty, check_outputs, save_arrays, save_each
 
-NUM = 64
+if TYPE_CHECKING:
+    import numpy as np
+
 _OTHERS = "what is not named here is written"
 
 
 def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> None:
-    """Writes an .npz, whole or not at all: arr_0 f32[N, H, W, C] in [-1, 1], and the conditions.
+    """Writes the images as "arr_0", as in ADM's sample files, and the conditions.
 
     Labels are stored as "labels", other fields of the condition under their own names.
     """
+    from moe_diffusion.classes import LABEL
+
     fields = {"labels" if name == LABEL else name: values for name, values in cond.items()}
     save_arrays(path, {"arr_0": images, **fields})
 
 
 def save_grid(images: np.ndarray, texts: Sequence[str] | None, title: str, path: str) -> None:
     """Writes the picture of all images, or of as many as a picture can hold, evenly spread."""
+    from moe_diffusion.figures.images import few_enough, image_grid, save_png
+
     shown = few_enough(len(images), images.shape[1:])
     if len(shown) < len(images):
         title += f", {len(shown):,} of {len(images):,}"
@@ -82,62 +75,35 @@ def check_places(args: argparse.Namespace) -> None:
                 raise UserError(f"{flag} lies in the folder of --images: choose another place")
 
 
-def what_to_draw(args: argparse.Namespace, model: Model, known: Classes) -> tuple[int, dict]:
-    """The number of images, of --num or --num-per-class, and their labels, if --labels says any."""
-    labels = parse_labels(args.labels, model, known) if args.labels else None
-    num = NUM if args.num is None else args.num
-    if args.num_per_class is not None:
-        each = num_labels(model, "--num-per-class", known) if labels is None else len(labels)
-        num = args.num_per_class * each
-    return num, {} if labels is None else {LABEL: labels[spread(num, len(labels))]}
-
-
-def add_flags(parser: Parser) -> None:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser("sample", __doc__, remote=("workdir",))
+    flags.add_flags(parser)
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of a trained run")
-    count = parser.add_mutually_exclusive_group()
-    count.add_argument("--num", type=int, help=f"how many images ({NUM})")
-    count.add_argument("--num-per-class", type=int, metavar="N", help="how many of each class")
-    add("--labels", default="", help="classes by number or name, like 3,7 or cat,dog (all)")
-    add("--class-names", help="text file with the name of every class, one a line")
-    add("--cfg", type=float, help="guidance scale; 1 is none")
-    add("--sampler", help="of a flow: heun, euler, dopri5, sde or sde_heun; of ddpm: ddpm or ddim")
-    add("--steps", type=int, help="steps of the sampler")
-    add("--ema", help="decay of the average to use, or none (the run's first)")
-    add("--step", type=int, help="checkpoint to use (the newest)")
-    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    add("--batch", type=int, default=64, help="images at a time, which share experts (%(default)s)")
-    add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--out", default="grid.png", help="picture of all images (%(default)s)")
     add("--images", help="folder for one PNG per image; it must be empty")
     add("--npz", help="file for the images as an array in [-1, 1]")
     add("--stats", help="JSON file for how experts were used, and a picture (.png) beside it")
     add("--trajectory", help="film of the first images as they come to be: .gif, or .png, a strip")
-    add("--json", action="store_true", help="print one JSON object as last line")
+    return parser.parse_with_overrides(argv)
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("sample", __doc__)
-    add_flags(parser)
-    args, overrides = parser.parse_with_overrides(argv)
-    counts = (args.num, args.num_per_class, args.batch)
-    if any(count is not None and count < 1 for count in counts):
-        raise UserError("--num, --num-per-class and --batch must be at least 1")
-    check_seed("--seed", args.seed)
+    args, overrides = parse(argv)
+    flags.check_flags(args)
     check_places(args)
-    given = {"cfg": args.cfg, "sampler": args.sampler, "steps": args.steps}
-    overrides += [f"sampling.{key}={value}" for key, value in given.items() if value is not None]
+    from moe_diffusion.diffusion.samplers import make_sampler
+    from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
+    from moe_diffusion.figures.images import save_pngs
+    from moe_diffusion.sampling import bound
+    from moe_diffusion.sampling.conditions import captions
+    from moe_diffusion.sampling.film import COLUMNS, FRAMES, draw_film, save_film
+    from moe_diffusion.sampling.generate import generate, pool_of
 
-    config, model, variables, note = load_workdir(
-        args.workdir, tuple(overrides), step=args.step, ema=args.ema
-    )
-    known = classes_of(args.workdir, model, args.class_names)
-    num, chosen = what_to_draw(args, model, known)
-    if chosen and known.names:
-        print(f"classes: {described(chosen[LABEL], known)}")
-    cond = conditions_of_run(config, model, num, known) | chosen
-    autoencoder = autoencoders.for_config(config, args.vae)
+    run = flags.open_run(args, overrides)
+    config, model, variables, note, known, autoencoder = run
+    cond = flags.conditions(run, args)
+    num = len(next(iter(cond.values())))
     observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
     sampling, batch_size = config.sampling, min(args.batch, num)
     pool = pool_of(config, batch_size)

@@ -15,23 +15,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from moe_diffusion import config as configs
 from moe_diffusion import evaluate
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.capacity_search import COLUMNS, search
-from moe_diffusion.figures.curves import threshold_picture
-from moe_diffusion.figures.images import save_png
 from moe_diffusion.ornaments import ornament
-from moe_diffusion.parallel import distributed
-from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.writing import check_outputs
 
 NUM = 256  # images for each threshold, if neither the user nor a protocol says
-_FORMATS = dict(zip(COLUMNS, ("{}", "{:.4f}", "{:.4f}", "{:,}", "{:.4g}"), strict=True))
+_FORMATS = ("{}", "{:.4f}", "{:.4f}", "{:,}", "{:.4g}")  # of `capacity_search.COLUMNS`
 
 
 def parse_gammas(text: str) -> list[float]:
@@ -48,18 +41,21 @@ def parse_gammas(text: str) -> list[float]:
 
 def print_row(row: dict[str, Any]) -> None:
     """Prints a row of the table, and before the first one its head."""
+    from moe_diffusion.evaluation.capacity_search import COLUMNS
+    from moe_diffusion.parallel.distributed import is_main_process
+
     if not is_main_process():
         return
     if row["threshold"] == "dynamic":
         print("".join(f"{name:>18}" for name in (*COLUMNS, *row["metrics"])))
-    cells = [form.format(row[name]) for name, form in _FORMATS.items()]
+    cells = [form.format(row[name]) for name, form in zip(COLUMNS, _FORMATS, strict=True)]
     cells += [f"{value:.4f}" for value in row["metrics"].values()]
     print("".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("thresholds", __doc__)
+    parser = Parser("thresholds", __doc__, remote=("workdir",))
     add = parser.add_argument
     evaluate.add_flags(parser)
     add("--workdir", required=True, help="folder of a trained DiffMoE run")
@@ -67,12 +63,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", help="picture of the curves")
     args, overrides = parser.parse_with_overrides(argv)
     gammas = parse_gammas(args.gammas)
+    from etils import epath
+
+    from moe_diffusion import config as configs
+    from moe_diffusion.evaluation.capacity_search import search
+    from moe_diffusion.figures.curves import threshold_picture
+    from moe_diffusion.figures.images import save_png
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.parallel.distributed import is_main_process
+
     check_outputs({"--out": (args.out, ".png")}, [args.reference, args.inception, args.vae])
     if args.num is None and not args.protocol:
         args.num = NUM
     distributed.initialize()
     rows = search(evaluate.settle(args, overrides), ["dynamic", *gammas], print_row)
-    target = configs.load_json(Path(args.workdir) / "config.json").model.router.capacity
+    target = configs.load_json(epath.Path(args.workdir) / "config.json").model.router.capacity
     nearest = min(rows[1:], key=lambda row: abs(row["c_infer_avg"] - target))["threshold"]
     if not is_main_process():
         return

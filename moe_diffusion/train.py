@@ -20,30 +20,9 @@ import json
 import shlex
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import jax
-
-from moe_diffusion import classes
-from moe_diffusion import config as configs
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.data.pipeline import make_iterator
-from moe_diffusion.data.sources import open_source
-from moe_diffusion.diffusion.objectives import make_loss
-from moe_diffusion.evaluation.periodic import EvaluationHook
-from moe_diffusion.figures.curves import read_metrics, training_picture
-from moe_diffusion.figures.images import save_ornament
-from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.kernels.cpu.heap import keep_freed_memory
-from moe_diffusion.models import build
-from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
-from moe_diffusion.parallel import distributed
-from moe_diffusion.planning.kernels import dispatch_line
-from moe_diffusion.sampling.hooks import SampleHook
-from moe_diffusion.sampling.labels import untrained
-from moe_diffusion.training.checkpoint import saved_steps
-from moe_diffusion.training.loop import train
 
 
 def run(
@@ -56,7 +35,29 @@ def run(
     Returns:
       {"step": steps done, "num_steps": steps wanted, "workdir"}.
     """
+    import jax
+    from etils import epath
+
+    from moe_diffusion import classes, remote
+    from moe_diffusion import config as configs
+    from moe_diffusion.data.pipeline import make_iterator
+    from moe_diffusion.data.sources import open_source
+    from moe_diffusion.diffusion.objectives import make_loss
+    from moe_diffusion.evaluation.periodic import EvaluationHook
+    from moe_diffusion.figures.curves import read_metrics, training_picture
+    from moe_diffusion.figures.images import save_ornament
+    from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.models import build
+    from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.planning.kernels import dispatch_line
+    from moe_diffusion.sampling.hooks import SampleHook
+    from moe_diffusion.sampling.labels import untrained
+    from moe_diffusion.training.loop import train
+
     config = configs.load(spec, overrides)
+    remote.check(workdir, "the workdir")
+    remote.check(config.init_from, "init_from =")
     model = build(config.model, losses=sorted(config.loss_weights))
     source = open_source(config.data, model.input_shape, model.cond_spec())
     known = classes.of_source(source, config.data.source)
@@ -85,21 +86,25 @@ def run(
         options = {"hooks": hooks, "known": known, "allow_change": allow_change}
         state = train(config, model, loss_fn, open_iterator, workdir, **options)
     if distributed.is_main_process():
-        metrics, curves = Path(workdir) / "metrics.jsonl", None
-        if metrics.exists() and metrics.stat().st_size:
+        metrics, curves = epath.Path(workdir) / "metrics.jsonl", None
+        if metrics.exists() and metrics.stat().length:
             curves = save_ornament(
-                lambda: training_picture(read_metrics(metrics)), Path(workdir) / "loss.png"
+                lambda: training_picture(read_metrics(metrics)), metrics.parent / "loss.png"
             )
         print(where_everything_lies(workdir, curves), flush=True)
     return {"step": int(state.step), "num_steps": config.train.num_steps, "workdir": workdir}
 
 
-def where_everything_lies(workdir: str, curves: Path | None) -> str:
+def where_everything_lies(workdir: str, curves: Any) -> str:
     """Lines of text: the files of a run, and the command that draws images with it.
 
-    curves: the picture of the loss, if there is one.
+    curves: path of the picture of the loss, if there is one.
     """
-    folder, steps = Path(workdir), saved_steps(workdir)
+    from etils import epath
+
+    from moe_diffusion.training.checkpoint import saved_steps
+
+    folder, steps = epath.Path(workdir), saved_steps(workdir)
     samples = sorted((folder / "samples").glob("*.png"))
     lines = [("run", workdir)]
     if steps:
@@ -118,13 +123,12 @@ def where_everything_lies(workdir: str, curves: Path | None) -> str:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    keep_freed_memory()
-    parser = Parser("train", __doc__)
+    parser = Parser("train", __doc__, remote=("workdir",))
     add = partial(parser.add_argument, required=True)
     add(
         "--config",
-        metavar="FILE",
-        help="config file, with arguments: configs/digits.py:router=dense",
+        metavar="NAME",
+        help="a config file or its name, with arguments: digits:router=dense; list shows all",
     )
     add("--workdir", metavar="DIR", help="folder of the run; made if missing, resumed if not")
     parser.add_argument(
@@ -135,6 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
+    from moe_diffusion.kernels.cpu.heap import keep_freed_memory
+    from moe_diffusion.parallel import distributed
+
+    keep_freed_memory()
     distributed.initialize()
     allow_change = [key.strip() for key in args.allow_change.split(",") if key.strip()]
     result = run(args.config, args.workdir, overrides, allow_change)

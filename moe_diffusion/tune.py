@@ -13,13 +13,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
-from moe_diffusion.benchmarks.dispatch import SHAPES, parse_shape
-from moe_diffusion.benchmarks.tiles import best_tiles, merge
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
-from moe_diffusion.kernels.tuning import table_path
 from moe_diffusion.writing import check_outputs
 
 
@@ -36,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser.parse_with_overrides(argv)
     if overrides:
         raise UserError("tune takes no --config keys: it measures kernels, not a config")
+    import jax
+
+    from moe_diffusion.benchmarks.dispatch import SHAPES, parse_shape
+    from moe_diffusion.benchmarks.tiles import best_tiles, merge
+    from moe_diffusion.kernels.tuning import table_path
+
     if jax.default_backend() == "cpu":
         raise UserError("tune measures the kernels for TPU and GPU: run it on such a device")
     path = Path(args.table) if args.table else table_path()

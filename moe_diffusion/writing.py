@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-from etils import epath
-
+from moe_diffusion import remote
 from moe_diffusion.errors import UserError, check_writable
 
 # Suffix -> how such a file begins.
@@ -23,16 +21,26 @@ class WriteError(UserError, OSError):
     """A file could not be written; what was there before is still there."""
 
 
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a new file in the folder of `path`, which is made; the end of the body renames it.
 
     The temporary name is random, so it is nobody else's. If the body fails, the file is removed
-    and what was at `path` stays. A link at `path` is replaced, not followed.
+    and what was at `path` stays. A link at `path` is replaced, not followed. The path may be
+    remote, like gs://bucket/name.
 
     Raises:
       WriteError: the disk is full, the folder is not writable, or `path` is no regular file.
     """
+    if url := remote.url_of(path):
+        try:
+            with remote.whole_object(url, mode) as file:
+                yield file
+        except OSError as error:
+            raise error if isinstance(error, UserError) else _not_written(url, error) from error
+        return
     path, name = Path(path), None
     try:
         if path.exists() and not path.is_file():
@@ -60,37 +68,33 @@ def _not_written(path: str | os.PathLike, error: OSError) -> WriteError:
     )
 
 
-def save_text(text: str, path: str | os.PathLike) -> Any:
-    """Writes a text file, whole or not at all; returns its path.
-
-    The path may be remote, like gs://bucket/name. Object stores show only whole objects.
-    """
-    if "://" in os.fspath(path):
-        try:
-            epath.Path(path).write_text(text)
-        except OSError as error:
-            raise _not_written(path, error) from error
-        return epath.Path(path)
+def save_text(text: str, path: str | os.PathLike) -> None:
+    """Writes a text file, which may be remote, whole or not at all."""
     with whole_file(path, "w") as file:
         file.write(text)
-    return Path(path)
 
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> Path:
     """Writes an uncompressed `.npz`, whole or not at all; returns its path."""
+    import numpy as np  # a tenth of a second, which `--help` need not wait for
+
     with whole_file(path) as file:
         np.savez(file, **arrays)
     return Path(path)
 
 
 def append_line(text: str, path: str | os.PathLike) -> None:
-    """Adds a line to a text file, whole or not at all.
+    """Adds a line to a text file, which may be remote, whole or not at all.
 
     A last line that has no end, as a killed process leaves it, is ended first.
 
     Raises:
       WriteError: the file cannot be written; it holds what it held.
     """
+    if remote.url_of(path):
+        with remote.open_log(path) as log:
+            log.write(text + "\n")
+        return
     try:
         with open(path, "a+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)

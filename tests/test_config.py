@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -15,6 +18,7 @@ from moe_diffusion.config.renamed import KEYS, VALUES
 from moe_diffusion.config.schema import fields_of_others, leaves, shared
 from moe_diffusion.errors import UserError
 from moe_diffusion.moe.routers import DiffMoE, TokenChoice
+from tests import cli
 
 
 def raises(message: str):
@@ -70,6 +74,47 @@ def test_default_is_locked_and_type_safe():
 def test_load_finds_configs_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert configs.load("configs/digits.py").name == "digits_token_choice_tiny"
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py", "configs/digits"])
+def test_a_bare_name_is_one_of_the_projects_configs(name, tmp_path, monkeypatch):
+    """Also where a file or a folder of that name lies in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        if name == "configs/digits":  # a path has its suffix
+            with raises("no config file 'configs/digits'; in the project are: digits, dit_s"):
+                configs.load(name)
+        else:
+            found = configs.load(f"{name}:router=dense")
+            assert found.name == "digits_dense_tiny"
+        (tmp_path / "digits").mkdir(exist_ok=True)
+
+
+def test_a_path_is_a_file_of_the_user(config_file, tmp_path, monkeypatch):
+    """The name of one of the project's files does not hide it; the bare name is the project's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    config_file("config.name = 'mine'", "configs/digits.py")
+    config_file("config.name = 'here'", "digits.py")
+    assert configs.load("configs/digits.py").name == "mine"
+    assert configs.load("digits.py").name == configs.load("./digits.py").name == "here"
+    assert configs.load("digits").name == "digits_token_choice_tiny"
+
+
+def test_a_file_of_the_user_may_build_on_the_projects(tmp_path):
+    """In a process whose `configs` is a package of the user's own that was imported before."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("")
+    (tmp_path / "configs" / "helper.py").write_text("depth = 4")
+    (tmp_path / "mine.py").write_text(
+        "from configs.families.digits import digits\nfrom configs import helper\n"
+        "def get_config(arg=None):\n    config = digits('dense', 'tiny')\n"
+        "    config.model.depth = helper.depth\n    return config\n"
+    )
+    code = "import configs.helper\nfrom moe_diffusion import config\n"
+    code += "assert config.load('mine.py').model.depth == 4"
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{cli.ROOT}"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=env)
 
 
 def test_load_passes_the_argument_and_fills_in_kinds(config_file):
@@ -196,6 +241,28 @@ def test_overrides_of_every_kind():
     assert config.loss_weights.to_dict() == {"balance": 0.01, "router_z": 1.0}
 
 
+def test_a_key_that_is_true_or_false_needs_no_value(tmp_path):
+    on = configs.load("digits", ["--config.model.qk_norm"])
+    assert on.model.qk_norm and configs.load("digits", ["model.qk_norm"]) == on
+    off = configs.load("digits", ["--config.model.qk_norm", "--noconfig.model.qk_norm"])
+    assert not off.model.qk_norm
+    configs.save_json(on, tmp_path / "config.json")
+    assert configs.load_json(tmp_path / "config.json", ["--noconfig.model.qk_norm"]) == off
+    old = configs.load("digits", ["--noconfig.model.reverse_time"])  # a key under its old name
+    assert not old.model.dit.reverse_time
+
+
+def test_show_lists_every_key_and_what_differs():
+    lines = configs.show(configs.load("digits:router=diffmoe", ["seed=3"])).splitlines()
+    keys = [line.partition(" = ")[0] for line in lines]
+    assert keys == sorted(leaves(configs.load("digits:router=diffmoe")), key=keys.index)
+    assert len(keys) == len(set(keys)) > 90
+    assert "seed = 3  # default: 0" in lines and "optim.b1 = 0.9" in lines
+    assert "model.router.name = 'diffmoe'  # default: 'token_choice'" in lines
+    assert "model.router.max_capacity = 4.0" in lines
+    assert "loss_weights = {'capacity_predictor': 1.0}  # default: {}" in lines
+
+
 def test_one_number_makes_a_list_of_one():
     assert configs.load("configs/digits.py", ["ema.decays=0.9"]).ema.decays == (0.9,)
 
@@ -231,6 +298,10 @@ def test_loss_weights_can_be_replaced_as_a_whole():
         ("loss_weights=0.1", "loss_weights = 0.1 is not a table like {'balance': 0.01}"),
         ("loss_weights.balance=high", "loss_weights.balance = 'high' is not a number"),
         ("loss_weights={'balance': 'high'}", "loss_weights.balance = 'high' is not a number"),
+        ("--config.data.source", "has no value; write data.source=<value>"),
+        ("--noconfig.seed", "override '--noconfig.seed' has no value; write seed=<value>"),
+        ("--noconfig.model.qk_norm=true", "has a value; write model.qk_norm=true, or leave it out"),
+        ("--noconfig.sed", "unknown config key 'sed'"),
         ("loss_weights.a.b=1", "unknown config key 'loss_weights.a.b'"),
     ],
 )

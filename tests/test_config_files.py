@@ -7,6 +7,7 @@ import re
 import pytest
 
 from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import parameter_counts
@@ -65,7 +66,7 @@ def test_every_config_file_loads(spec):
 
 def every_stem() -> set[str]:
     """Names of the config files."""
-    stems = {path.stem for path in (configs.ROOT / "configs").glob("*.py")}
+    stems = {path.stem for path in shipped.FOLDER.glob("*.py")}
     stems -= {stem for stem in stems if stem.startswith("eval_")}  # protocols, no configs
     return stems - {"__init__", "families"}
 

@@ -464,7 +464,9 @@ def test_bad_flags(capfd, golden):
     args = ["--family", "dsmoe", "--input", golden, "--output", golden]
     assert "exists: name another output" in cli.refused(capfd, convert.main, args)
     message = cli.refused(capfd, convert.main, [*args[:-1], "gs://bucket/out"])
-    assert message.startswith("gs://bucket/out is remote: convert into a local folder")
+    assert message.startswith("--output gs://bucket/out is remote, and convert needs a local path")
+    with pytest.raises(UserError, match="^gs://bucket/out is remote: convert into a local folder"):
+        transfer.import_folder("dsmoe", golden, "gs://bucket/out")
 
 
 def test_a_failed_write_leaves_nothing(golden, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from docs import generate_models, pages
 from docs.published import PUBLISHED, VARIANTS
-from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.errors import UserError
 from tests.models.test_accounting import FAMILIES, check
 
@@ -106,7 +106,7 @@ def test_every_entry_is_pinned():
 
 
 def test_the_page_is_not_stale():
-    page = configs.ROOT / "docs" / "models.md"
+    page = shipped.CHECKOUT / "docs" / "models.md"
     text = page.read_text()
     remedy = "run python -m docs.generate_models --write docs/models.md"
     assert pages.renewed(text, generate_models.BEGIN, generate_models.table()) == text, remedy
@@ -114,7 +114,7 @@ def test_the_page_is_not_stale():
 
 def test_every_config_is_in_the_table():
     specs = generate_models.specs()
-    files = {path.name for path in (configs.ROOT / "configs").glob("*.py")}
+    files = {path.name for path in shipped.FOLDER.glob("*.py")}
     files = {name for name in files if not re.match("__init__|eval_", name)}
     assert {spec.removeprefix("configs/").partition(":")[0] for spec in specs} == files
     assert len(set(specs)) == len(specs) and set(PUBLISHED) | set(VARIANTS) <= set(specs)

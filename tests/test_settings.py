@@ -8,6 +8,7 @@ import pytest
 
 from configs.families.settings import SETTINGS
 from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.errors import UserError
 
 SPECS = [spec for setting in SETTINGS.values() for spec in setting.members.values()]
@@ -138,5 +139,5 @@ def test_config_files_name_their_settings():
     """The text at the top of a file is all that a reader sees of the tables it is in."""
     for spec in SPECS:
         path, _, arg = spec.partition(":")
-        text = (configs.ROOT / path).read_text()
+        text = (shipped.CHECKOUT / path).read_text()
         assert re.search(rf"\b{arg.rpartition('=')[2]}\b", text), spec

@@ -15,18 +15,11 @@ from moe_diffusion.config.changes import (
     record_changes,
 )
 from moe_diffusion.config.draft import default
-from moe_diffusion.config.loading import (
-    ROOT,
-    load,
-    load_json,
-    parse_arg,
-    save_json,
-)
+from moe_diffusion.config.loading import load, load_json, parse_arg, save_json, show
 from moe_diffusion.config.schema import settle
 from moe_diffusion.config.validation import validate, validate_devices
 
 __all__ = [
-    "ROOT",
     "Change",
     "allowed_changes",
     "compare",
@@ -39,6 +32,7 @@ __all__ = [
     "record_changes",
     "save_json",
     "settle",
+    "show",
     "validate",
     "validate_devices",
 ]

@@ -9,11 +9,9 @@ too.
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,22 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from moe_diffusion import shipped
 from moe_diffusion.config.draft import is_draft
-from moe_diffusion.config.schema import parse, settle, unknown_key
+from moe_diffusion.config.schema import (
+    fields_of_others,
+    leaves,
+    parse,
+    router_fields,
+    settle,
+    shared,
+    unknown_key,
+)
 from moe_diffusion.config.validation import validate
 from moe_diffusion.errors import UserError, shown
 from moe_diffusion.reading import read_table
 from moe_diffusion.writing import save_text
 
-ROOT = Path(__file__).resolve().parents[2]  # config files may import `configs.families` from it
 VERSION = 2  # of config.json; files without a version are of version 1, with the old names
 
 
@@ -36,18 +42,17 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a config file, applies the overrides in order and validates the result.
 
     Args:
-      spec: "configs/digits.py" or, with an argument for `get_config`,
-        "configs/digits.py:router=diffmoe". The file is looked for in the current folder, then
-        beside the package.
-      overrides: "--config.optim.learning_rate=2e-4" or "optim.learning_rate=2e-4".
+      spec: a file or the name of one of the project's (see `shipped.find`): "my/own.py",
+        "digits", or, with an argument for `get_config`, "digits:router=diffmoe".
+      overrides: "--config.optim.learning_rate=2e-4" or "optim.learning_rate=2e-4"; for a key that
+        is true or false also "--config.model.qk_norm" and "--noconfig.model.qk_norm".
 
     Raises:
       UserError: no such file, the file fails, an unknown key, a value of the wrong kind, or an
         impossible combination.
     """
     path_text, _, arg = spec.partition(":")
-    path = _find(path_text)
-    get_config = _import_get_config(path)
+    get_config = _import_get_config(_find(path_text))
     try:
         returned = get_config(arg or None)
     except UserError as error:
@@ -92,6 +97,16 @@ def load_json(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ConfigD
     return config
 
 
+def show(config: ConfigDict) -> str:
+    """A line "key = value" for every key, with the default where the value differs."""
+    lines, defaults = [], leaves(shared()) | fields_of_others()
+    for key, value in leaves(config).items():
+        value = value.to_dict() if isinstance(value, ConfigDict) else value
+        default = router_fields(config.model.router.name).get(key, defaults.get(key, value))
+        lines.append(f"{key} = {value!r}" + (f"  # default: {default!r}" * (value != default)))
+    return "\n".join(lines)
+
+
 def parse_arg(
     arg: str | None, *, choices: Mapping[str, Sequence] | None = None, **defaults: Any
 ) -> ConfigDict:
@@ -124,26 +139,21 @@ def parse_arg(
 
 def _find(path_text: str) -> Path:
     """The config file, or a UserError that lists the files in its folder, the likeliest first."""
-    for path in (Path(path_text), ROOT / path_text):
-        if path.is_file():
-            return path
-    folder = Path(path_text).parent
-    folder = folder if folder.is_dir() and list(folder.glob("*.py")) else ROOT / "configs"
-    known = [p.stem for p in sorted(folder.glob("*.py")) if "def get_config(" in p.read_text()]
-    name = Path(path_text).stem
-    known.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
-    raise UserError(f"no config file {path_text!r}; in {folder} are: {', '.join(known)}")
+    path = Path(path_text)
+    if found := shipped.find(path_text):
+        return found
+    own = len(path.parts) > 1 and path.parent.is_dir() and shipped.names(path.parent)
+    known = own or shipped.names()
+    known.sort(key=lambda other: -difflib.SequenceMatcher(None, path.stem, other).ratio())
+    where = path.parent if own else "the project"
+    raise UserError(f"no config file {path_text!r}; in {where} are: {', '.join(known)}")
 
 
 def _import_get_config(path: Path) -> Callable[[str | None], ConfigDict]:
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    if module_spec is None:
+    if path.suffix != ".py":
         raise UserError(f"{path} is not a Python file; a config file is named like digits.py")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = shipped.run_file(path)
     except Exception as error:
         raise UserError(f"{path} cannot be imported: {_one_line(error)}") from error
     if not callable(getattr(module, "get_config", None)):

@@ -73,7 +73,7 @@ def settle(
 
     Args:
       values: nested, under today's or old names; they may lack any key.
-      overrides: "--config.optim.learning_rate=2e-4" or "optim.learning_rate=2e-4".
+      overrides: as for `config.load`.
       origin: where `values` come from, such as a file. Messages about them begin with it.
 
     Returns:
@@ -111,12 +111,24 @@ def prefixed(origin: str) -> Iterator[None]:
 
 
 def _override(text: str) -> Setting:
-    """The setting of "--config.a.b=value"; the value is read as the kind of the key's default."""
-    key, equals, value = text.partition("=")
-    key = key.strip().lstrip("-").removeprefix("config.")
-    if not equals:
-        raise UserError(f"override {shown(text)} has no value; write {key}=<value>")
-    return new_key(key), value.strip(), parse
+    """The setting of "--config.a.b=value"; the value is read as the kind of the key's default.
+
+    Without a value the key becomes true, or with "--noconfig." false.
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip().lstrip("-")
+    key, no = name.removeprefix("no").removeprefix("config."), name.startswith("noconfig.")
+
+    def flag(key: str, _: str, wanted: Any) -> bool:
+        if not isinstance(wanted, bool):
+            raise UserError(f"override {shown(text)} has no value; write {key}=<value>")
+        return not no
+
+    if no and equals:
+        raise UserError(
+            f"override {shown(text)} has a value; write {key}={shown(value)}, or leave it out"
+        )
+    return new_key(key), value.strip(), parse if equals else flag
 
 
 def _router_name(settings: Iterable[Setting]) -> str | None:

@@ -15,12 +15,16 @@ from moe_diffusion.config.ranges import check_ranges
 from moe_diffusion.config.schema import settle
 from moe_diffusion.moe import routers
 from moe_diffusion.moe.router import Router
+from moe_diffusion.remote import is_remote
 
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError at the first value or combination that cannot work on any machine."""
     config = settle(config) if is_draft(config) else config
     check_ranges(config)
+    for key, place in (("source", config.data.source), ("autoencoder", config.data.autoencoder)):
+        remedy = "copy it to a local folder"
+        require(not is_remote(place), f"data.{key} = {place} is remote: {remedy}")
     _check_transformer(config.model)
     _check_architecture(config.model)
     router = routers.find(config.model.router.name)

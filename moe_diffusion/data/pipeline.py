@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
 
+from moe_diffusion import workers
 from moe_diffusion.checks import divides
 from moe_diffusion.data.sources import Batch, Source, check_batch, stack
 from moe_diffusion.errors import UserError
@@ -48,10 +48,12 @@ def make_iterator(
       fields [B, ...] of `source.cond_spec`. `close` ends its threads and workers.
 
     Raises:
-      UserError: the processes cannot share the batch evenly; `augment` is unknown or does not fit
-        the source. While iterating: a record does not have the fields that the source promises,
-        or a value is out of range.
+      UserError: the processes cannot share the batch evenly; there are far more workers than
+        cores; `augment` is unknown or does not fit the source. While iterating: a record does not
+        have the fields that the source promises, or a value is out of range; the workers run out
+        of memory or of room in /dev/shm.
     """
+    workers.check_count(data.num_workers)
     augment, size = data.augment, data.batch_size // process_count
     remedy = "make the batch a multiple"
     divides("number of processes", process_count, "data.batch_size", data.batch_size, remedy)
@@ -86,13 +88,14 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__()
         self._batches, self._num_workers, self._prefetch = batches, num_workers, prefetch
         self._next_index = 0
-        self._reader: grain.DatasetIterator | None = None
+        self._reader: grain.DatasetIterator | workers.Reader | None = None
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
-        if self._reader is None:
-            self._reader = self._start()
-        batch = next(self._reader)
+        with workers.shortages_explained():
+            if self._reader is None:
+                self._reader = self._start()
+            batch = next(self._reader)
         self._next_index += 1
         return batch
 
@@ -107,14 +110,13 @@ class BatchIterator(grain.DatasetIterator):
         self._stop()
         super().close()
 
-    def _start(self) -> grain.DatasetIterator:
+    def _start(self) -> grain.DatasetIterator | workers.Reader:
         """Begins to read ahead in the background, from the next batch on."""
         options = grain.ReadOptions(self._prefetch, self._prefetch)
         dataset = self._batches[self._next_index :].to_iter_dataset(options)
         if self._num_workers > 0:
-            flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside of absl.app
             ahead = max(1, self._prefetch)
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._num_workers, ahead))
+            return workers.Reader(dataset, self._num_workers, ahead)
         reader = iter(dataset)
         reader.start_prefetch()
         return reader

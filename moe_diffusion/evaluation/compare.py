@@ -8,16 +8,11 @@ import numpy as np
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import metrics
+from moe_diffusion.evaluation.choices import SCORES
 from moe_diffusion.evaluation.features import Extractor, FeatureSet
 
 NEIGHBOURS = 3  # k of precision and recall
 KERNEL_VECTORS = 10_000  # that KID takes from each side, see `metrics.chosen`
-# Whose Inception Score -> arguments of `metrics.inception_score`. Only a shuffled one is right for
-# images in class order.
-SCORES = {
-    "torch-fidelity": {"parts": 10, "shuffle": 2020},
-    "adm": {"split": 5000, "shuffle": None},
-}
 
 
 def compare(

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.evaluation import inception, protocol
-from moe_diffusion.evaluation.compare import SCORES, check_comparable, compare
+from moe_diffusion.evaluation.choices import SCORES
+from moe_diffusion.evaluation.compare import check_comparable, compare
 from moe_diffusion.evaluation.digits import DigitsFeatures
 from moe_diffusion.evaluation.features import (
     Extractor,

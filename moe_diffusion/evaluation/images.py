@@ -22,7 +22,6 @@ from moe_diffusion.data import sources
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.archives import open_archive
 
-QUANTIZATIONS = ("round", "none")
 _REMEDY = "delete or replace it"
 _PIXELS = Image.MAX_IMAGE_PIXELS  # of an image; pictures of more are taken for an attack
 _AT_ONCE = 1 << 26  # numbers that are read to look at the range

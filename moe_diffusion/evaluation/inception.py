@@ -25,7 +25,6 @@ SIZE = 299  # side of the images that the network sees
 NUM_FEATURES = 2048
 NUM_SPATIAL = 17 * 17 * 7  # ADM's sFID: the first 7 channels of a 17x17 layer
 NUM_CLASSES = 1008
-RESIZES = ("tensorflow", "pytorch-fid")
 _BN_EPS = 1e-3
 
 Params = dict[str, dict[str, jax.Array]]

@@ -12,9 +12,8 @@ import contextlib
 import jax
 from jax.lax import Precision
 
-# A protocol's key `matmul` -> jax's precision. "high" is TF32 on GPUs, and three bfloat16 passes on
-# TPUs, which are a little more exact than TF32.
-MATMULS = {"fast": None, "tf32": "high", "float32": "highest"}
+from moe_diffusion.evaluation.choices import MATMULS
+
 _ON_TPU = {Precision.DEFAULT: "1 bf16 pass", Precision.HIGH: "3 bf16 passes"}
 
 

@@ -7,21 +7,16 @@ from `default()` and sets what the paper and its code say.
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.checks import check_seed
 from moe_diffusion.config.schema import leaves
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.compare import SCORES
-from moe_diffusion.evaluation.images import QUANTIZATIONS
-from moe_diffusion.evaluation.inception import RESIZES
-from moe_diffusion.evaluation.precision import MATMULS
+from moe_diffusion.evaluation.choices import LABELS, MATMULS, QUANTIZATIONS, RESIZES, SCORES
 from moe_diffusion.models.parts import compute_dtype
 from moe_diffusion.sampling.conditions import spread
 
@@ -36,17 +31,16 @@ DEFAULTS: dict[str, Any] = {
     # Keys of the run's config.model that it fixes. Fields of a router that the run's does not have
     # are left out.
     "model": {},
-    "matmul": "tf32",  # how exact float32 products are, at least: see precision.MATMULS
+    "matmul": "tf32",  # how exact float32 products are, at least: see choices.MATMULS
     "cfg": (),  # guidance scales, one result each; () = the run's config.sampling.cfg
     "resize": "tensorflow",  # see inception.resize_images
     "quantize": "round",  # see images.to_pixels
-    "score": "torch-fidelity",  # whose Inception Score, see compare.SCORES
+    "score": "torch-fidelity",  # whose Inception Score, see choices.SCORES
     # What the published numbers were made with. A result reports what it used instead.
     "ema": "",  # decay
     "autoencoder": "",
     "reference": "",
 }
-LABELS = ("balanced", "random")
 CHOICES = {"labels": LABELS, "resize": RESIZES, "quantize": QUANTIZATIONS}
 CHOICES |= {"score": tuple(SCORES), "matmul": tuple(MATMULS)}
 
@@ -66,15 +60,11 @@ def load(spec: str) -> ConfigDict:
       UserError: no such protocol (the known ones are listed), or its file fails.
     """
     name, _, arg = spec.partition(":")
-    folder = configs.ROOT / "configs"
-    path = Path(name) if name.endswith(".py") else folder / f"eval_{name}.py"
-    if not path.is_file():
-        raise UserError(f"no protocol {name!r}; known are: {', '.join(known())}")
-    module_spec = importlib.util.spec_from_file_location(f"_protocol_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
+    path = shipped.find_protocol(name)
+    if path is None:
+        raise UserError(f"no protocol {name!r}; known are: {', '.join(shipped.protocols())}")
     try:
-        module_spec.loader.exec_module(module)
-        protocol = module.get_protocol(arg or None)
+        protocol = shipped.run_file(path).get_protocol(arg or None)
     except UserError as error:
         raise UserError(f"{spec}: {error}") from error
     except Exception as error:
@@ -82,11 +72,6 @@ def load(spec: str) -> ConfigDict:
     protocol.name = spec
     validate(protocol)
     return protocol
-
-
-def known() -> list[str]:
-    files = sorted((configs.ROOT / "configs").glob("eval_*.py"))
-    return [path.stem.removeprefix("eval_") for path in files]
 
 
 def validate(protocol: ConfigDict) -> None:

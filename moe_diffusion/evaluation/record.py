@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -12,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 import moe_diffusion
-from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.data import latents
 from moe_diffusion.evaluation.precision import matmul_used
 from moe_diffusion.models.parts import compute_dtype
@@ -66,11 +67,12 @@ def made_with(
 
 def code_version() -> str:
     """The package's version, and the commit if the code is a git checkout."""
-    command = ["git", "-C", str(configs.ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
+    command = ["git", "-C", str(shipped.CHECKOUT), "describe", "--always", "--dirty", "--abbrev=10"]
+    commit = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if shipped.CHECKOUT:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            commit = ran.stdout.strip()
     return f"{moe_diffusion.__version__}+{commit}" if commit else moe_diffusion.__version__
 
 

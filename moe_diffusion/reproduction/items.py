@@ -7,11 +7,10 @@ A paper is a file `configs/papers/<paper>.py` with `PAPER`, its name and arXiv n
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.errors import UserError
 
 CURVES = ("loss", "fid")
@@ -73,10 +72,7 @@ class Item:
 def papers() -> dict[str, list[Item]]:
     """Title of every paper, the oldest first -> its tables and figures, in the paper's order."""
     found = {}
-    for path in (configs.ROOT / "configs" / "papers").glob("*.py"):
-        spec = importlib.util.spec_from_file_location(f"_paper_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    for module in map(shipped.run_file, shipped.papers()):
         found[module.PAPER] = module.ITEMS
     return dict(sorted(found.items(), key=lambda paper: paper[0].partition("arXiv ")[2]))
 

@@ -60,7 +60,7 @@ def _call(step: Step) -> None:
 def _train(step: Step) -> None:
     """Trains unless the last step is saved."""
     folder = Path(step.argv[step.argv.index("--workdir") + 1])
-    overrides = [text for text in step.argv if text.startswith("--config.")]
+    overrides = [text for text in step.argv if text.startswith(("--config.", "--noconfig."))]
     wanted = configs.load(step.row.config, overrides).train.num_steps
     if wanted not in saved_steps(folder):
         _call(step)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ def load_workdir(
       UserError: a file is missing, damaged or of another model. This is known before any weights
         are read.
     """
-    path = Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is not a workdir (it has no config.json): train into it first")
     config = configs.load_json(path, overrides)

@@ -19,6 +19,7 @@ import tqdm
 from clu import parameter_overview, platform
 from etils import epath
 
+from moe_diffusion import remote
 from moe_diffusion.errors import UserError
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.reading import table_of
@@ -45,7 +46,7 @@ class MetricWriter:
         if is_main:
             _drop_after(path, step)
         self._trackers = Trackers(workdir, step, project, enabled=is_main)
-        self._lines = path.open("a")
+        self._lines = remote.open_log(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         values = {name: float(value) for name, value in scalars.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_diffusion import config as configs
+from moe_diffusion import shipped
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import protocol
 
@@ -26,7 +27,7 @@ PUBLISHED = {  # sampler, steps, guidance scales
 
 
 def test_every_protocol_is_listed_above():
-    assert set(protocol.known()) == {name.partition(":")[0] for name in PUBLISHED}
+    assert set(shipped.protocols()) == {name.partition(":")[0] for name in PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,11 +11,12 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.moe.dispatch import BACKENDS
 from moe_diffusion.planning import report
+from moe_diffusion.planning.chips import CHIPS
 from moe_diffusion.planning.compile import Compiled, OutOfMemory, needed_bytes, state_bytes
 from moe_diffusion.planning.hlo import Program
 from moe_diffusion.planning.kernels import dispatch_of
 from moe_diffusion.planning.presets import ORDER
-from moe_diffusion.planning.topologies import CHIPS, Topology, describe
+from moe_diffusion.planning.topologies import Topology, describe
 from tests import cli
 from tests.compiler import COMPILER
 

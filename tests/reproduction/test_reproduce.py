@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from docs import generate_reproduce, pages
 from moe_diffusion import config as configs
-from moe_diffusion import reproduce, train
+from moe_diffusion import reproduce, shipped, train
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import inception, protocol
 from moe_diffusion.reproduction import tables
@@ -26,7 +26,7 @@ from tests.golden.inception import shrink as shrink_inception
 
 ITEMS = {item.name: item for items in papers().values() for item in items}
 MADE = [name for name, item in ITEMS.items() if not item.missing]
-PAGE = configs.ROOT / "docs" / "reproduce.md"
+PAGE = shipped.CHECKOUT / "docs" / "reproduce.md"
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from moe_diffusion import sample
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import protocol, runs
 from moe_diffusion.models import build
-from moe_diffusion.sampling import labels
+from moe_diffusion.sampling import labels, load
 from moe_diffusion.sampling.conditions import captions, default_conditions, spread
 from tests import cli
 from tests.sampling.prompted import Prompted, Prompts
@@ -62,7 +62,7 @@ def test_chosen_labels(digits):
 def test_labels_of_a_model_without_labels(monkeypatch, tmp_path, capfd):
     message = "this model takes no labels; its condition has text, text_mask, strength, style"
     loaded = (configs.default(), Prompted(), {}, {})
-    monkeypatch.setattr(sample, "load_workdir", lambda *_, **__: loaded)
+    monkeypatch.setattr(load, "load_workdir", lambda *_, **__: loaded)
     args = ["--workdir", tmp_path, "--labels", "3,7", "--out", tmp_path / "grid.png"]
     assert cli.refused(capfd, sample.main, args) == f"--labels: {message}"
     monkeypatch.setattr(runs, "load_workdir", lambda *_, **__: loaded)
