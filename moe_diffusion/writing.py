@@ -21,8 +21,6 @@ class WriteError(UserError, OSError):
     """A file could not be written; what was there before is still there."""
 
 
-
-
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a new file in the folder of `path`, which is made; the end of the body renames it.

@@ -154,18 +154,18 @@ def test_only_what_was_trained_is_drawn():
 
 
 def test_labels_by_name_and_number():
-    def chosen(text, known=PETS, num=4):
-        return labels.chosen_labels(text, num, Thousand(), known).tolist()
+    def chosen(text, known=PETS):
+        return labels.parse_labels(text, Thousand(), known).tolist()
 
-    assert chosen("cat") == [0] * 4 and chosen("cat,2") == [0, 0, 2, 2] == chosen(" cat , 2 ")
-    assert chosen("7") == [1] * 4  # exactly a name, though a number, too
-    assert chosen("7,1") == [1] * 4
-    assert chosen("7", classes.NOTHING) == [7] * 4
-    assert chosen("2,0,cat", num=3) == [2, 0, 0]
+    assert chosen("cat") == [0] and chosen("cat,2") == [0, 2] == chosen(" cat , 2 ")
+    assert chosen("7") == [1]  # exactly a name, though a number, too
+    assert chosen("7,1") == [1, 1]
+    assert chosen("7", classes.NOTHING) == [7]
+    assert chosen("2,0,cat") == [2, 0, 0]
     fish = Classes({"label": 4}, ("tench, Tinca tinca", "tench", "crane", "crane"))
-    assert chosen("tench, Tinca tinca", fish) == [0] * 4 and chosen("tench", fish) == [1] * 4
-    assert chosen("tench,tench, Tinca tinca,3", fish, 3) == [1, 0, 3]
-    assert chosen("tench,Tinca", Classes({"label": 2}, ("tench,Tinca", "x"))) == [0] * 4
+    assert chosen("tench, Tinca tinca", fish) == [0] and chosen("tench", fish) == [1]
+    assert chosen("tench,tench, Tinca tinca,3", fish) == [1, 0, 3]
+    assert chosen("tench,Tinca", Classes({"label": 2}, ("tench,Tinca", "x"))) == [0]
     for text, known, message in (
         ("crane", fish, "--labels: crane is the name of 2 and 3: give a number"),
         ("Cta", PETS, "--labels: no class is called 'Cta'; nearest: cat"),

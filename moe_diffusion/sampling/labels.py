@@ -11,7 +11,6 @@ import numpy as np
 from moe_diffusion.classes import LABEL, NOTHING, Classes, of_run, with_names
 from moe_diffusion.errors import UserError, shown
 from moe_diffusion.models.stack import Model
-from moe_diffusion.sampling.conditions import spread
 
 _LONGEST = 60  # characters of a user's text that are compared with names
 
@@ -66,12 +65,6 @@ def parse_labels(text: str, model: Model, known: Classes = NOTHING) -> np.ndarra
         chosen.append(_number(names[length], known, "--labels"))
         del parts[:length]
     return check_labels(chosen, model, known, "--labels")
-
-
-def chosen_labels(text: str, num: int, model: Model, known: Classes = NOTHING) -> np.ndarray:
-    """i32[num], spread evenly over the classes of a text, see `parse_labels`."""
-    labels = parse_labels(text, model, known)
-    return labels[spread(num, len(labels))]
 
 
 def check_labels(labels: Sequence[Any], model: Model, known: Classes, asked_by: str) -> np.ndarray:

@@ -52,11 +52,11 @@ def test_a_prompt_cannot_be_made_up():
         default_conditions(Prompted(), 8)
 
 
-def test_chosen_labels(digits):
-    assert labels.chosen_labels("5,2,9", 6, digits).tolist() == [5, 5, 2, 2, 9, 9]
+def test_labels_of_a_text(digits):
+    assert labels.parse_labels("5,2,9", digits).tolist() == [5, 2, 9]
     assert labels.num_labels(digits, "x") == 10
     with pytest.raises(UserError, match="10 is no class; this model knows 0 to 9"):
-        labels.chosen_labels("3,10", 6, digits)
+        labels.parse_labels("3,10", digits)
 
 
 def test_labels_of_a_model_without_labels(monkeypatch, tmp_path, capfd):
