@@ -66,10 +66,11 @@ def _not_written(path: str | os.PathLike, error: OSError) -> WriteError:
     )
 
 
-def save_text(text: str, path: str | os.PathLike) -> None:
-    """Writes a text file, which may be remote, whole or not at all."""
+def save_text(text: str, path: str | os.PathLike) -> Path:
+    """Writes a text file, which may be remote, whole or not at all; returns its path."""
     with whole_file(path, "w") as file:
         file.write(text)
+    return Path(path)
 
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> Path:

@@ -16,7 +16,6 @@ weights in native names, and the other way round (`FLUX_MODULES`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -32,6 +31,7 @@ import safetensors
 from moe_diffusion.errors import UserError, explained
 from moe_diffusion.interop import files, keymap
 from moe_diffusion.interop.tensors import Lazy, State, adjusted, lazy, listed
+from moe_diffusion.reading import Key, check_keys, read_table, table_of
 
 _KINDS = {
     "A": re.compile(r"(?:\.lora_A|\.lora_down|\.lora\.down|_lora\.down)(?:\.\w+)?\.weight$"),
@@ -83,6 +83,15 @@ _MLP = 3  # the part of linear1 that is as wide as the MLP; the others are as wi
 _SWAPPED = "norm_out.linear"  # scale and shift in diffusers, shift and scale natively
 _FLUX_MARKS = tuple(f"{kind}blocks." for kind in ("double_", "single_", "transformer_"))
 _FLUX_MARKS += ("single_transformer_blocks.",)
+
+
+_ALPHA = Key((float,), None, least=-1e6, most=1e6)
+_TOLD = {
+    "lora_alpha": _ALPHA,
+    "alpha_pattern": Key((dict, type(None)), None),
+    "use_rslora": Key((bool, type(None)), None),
+    "use_dora": Key((bool, type(None)), None),
+}
 
 
 class _Delta(NamedTuple):
@@ -207,11 +216,20 @@ def _settings(path: Path) -> dict[str, Any]:
     told, beside = {}, path.with_name("adapter_config.json")
     with explained(f"the settings of {path} are damaged", "copy the LoRA again", (ValueError,)):
         if beside.is_file():
-            told = json.loads(beside.read_text())
+            told = read_table(beside, "copy the LoRA again")
         elif path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="numpy") as file:
                 metadata = (file.metadata() or {}).get(_METADATA, "{}")
-            told = {key.removeprefix("transformer."): v for key, v in json.loads(metadata).items()}
+            told = table_of(metadata)
+            if told is None:
+                raise ValueError("its metadata is no table")
+            told = {key.removeprefix("transformer."): v for key, v in told.items()}
+    check_keys(told, _TOLD, f"the settings of {path}", "copy the LoRA again")
+    patterns = told.get("alpha_pattern") or {}
+    for pattern in patterns:
+        check_keys(patterns, {pattern: _ALPHA}, f"alpha_pattern of {path}", "copy the LoRA again")
+        with explained(f"alpha_pattern of {path} is damaged", "copy the LoRA again", (re.error,)):
+            re.compile(pattern)
     if told.get("use_dora"):
         raise UserError(f"{path} is a DoRA, which changes more than a LoRA: it is not read")
     return told

@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from moe_diffusion.errors import UserError, check_writable, explained
+from moe_diffusion.errors import UserError, check_writable, shown
 from moe_diffusion.interop import files, keymap
 from moe_diffusion.interop.rows import (
     FLAT,
@@ -38,6 +38,7 @@ from moe_diffusion.interop.rows import (
 from moe_diffusion.interop.tensors import Lazy, Spec, State, joined, without
 from moe_diffusion.models.parts import compute_dtype
 from moe_diffusion.models.text import CLIPText, T5Encoder, TextEncoder, TextNetwork
+from moe_diffusion.reading import Key, check_keys, read_table
 from moe_diffusion.writing import save_text
 
 WEIGHTS = "model.safetensors"
@@ -115,6 +116,23 @@ _OTHERS = {
     ),
     "t5_encoder": ("decoder.", "lm_head."),
 }
+_REMEDY = "restore the config.json that was published with the encoder"
+_SIZE, _EPS = Key((int,), least=1, most=1 << 24), Key((float,), 0.0, least=0, most=1)
+_CLIP_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_CLIP_SIZES += ("num_attention_heads", "max_position_embeddings")
+_CLIP_KEYS = dict.fromkeys(_CLIP_SIZES, _SIZE) | {
+    "hidden_act": Key((str,)),
+    "layer_norm_eps": _EPS,
+    "eos_token_id": Key((int,), 0, least=0),
+}
+_T5_KEYS = dict.fromkeys(
+    ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "d_kv"), _SIZE
+)
+_T5_KEYS |= {
+    "layer_norm_epsilon": _EPS,
+    "relative_attention_num_buckets": Key((int,), 32, least=4, most=1 << 16),
+    "relative_attention_max_distance": Key((int,), 128, least=4, most=1 << 24),
+}
 _TIED = "encoder.embed_tokens.weight"  # T5's second name of shared.weight
 
 
@@ -129,7 +147,8 @@ def load(path: str | os.PathLike, dtype: str = "auto") -> TextEncoder:
       UserError: a file is missing or damaged, or it is of no such encoder.
     """
     path = files.find(path)
-    network = network_from_config(_read_config(path.with_name("config.json")))
+    described = path.with_name("config.json")
+    network = network_from_config(read_table(described, _REMEDY, "config.json"), str(described))
     state = files.read_state_dict(path)
     return TextEncoder(
         *import_state_dict(state, network.clone(dtype=compute_dtype(dtype))), _name(path)
@@ -204,25 +223,32 @@ def family_of(network: TextNetwork) -> str:
     return "clip_text" if isinstance(network, CLIPText) else "t5_encoder"
 
 
-def network_from_config(config: Mapping[str, Any]) -> CLIPText | T5Encoder:
+def network_from_config(
+    config: Mapping[str, Any], where: str = "config.json"
+) -> CLIPText | T5Encoder:
     """The network that a config.json of transformers describes.
 
+    Args:
+      where: the file, for messages.
+
     Raises:
-      UserError: it is of another architecture, or lacks a key.
+      UserError: it is of another architecture, lacks a key, or a value cannot be.
     """
     config = config.get("text_config", config)
-    try:
-        return _t5(config) if "d_model" in config else _clip(config)
-    except KeyError as error:
-        raise UserError(
-            f"this config.json is of no CLIP text encoder and no T5: it lacks {error}"
-        ) from None
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where}: text_config is {shown(config)}, not a table: {_REMEDY}")
+    if "d_model" not in config and "hidden_size" not in config:
+        raise UserError(f"{where} is of no CLIP text encoder and no T5: {_REMEDY}")
+    return _t5(config, where) if "d_model" in config else _clip(config, where)
 
 
-def _clip(config: Mapping[str, Any]) -> CLIPText:
+def _clip(config: Mapping[str, Any], where: str) -> CLIPText:
+    check_keys(config, _CLIP_KEYS, where, _REMEDY)
     act, width, heads = config["hidden_act"], config["hidden_size"], config["num_attention_heads"]
     if act not in ("quick_gelu", "gelu"):
-        raise UserError(f"hidden_act {act!r} of config.json is not known: quick_gelu or gelu is")
+        raise UserError(f"hidden_act {shown(act)} of {where} is not known: quick_gelu or gelu is")
+    if width % heads:
+        raise UserError(f"{where}: num_attention_heads {heads} does not divide {width}: {_REMEDY}")
     eos = config.get("eos_token_id", 49407)
     return CLIPText(
         vocab_size=config["vocab_size"],
@@ -238,9 +264,10 @@ def _clip(config: Mapping[str, Any]) -> CLIPText:
     )
 
 
-def _t5(config: Mapping[str, Any]) -> T5Encoder:
+def _t5(config: Mapping[str, Any], where: str) -> T5Encoder:
+    check_keys(config, _T5_KEYS, where, _REMEDY)
     if (act := config.get("feed_forward_proj", "relu")) != "gated-gelu":
-        raise UserError(f"feed_forward_proj {act!r} of config.json is not T5 v1.1's gated-gelu")
+        raise UserError(f"feed_forward_proj {shown(act)} of {where} is not T5 v1.1's gated-gelu")
     return T5Encoder(
         vocab_size=config["vocab_size"],
         hidden_size=config["d_model"],
@@ -321,16 +348,6 @@ def _shards(specs: Mapping[str, Spec], most: int) -> list[list[str]]:
 
 def _size(spec: Spec) -> int:
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    with explained(
-        f"cannot read {path}", "put the encoder's config.json there", (OSError, ValueError)
-    ):
-        values = json.loads(path.read_text())
-    if not isinstance(values, dict):
-        raise UserError(f"{path} describes no text encoder: restore it")
-    return values
 
 
 def _name(path: Path) -> str:

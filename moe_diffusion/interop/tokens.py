@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from moe_diffusion.errors import UserError, explained
+from moe_diffusion.reading import read_table
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 # CLIP's words (Radford et al., 2103.00020): contractions, letters, single digits, other signs.
@@ -120,9 +120,9 @@ def _pad(folder: Path, tokenizer: Any) -> int:
     names = []
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            with explained(f"{folder / name} is damaged", "copy it again"):
-                token = json.loads((folder / name).read_text()).get("pad_token")
-                names.append(token["content"] if isinstance(token, dict) else token)
+            token = read_table(folder / name, "copy it again").get("pad_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            names += [token] if isinstance(token, str) else []
     known = (tokenizer.token_to_id(name) for name in (*names, *_PADS) if name)
     pad = next((number for number in known if number is not None), None)
     if pad is None:

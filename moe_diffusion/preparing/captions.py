@@ -6,18 +6,19 @@ folders of Hugging Face's `datasets` have it; other keys are ignored.
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from moe_diffusion import pictures
 from moe_diffusion.conditions import Field
 from moe_diffusion.data.images import to_array
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import UserError, shown
 from moe_diffusion.interop.prompts import PromptEncoders
+from moe_diffusion.reading import lines, table_of
 
 METADATA = "metadata.jsonl"
 _CAPTION = "caption"  # in a record that `complete` has not seen yet
@@ -60,16 +61,15 @@ class CaptionFolder:
         """{"image", "caption"} of record `index`, or None if it is broken and may be skipped."""
         path, caption = self._rows[index]
         try:
-            with Image.open(path) as image:
-                pixels = to_array(image, self.image_shape)
-        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, ...
-            what = f"{path} cannot be read as an image ({error})"
+            picture = pictures.read(
+                path, str(path), "restore it, or skip such files (--skip-broken)"
+            )
+        except UserError as error:
             if not self.skip_broken:
-                raise UserError(
-                    f"{what}: restore it, or skip such files with --skip-broken"
-                ) from None
-            print(f"skipped: {what}", file=sys.stderr, flush=True)
+                raise
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
             return None
+        pixels = to_array(picture, self.image_shape)
         return {"image": pixels, _CAPTION: caption}
 
     def complete(self, records: list[Record]) -> list[Record]:
@@ -93,29 +93,24 @@ def read_metadata(folder: Path) -> list[tuple[Path, str]]:
         message names the line.
     """
     path, rows = folder / METADATA, []
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f'no {METADATA} in {folder}: write a line {{"file_name": ..., "text": ...}} per image'
         )
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): write it in UTF-8") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in lines(path, METADATA):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"line {number} of {path} is no object with file_name and text ({error!r}): mend it"
-            ) from None
+        where, row = f"line {number} of {path}", table_of(line)
+        if row is None or not {"file_name", "text"} <= row.keys():
+            raise UserError(f"{where} is no object with file_name and text: mend it")
+        name, text = row["file_name"], row["text"]
         if not (isinstance(name, str) and isinstance(text, str)):
-            raise UserError(f"line {number} of {path}: file_name and text must be texts")
+            raise UserError(f"{where}: file_name and text must be texts")
+        if "\0" in name or not os.path.isfile(folder / name):
+            raise UserError(f"{where} names {shown(name)}, which is not there")
+        if "\ufffd" in text:
+            raise UserError(f"{where}: its text is no UTF-8: write the file in UTF-8")
         rows.append((folder / name, text))
-        if not rows[-1][0].is_file():
-            raise UserError(f"line {number} of {path} names {rows[-1][0]}, which is not there")
     if not rows:
         raise UserError(f"{path} has no lines: nothing to prepare")
     return rows

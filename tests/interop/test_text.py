@@ -119,7 +119,7 @@ def test_configs():
     for config, message in (
         (clip | {"hidden_act": "relu"}, "hidden_act 'relu' of config.json is not known"),
         (t5 | {"feed_forward_proj": "relu"}, "'relu' of config.json is not T5 v1.1's gated-gelu"),
-        ({"vocab_size": 3}, "is of no CLIP text encoder and no T5: it lacks 'hidden_act'"),
+        ({"vocab_size": 3}, "is of no CLIP text encoder and no T5"),
     ):
         with pytest.raises(UserError, match=message):
             text.network_from_config(config)
@@ -127,9 +127,7 @@ def test_configs():
 
 def test_what_is_missing_or_of_another_kind(folder, tmp_path):
     (folder / "config.json").rename(tmp_path / "config.json")
-    with pytest.raises(
-        UserError, match="cannot read .*config.json .*put the encoder's config.json"
-    ):
+    with pytest.raises(UserError, match="no config.json at "):
         text.load(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match="describes no text encoder: restore it"):

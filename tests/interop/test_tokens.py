@@ -53,7 +53,7 @@ def test_a_file_that_says_it_all(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "!"}}')
     assert encode_prompts(["a nice digit"], tmp_path, 4).tolist() == [[1, 0, 2, 3]]
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer_config.json is damaged .*copy it again"):
+    with pytest.raises(UserError, match="tokenizer_config.json .*copy it again"):
         open_tokenizer(tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_what_the_records_hold(inputs, prepared):
     assert batch["guidance"].tolist() == [3.5] * 5 and not source.mirrored
     assert batch["image"].shape == (5, 2, 2, 4)
 
-    encoders = prepare.PromptEncoders(folder.parent / "flux", 6)
+    encoders = PromptEncoders(folder.parent / "flux", 6)
     for name, field in encoders.encode(CAPTIONS).items():
         np.testing.assert_allclose(
             np.float32(batch[name]), np.float32(field), rtol=1e-5, atol=1e-5, err_msg=name
