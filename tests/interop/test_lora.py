@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moe_diffusion import convert
+from moe_diffusion import convert, interop, models
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import lora
 from moe_diffusion.training.checkpoint import StoredWeights
 from tests import cli
-from tests.golden import cases
+from tests.interop import test_keymap
 
 SIT = cli.ROOT / "tests" / "goldens" / "sit"
 
@@ -169,16 +169,17 @@ def test_native_names_on_weights_of_diffusers(tmp_path):
         merged(tmp_path, tensors, weights=weights)
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("name", ["flux", "flux_schnell"])
-@pytest.mark.parametrize("base,other", [("", "_diffusers"), ("_diffusers", "")])
-def test_the_same_weights_in_both_names(tmp_path, name, base, other):
-    """Two recorded files hold one network in both names. A is the identity and B minus the weights
-    in one of them, so the merged weights in the other are all zero, the biases as they were."""
-    files = [cases.folder() / f"{name}{end}" / "weights.safetensors" for end in (base, other)]
-    if not all(file.is_file() for file in files):
-        pytest.skip("this folder of goldens has no FLUX.1")
-    weights, source = (load_file(file) for file in files)
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("base,other", [("flux", "flux_diffusers"), ("flux_diffusers", "flux")])
+def test_the_same_weights_in_both_names(tmp_path, guidance, base, other):
+    """One network in both names. A is the identity and B minus the weights in one of them, so the
+    merged weights in the other are all zero, the biases as they were."""
+    hparams = test_keymap.FLUX | {"guidance_embed": guidance}
+    model = models.build(interop.model_config_from_torch("flux", hparams))
+    variables = test_keymap.random_variables(model)
+    weights, source = (
+        dict(interop.export_state_dict(variables, model, family)) for family in (base, other)
+    )
     tensors = {}
     for key, value in source.items():
         if value.ndim == 2:

@@ -130,7 +130,7 @@ def test_what_is_missing_or_of_another_kind(folder, tmp_path):
     with pytest.raises(UserError, match="no config.json at "):
         text.load(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="describes no text encoder: restore it"):
+    with pytest.raises(UserError, match=r"holds \[\], not a table"):
         text.load(folder)
     (tmp_path / "config.json").rename(folder / "config.json")
     state = published(folder)
@@ -143,7 +143,6 @@ def test_what_is_missing_or_of_another_kind(folder, tmp_path):
 
 
 def test_a_pipeline_of_other_parts(tmp_path):
-    pytest.importorskip("tokenizers")
     folder = lib.write(tmp_path / "flux")
     t5 = text.load(folder / "text_encoder_2")
     few = {**t5.params, "tokens": t5.params["tokens"][:9]}

@@ -13,8 +13,6 @@ from moe_diffusion.interop.tokens import encode_prompts, open_tokenizer
 
 from . import pipeline_folder as lib
 
-tokenizers = pytest.importorskip("tokenizers")
-
 
 def test_clip_from_its_vocabulary_and_merges(tmp_path):
     """Lower case, any white space, words of merged letters, one token per digit and sign."""
@@ -42,6 +40,8 @@ def test_t5_from_a_file_of_sentencepiece(tmp_path, capfd):
 
 def test_a_file_that_says_it_all(tmp_path):
     """tokenizer.json comes first, and tokenizer_config.json names the padding token."""
+    import tokenizers
+
     made = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "digit": 2, "!": 3}, "[UNK]")
     )

@@ -14,10 +14,10 @@ from PIL import Image
 
 from moe_diffusion import prepare
 from moe_diffusion.data.latents import Latents
+from moe_diffusion.interop.prompts import PromptEncoders
 from tests import cli, pictures
 from tests.interop import pipeline_folder
 
-pytest.importorskip("tokenizers")
 CAPTIONS = ["a handwritten seven", "the digit", "a three of the three digit", "", "a digit"]
 
 
