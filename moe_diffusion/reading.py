@@ -244,8 +244,8 @@ class Key:
     """What the value of a key may be.
 
     Attributes:
-      kinds: int, float (any number), bool, str, dict, list, NoneType; one of them must fit. A bool
-        is no number. `bool` takes 0 and 1, too, as Python's code does.
+      kinds: int, float (any number), bool, str, dict, list (or tuple), NoneType; one of them must
+        fit. A bool is no number. `bool` takes 0 and 1, too, as Python's code does.
       default: where the key is left out; `...` says that it must be there.
       least, most: of a number, and of the length of a list.
       items: what each item of a list is.
@@ -262,11 +262,12 @@ class Key:
         if not any(_fits(value, kind) for kind in self.kinds):
             wanted = " or ".join(_KINDS[kind] for kind in self.kinds)
             raise UserError(f"{named} is {shown(value)}, not {wanted}: {remedy}")
-        size = len(value) if isinstance(value, list) else value
+        several = isinstance(value, list | tuple)
+        size = len(value) if several else value
         if isinstance(size, int | float) and not self.least <= size <= self.most:
-            what = f"has {size} items" if isinstance(value, list) else f"is {size}"
+            what = f"has {size} items" if several else f"is {size}"
             raise UserError(f"{named} {what}, outside {self.least:g}..{self.most:g}: {remedy}")
-        if self.items and isinstance(value, list):
+        if self.items and several:
             for i, item in enumerate(value):
                 self.items.check(item, f"{named}[{i}]", remedy)
 
@@ -283,7 +284,7 @@ def _fits(value: Any, kind: type) -> bool:
         return False
     if kind is float:
         return isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    return isinstance(value, Mapping if kind is dict else kind)
+    return isinstance(value, {dict: Mapping, list: list | tuple}.get(kind, kind))
 
 
 def check_keys(table: Mapping[str, Any], keys: Mapping[str, Key], where: str, remedy: str) -> None:

@@ -14,7 +14,7 @@ import ml_collections
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop.dit import linear
-from moe_diffusion.interop.hparams import fill
+from moe_diffusion.interop.hparams import fill, without_default
 from moe_diffusion.interop.rows import (
     FLAT,
     HEADS_IN,
@@ -28,6 +28,7 @@ from moe_diffusion.interop.rows import (
 )
 from moe_diffusion.interop.shapes import Shapes, numbers
 from moe_diffusion.models.flux import PATCH
+from moe_diffusion.reading import Key
 
 # --- names ---------------------------------------------------------------------------------------
 
@@ -178,20 +179,23 @@ _DIFFUSERS = (
 # --- hyperparameters -----------------------------------------------------------------------------
 
 # The fields of FluxParams, flux/model.py.
+_THETA = 10_000
+_COUNT = Key((int,), least=1, most=1 << 20)
+_AXIS = Key((int,), least=2, most=1 << 12)
 _PARAMS = {
-    "in_channels": ...,
-    "out_channels": None,  # as in_channels
-    "vec_in_dim": ...,
-    "context_in_dim": ...,
-    "hidden_size": ...,
-    "mlp_ratio": 4.0,
-    "num_heads": ...,
-    "depth": ...,
-    "depth_single_blocks": ...,
-    "axes_dim": ...,
-    "theta": 10_000,
-    "qkv_bias": True,
-    "guidance_embed": ...,
+    "in_channels": _COUNT,
+    "out_channels": Key((int, type(None)), None, least=1, most=1 << 20),  # null: as in_channels
+    "vec_in_dim": _COUNT,
+    "context_in_dim": _COUNT,
+    "hidden_size": _COUNT,
+    "mlp_ratio": Key((float,), 4.0, least=1e-3, most=1e3),
+    "num_heads": _COUNT,
+    "depth": _COUNT,
+    "depth_single_blocks": _COUNT,
+    "axes_dim": Key((list,), least=3, most=3, items=_AXIS),
+    "theta": Key((int,), _THETA),
+    "qkv_bias": Key((bool,), True),
+    "guidance_embed": Key((bool,)),
 }
 # The same in diffusers' config.json, which has the width of a head in place of the model's.
 _RENAMED = {
@@ -206,7 +210,7 @@ _RENAMED = {
     "guidance_embed": "guidance_embeds",
 }
 _CONFIG_JSON = {new: _PARAMS[old] for old, new in _RENAMED.items()}
-_CONFIG_JSON |= {"attention_head_dim": ..., "patch_size": 1}
+_CONFIG_JSON |= {"attention_head_dim": _COUNT, "patch_size": Key((int,), 1)}
 # Published head width -> how its channels are shared by the three positions; shapes do not show it.
 _AXES = {128: (16, 56, 56)}
 
@@ -221,15 +225,14 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
       hparams: the fields of FluxParams.
 
     Raises:
-      UserError: a key is unknown or lacking, or an option has no counterpart here.
-      TypeError: a value is of the wrong kind.
+      UserError: a key is unknown or lacking, a value cannot be, or an option is unknown here.
     """
     h = fill("FluxParams", _PARAMS, hparams)
     channels, out = h["in_channels"], h["out_channels"] or h["in_channels"]
     for wrong, text in (
         (channels != out, f"in_channels {channels} is not out_channels {out}: an image condition"),
         (channels % PATCH**2, f"in_channels {channels} is no multiple of 4, a packed latent's"),
-        (h["theta"] != _PARAMS["theta"], f"theta {h['theta']} (10000 is the one of rope here)"),
+        (h["theta"] != _THETA, f"theta {h['theta']} ({_THETA} is the one of rope here)"),
         (not h["qkv_bias"], "qkv_bias false"),
     ):
         if wrong:
@@ -316,14 +319,14 @@ FAMILIES = {
         _NATIVE,
         configure=configure,
         from_shapes=from_shapes,
-        asked=tuple(name for name, value in _PARAMS.items() if value is ...),
+        asked=tuple(without_default(_PARAMS)),
     ),
     "flux_diffusers": Family(
         "flux_diffusers",
         _DIFFUSERS,
         configure=configure_diffusers,
         from_shapes=diffusers_from_shapes,
-        asked=tuple(name for name, value in _CONFIG_JSON.items() if value is ...),
+        asked=tuple(without_default(_CONFIG_JSON)),
         subfolder="transformer",
     ),
 }

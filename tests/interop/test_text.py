@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop import text
 from moe_diffusion.interop.prompts import PromptEncoders
+from moe_diffusion.interop.text_config import config_of, network_from_config
 from moe_diffusion.models.text import TextEncoder
 from tests import cli
 
@@ -86,16 +87,16 @@ def test_whole_models(folder):
     if "shared.weight" in state:
         extra = {"decoder.block.0.x.weight": np.ones(2), "lm_head.weight": np.ones((2, 2))}
         tied = {k: v for k, v in state.items() if k != "shared.weight"}
-        assert same(text.import_state_dict(tied, text.network_from_config(config))[1], wanted)
+        assert same(text.import_state_dict(tied, network_from_config(config))[1], wanted)
         torn = state | {"shared.weight": state["shared.weight"] + 1}
         with pytest.raises(UserError, match="shared.weight and encoder.embed_tokens.weight differ"):
-            text.import_state_dict(torn, text.network_from_config(config))
+            text.import_state_dict(torn, network_from_config(config))
     else:
         bare = {key.removeprefix("text_model."): value for key, value in state.items()}
-        assert same(text.import_state_dict(bare, text.network_from_config(config))[1], wanted)
+        assert same(text.import_state_dict(bare, network_from_config(config))[1], wanted)
         config = {"model_type": "clip", "text_config": config, "vision_config": {}}
     whole = {key: np.float32(value) for key, value in extra.items()}
-    found = text.import_state_dict(state | whole, text.network_from_config(config))
+    found = text.import_state_dict(state | whole, network_from_config(config))
     assert same(found[1], wanted)
 
 
@@ -104,14 +105,14 @@ def test_configs():
     clip = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072}
     clip |= {"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77}
     clip |= {"hidden_act": "quick_gelu", "eos_token_id": 2}
-    network = text.network_from_config(clip)
+    network = network_from_config(clip)
     assert network.eos_id is None and network.head_dim == 64
-    assert text.network_from_config(clip | {"eos_token_id": 49407}).eos_id == 49407
-    assert text.network_from_config(text.config_of(network)) == network
+    assert network_from_config(clip | {"eos_token_id": 49407}).eos_id == 49407
+    assert network_from_config(config_of(network)) == network
     t5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24}
     t5 |= {"num_heads": 64, "feed_forward_proj": "gated-gelu"}
-    network = text.network_from_config(t5)
-    assert text.network_from_config(text.config_of(network)) == network
+    network = network_from_config(t5)
+    assert network_from_config(config_of(network)) == network
     leaves = flatten_dict(network.abstract_params())
     count = sum(int(np.prod(leaf.value.shape)) for leaf in leaves.values())
     # 32128 * 4096 + 32 * 64 + 4096 + 24 * (4 * 4096^2 + 3 * 4096 * 10240 + 2 * 4096)
@@ -122,7 +123,7 @@ def test_configs():
         ({"vocab_size": 3}, "is of no CLIP text encoder and no T5"),
     ):
         with pytest.raises(UserError, match=message):
-            text.network_from_config(config)
+            network_from_config(config)
 
 
 def test_what_is_missing_or_of_another_kind(folder, tmp_path):
