@@ -137,8 +137,6 @@ class RunImages:
             )
         other = copy.copy(self)
         other._threshold = threshold
-        other._routing = self._routing or {}
-        self._routing = other._routing
         other._variables = with_threshold(self._variables, threshold)
         return other
 

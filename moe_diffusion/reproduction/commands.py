@@ -106,9 +106,8 @@ def judging(item: Item, options: Options) -> list[Step]:
             argv += tuple(f"--config.{change}" for change in row.changes) + options.overrides
             steps.append(Step(argv, row))
     for text in item.commands:
-        words = []
+        words, known = [], protocol_of(text)
         for word in shlex.split(text):
-            known = protocol_of(text)
             plain = word.format(run=options.run, out=options.out, files="")
             words += files(options, known) if word == "{files}" else [plain]
         steps.append(Step((*words, *options.overrides)))

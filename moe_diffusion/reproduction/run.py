@@ -89,7 +89,7 @@ def _read_results(path: Path) -> Results:
 def _judge_all_steps(item: Item, options: Options, results: Results, kept: Path) -> None:
     """Evaluates every checkpoint that the runs keep, for the curves of FID over steps."""
     for step in judging(item, options):
-        for number in saved_steps(workdir(step.row, options)):
+        for number in saved_steps(workdir(step.row, options))[:-1]:  # the newest is judged already
             one = Step((*step.argv, "--step", str(number)), step.row)
             if str(one) not in results:
                 results[str(one)] = _evaluate(one)
