@@ -27,7 +27,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from moe_diffusion.errors import UserError, explained
+from moe_diffusion.errors import explained
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # What a file may hold, whatever its suffix: not what Pillow hands to another program, like EPS.
@@ -202,14 +202,14 @@ def _opened(file: str | os.PathLike | bytes, name: str, remedy: str) -> Iterator
         else:
             source = file
             if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe would wait forever
-                raise UserError("it is no regular file")
+                raise ValueError("it is no regular file")
         with Image.open(source, formats=_FORMATS) as image:
             yield _checked(image)
 
 
 def _checked(image: Image.Image) -> Image.Image:
     if image.mode not in _GREY + _COLOUR:
-        raise UserError(f"no value of its mode {image.mode} means white; 8 or 16 bits are known")
+        raise ValueError(f"no value of its mode {image.mode} means white; 8 or 16 bits are known")
     return image
 
 

@@ -13,6 +13,7 @@ from moe_diffusion import config as configs
 from moe_diffusion import routing, sample, train
 from moe_diffusion.data import sources
 from moe_diffusion.evaluation import protocol, runs
+from moe_diffusion.figures import images as figures
 from moe_diffusion.models import build
 from moe_diffusion.sampling import hooks
 from tests import cli
@@ -102,8 +103,8 @@ def draw(trained, tmp_path, *args):
 
 def test_samples_are_of_what_was_trained(trained, tmp_path, capfd, monkeypatch):
     shown = []
-    grid = sample.image_grid
-    monkeypatch.setattr(sample, "image_grid", lambda *a, **k: shown.append(a[1]) or grid(*a, **k))
+    grid = figures.image_grid
+    monkeypatch.setattr(figures, "image_grid", lambda *a, **k: shown.append(a[1]) or grid(*a, **k))
     assert draw(trained, tmp_path) == [0, 0, 1, 1, 2, 2]
     assert "the data has 3 of the 10 classes" in capfd.readouterr().out
     assert draw(trained, tmp_path, "--labels", "me@home:7,1") == [2, 2, 2, 1, 1, 1]
@@ -133,7 +134,7 @@ def test_without_a_record_everything_is_drawn_as_before(trained, tmp_path, capfd
     assert draw(workdir, tmp_path, *names, "--labels", "j,4") == [9, 9, 9, 4, 4, 4]
     (workdir / "data.json").write_text("{")
     args = ["--workdir", workdir, "--out", tmp_path / "no.png"]
-    assert "data.json is damaged" in cli.refused(capfd, sample.main, args)
+    assert "data.json is not valid JSON" in cli.refused(capfd, sample.main, args)
 
 
 @pytest.mark.parametrize("kind", ["balanced", "random"])

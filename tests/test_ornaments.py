@@ -12,6 +12,7 @@ from PIL import Image
 
 from moe_diffusion import train
 from moe_diffusion.errors import UserError
+from moe_diffusion.figures import curves
 from moe_diffusion.figures import images as figures
 from moe_diffusion.ornaments import ornament
 from moe_diffusion.sampling import hooks
@@ -104,7 +105,7 @@ def test_training_ends_well_without_its_pictures(tmp_path, monkeypatch, capfd):
         raise RuntimeError("no font")
 
     monkeypatch.setattr(hooks.FixedSamples, "draw", not_finite)
-    monkeypatch.setattr(train, "training_picture", no_font)
+    monkeypatch.setattr(curves, "training_picture", no_font)
     changes = {"train__sample_every": 2, "train__eval_samples": 8, "train__samples": 2}
     train.main([*cli.digits(**changes), "--workdir", str(tmp_path), "--json"])
     out, error = capfd.readouterr()

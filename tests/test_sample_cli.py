@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
@@ -15,7 +14,8 @@ from PIL import Image
 
 from moe_diffusion import config as configs
 from moe_diffusion import sample
-from moe_diffusion.models import build
+from moe_diffusion.figures import images as figures
+from moe_diffusion.sampling import film, flags
 from tests import cli
 
 
@@ -223,15 +223,16 @@ def test_so_many_of_each_class(trained, tmp_path):
     sample.main(list(map(str, args)))
     with np.load(tmp_path / "some.npz") as arrays:
         assert arrays["labels"].tolist() == [5, 5, 5, 2, 2, 2]
-    model = build(configs.load_json(trained / "config.json").model)
-    of_all = argparse.Namespace(num_per_class=3, labels="")
-    assert sample.how_many(of_all, model) == 30
+    of_all = ["--workdir", trained, "--num-per-class", 3]
+    args, overrides = sample.parse(list(map(str, of_all)))
+    labels = flags.conditions(flags.open_run(args, overrides), args)["label"]
+    assert labels.tolist() == [i // 3 for i in range(30)]
 
 
 def test_a_film_ends_with_the_images(trained, tmp_path, monkeypatch):
     """Of heun's 5 steps; the images of the film are those of the array."""
     kept = []
-    monkeypatch.setattr(sample, "save_film", lambda *args: kept.append(args))
+    monkeypatch.setattr(film, "save_film", lambda *args: kept.append(args))
     args = ["--workdir", trained, "--steps", 5, "--num", 3, "--batch", 2]
     args += ["--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png"]
     args += ["--trajectory", tmp_path / "film.gif"]
@@ -250,7 +251,7 @@ def test_the_rest_is_saved_if_the_picture_fails(trained, tmp_path, capfd, monkey
     def broken(*_, **__):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(sample, "image_grid", broken)
+    monkeypatch.setattr(figures, "image_grid", broken)
     args = ["--workdir", trained, "--steps", 2, "--num", 2, "--out", tmp_path / "a.png"]
     args += ["--npz", tmp_path / "a.npz", "--stats", tmp_path / "s.json"]
     args += ["--images", tmp_path / "singles"]

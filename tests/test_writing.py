@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,22 +143,6 @@ def test_lines_are_added_whole(tmp_path):
     with full_disk(len(before) + 5), pytest.raises(UserError, match="cannot write .*lines.jsonl"):
         writing.append_line('{"c": "too long"}', path)
     assert path.read_bytes() == before
-
-
-def test_a_remote_text_is_written_at_its_place(monkeypatch):
-    written = {}
-
-    class Remote:
-        def __init__(self, path):
-            self.path = os.fspath(path)
-
-        def write_text(self, text):
-            written[self.path] = text
-
-    monkeypatch.setattr(writing.epath, "Path", Remote)
-    writing.save_text("text", "gs://bucket/run/config.json")
-    assert written == {"gs://bucket/run/config.json": "text"}
-    assert not Path("gs:").exists()
 
 
 # --- what is checked before the work -----------------------------------------------------------

@@ -126,7 +126,7 @@ def _override(text: str) -> Setting:
 
     if no and equals:
         raise UserError(
-            f"override {shown(text)} has a value; write {key}={shown(value)}, or leave it out"
+            f"override {shown(text)} has a value; write {key}={value[:100]}, or leave it out"
         )
     return new_key(key), value.strip(), parse if equals else flag
 

@@ -148,7 +148,7 @@ class Pipeline:
             raise UserError(f"output={output!r} is unknown; choose {' | '.join(OUTPUTS)}")
         if batch_size < 1 or (num is not None and num < 1):
             raise UserError("num and batch_size must be at least 1")
-        check_seed(seed, "seed")
+        check_seed("seed", seed)
         config, cond = self._settings(sampling), self._cond(labels, num, cond or {})
         batch_size = min(batch_size, len(next(iter(cond.values()))))
         images = generate(
