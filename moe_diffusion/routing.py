@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.sampling.conditions import captions
 
     run = flags.open_run(args, overrides)
-    config, model, variables, note, known, autoencoder = run
+    config, model, variables, note, known, autoencoder, _ = run
     observer = RoutingObserver(model, report.MAPS)
     blocks = report.chosen_blocks(args.blocks, observer.blocks)
     cond = report.shuffled(flags.conditions(run, args), args.seed)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         variables,
         cond,
         seed=args.seed,
-        batch_size=args.batch,
+        batch_size=run.batch(args.batch),
         decode=autoencoder.decode if autoencoder else None,
     )
     print(f"experts per token: {stats['c_infer_avg']:.4f}")

@@ -6,6 +6,8 @@
   python -m moe_diffusion.sample --workdir runs/digits --labels 3,7 --num 32 --out grid.png \\
       --images singles/ --npz samples.npz --config.model.router.top_k=1
   python -m moe_diffusion.sample --workdir runs/digits --num-per-class 5 --trajectory film.gif
+  python -m moe_diffusion.sample --workdir runs/flux_dev --text-encoders FLUX.1-dev/ \\
+      --vae FLUX.1-dev/ --prompt "a red fox in the snow" --size 1024 --steps 28 --guidance 3.5
 
 Guidance, sampler and steps are those of the config unless they are given. Any key of the config can
 be set as --config.<key>=<value>.
@@ -42,8 +44,17 @@ def save_npz(path: str, images: np.ndarray, cond: Mapping[str, np.ndarray]) -> N
     save_arrays(path, {"arr_0": images, **fields})
 
 
-def save_grid(images: np.ndarray, texts: Sequence[str] | None, title: str, path: str) -> None:
-    """Writes the picture of all images, or of as many as a picture can hold, evenly spread."""
+def save_grid(
+    images: np.ndarray,
+    texts: Sequence[str] | None,
+    title: str,
+    path: str,
+    fields: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the picture of all images, or of as many as a picture can hold, evenly spread.
+
+    fields: what the file carries, see `save_png`.
+    """
     from moe_diffusion.figures.images import few_enough, image_grid, save_png
 
     shown = few_enough(len(images), images.shape[1:])
@@ -51,7 +62,7 @@ def save_grid(images: np.ndarray, texts: Sequence[str] | None, title: str, path:
         title += f", {len(shown):,} of {len(images):,}"
     with explained(f"cannot draw {path}", _OTHERS):
         grid = image_grid(images[shown], texts and [texts[i] for i in shown], title=title)
-    save_png(grid, path)
+    save_png(grid, path, fields)
 
 
 def check_places(args: argparse.Namespace) -> None:
@@ -66,7 +77,8 @@ def check_places(args: argparse.Namespace) -> None:
         "--out": (args.out, ".png"),
     }
     run = Path(args.workdir)
-    check_outputs(outputs, [run / "config.json", run / "checkpoints", args.vae])
+    read = [run / "config.json", run / "checkpoints", args.vae, args.prompts, args.text_encoders]
+    check_outputs(outputs, read)
     if args.images:
         check_empty("--images", args.images)
         folder = Path(args.images).resolve()
@@ -95,17 +107,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.diffusion.samplers import make_sampler
     from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
     from moe_diffusion.figures.images import save_pngs
-    from moe_diffusion.sampling import bound
+    from moe_diffusion.sampling import bound, notes
     from moe_diffusion.sampling.conditions import captions
     from moe_diffusion.sampling.film import COLUMNS, FRAMES, draw_film, save_film
     from moe_diffusion.sampling.generate import generate, pool_of
 
     run = flags.open_run(args, overrides)
-    config, model, variables, note, known, autoencoder = run
+    config, model, variables, note, known, autoencoder, prompted = run
     cond = flags.conditions(run, args)
     num = len(next(iter(cond.values())))
     observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
-    sampling, batch_size = config.sampling, min(args.batch, num)
+    sampling, batch_size = config.sampling, min(run.batch(args.batch), num)
     pool = pool_of(config, batch_size)
     sampler = make_sampler(observer, config, pool=pool)
     images = generate(
@@ -122,15 +134,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = decode(images) if decode else images
     title = f"{config.name}, step {note['step']}, ema {note['ema']}, cfg {sampling.cfg:g}, "
     title += f"{sampling.sampler} {sampling.steps}"
-    texts, saves = captions(model, cond, known), []
+    fields = notes.settings_text(config, note, args.seed, images.shape[1:3], cond)
+    if notes.GUIDANCE in fields:
+        title += f", guidance {fields[notes.GUIDANCE]}"
+    texts, saves = prompted.texts if prompted else captions(model, cond, known), []
+    kind = "prompt" if prompted else "label"
     if args.npz:
-        saves.append(partial(save_npz, args.npz, images, cond))
+        kept = notes.stored_fields(cond, texts) if prompted else cond
+        saves.append(partial(save_npz, args.npz, images, kept))
     if args.stats:
         stats = observer.stats()
         print(f"experts per token: {stats['c_infer_avg']:.4f} ({args.stats})")
         saves.append(partial(save_stats, stats, args.stats))
     if args.images:
-        saves.append(partial(save_pngs, images, args.images))
+        each = notes.image_texts(fields, texts, kind, num)
+        saves.append(partial(save_pngs, images, args.images, each))
     dropped = bound.report(config, stats["dropped"] if args.stats else observer.dropped())
 
     def film() -> None:
@@ -140,14 +158,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             states, steps = draw_film(model, config, variables, cond, **how)
             save_film(states, steps, texts, title, args.trajectory)
 
-    saves.append(partial(save_grid, images, texts, title, args.out))
+    if texts:
+        fields = {kind: "\n".join(dict.fromkeys(texts)), **fields}
+    saves.append(partial(save_grid, images, texts, title, args.out, fields))
     if args.trajectory:
         saves.append(film)
     save_each(*saves)
     print(f"{num} images: {args.out}")
     if args.json:
         depends = sampling.to_dict() | {"pool": pool, "dropped": dropped}
-        print(json.dumps({"num": num, "out": args.out, **note, **depends}))
+        asked = {"prompts": prompted.prompts} if prompted else {}
+        print(json.dumps({"num": num, "out": args.out, **asked, **note, **depends}))
 
 
 if __name__ == "__main__":

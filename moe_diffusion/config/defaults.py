@@ -121,6 +121,8 @@ DEFAULTS: dict[str, Any] = {
         "split": "train",  # of digits and tfds
         "skip_broken": False,  # folder: skip files that are no images, and name them
         "autoencoder": "",  # weights that decode latents into pictures, see docs/data.md
+        # folder of a FLUX.1 pipeline, whose encoders read the prompts of `sample --prompt`
+        "text_encoders": "",
         "batch_size": 256,  # images per optimizer step, over all devices
         "augment": "none",  # none | flip | dequantize
         "num_workers": 0,
@@ -175,6 +177,7 @@ COMPUTATION += ("model.moe.capacity_factor", "model.moe.dropout")
 RUN_CONTROL = ("train.", "checkpoint.", "sampling.", "parallel.") + (
     "compile_cache",
     "data.autoencoder",
+    "data.text_encoders",
     "data.num_workers",
     "data.prefetch",
 )

@@ -22,7 +22,8 @@ def validate(config: ConfigDict) -> None:
     """Raises a UserError at the first value or combination that cannot work on any machine."""
     config = settle(config) if is_draft(config) else config
     check_ranges(config)
-    for key, place in (("source", config.data.source), ("autoencoder", config.data.autoencoder)):
+    for key in ("source", "autoencoder", "text_encoders"):
+        place = config.data[key]
         remedy = "copy it to a local folder"
         require(not is_remote(place), f"data.{key} = {place} is remote: {remedy}")
     _check_transformer(config.model)

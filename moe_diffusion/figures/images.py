@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from moe_diffusion.writing import check_empty, whole_file
 
 _TEXT = (60, 60, 60)
 _SMALLEST_SIDE = 64  # pixels; smaller images are enlarged to about this
+_WIDEST_CAPTION = 600  # pixels of a caption left of its row
 _MOST_PIXELS = 60e6  # of all images of a grid; about 250 MB while it is drawn
 _SOFTWARE = "moe_diffusion"  # what a PNG of ours says in its field "Software"
 
@@ -69,6 +70,7 @@ def image_grid(
     gap = max(3, width // 20)
     margin = left = top = 4 * gap
     if one_per_row:
+        texts = [_shorten(text, font, _WIDEST_CAPTION) for text in texts]
         left += math.ceil(max(map(font.getlength, texts))) + 2 * gap
     if title:
         top += line + gap
@@ -99,14 +101,21 @@ def image_grid(
     return canvas
 
 
-def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
+def save_png(
+    image: Image.Image, path: str | os.PathLike, text: Mapping[str, object] | None = None
+) -> Path:
     """Writes a PNG that says it is ours, whole or not at all; makes the folder.
+
+    Args:
+      text: fields that the file carries, like a prompt and a seed; PIL reads them as `image.text`.
 
     Raises:
       WriteError: it cannot be written.
     """
     info = PngInfo()
     info.add_text("Software", _SOFTWARE)
+    for name, value in (text or {}).items():
+        info.add_text(name, str(value))  # PIL writes what is not Latin-1 as UTF-8 (iTXt)
     with whole_file(path) as file:
         image.save(file, format="png", pnginfo=info)
     return Path(path)
@@ -146,8 +155,15 @@ def save_ornament(draw: Callable[[], Image.Image], path: str | os.PathLike) -> P
     return None
 
 
-def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:
+def save_pngs(
+    images: np.ndarray,
+    folder: str | os.PathLike,
+    texts: Sequence[Mapping[str, object]] | None = None,
+) -> list[Path]:
     """Writes images f32[N, H, W, C] in [-1, 1] as folder/000000.png and on; returns the paths.
+
+    Args:
+      texts: the fields that each file carries, see `save_png`.
 
     Raises:
       UserError: the folder holds other files, or an image cannot be written; then the folder holds
@@ -158,7 +174,8 @@ def save_pngs(images: np.ndarray, folder: str | os.PathLike) -> list[Path]:
     paths: list[Path] = []
     try:
         for i, pixel in enumerate(pixels):
-            paths.append(save_png(Image.fromarray(pixel), Path(folder) / f"{i:06}.png"))
+            path = Path(folder) / f"{i:06}.png"
+            paths.append(save_png(Image.fromarray(pixel), path, texts and texts[i]))
     except BaseException:
         for path in paths:
             path.unlink(missing_ok=True)

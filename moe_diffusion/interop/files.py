@@ -23,6 +23,7 @@ import safetensors
 
 from moe_diffusion.errors import UserError, explained
 from moe_diffusion.interop import pickled
+from moe_diffusion.interop.downloads import check_download
 from moe_diffusion.interop.places import PICKLED, find, shard_set, shards, subfolders
 from moe_diffusion.interop.tensors import Lazy, Spec, joined, listed, of_torch
 from moe_diffusion.writing import whole_file
@@ -109,6 +110,8 @@ def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights
     if path.is_dir() and not shard_set(path):
         parts = {f"{folder.name}/": open_weights(folder, weights) for folder in subfolders(path)}
         return Weights(joined({prefix: opened.state for prefix, opened in parts.items()}))
+    for file in [path] if path.suffix in PICKLED else shards(path):
+        check_download(file)
     if path.suffix in PICKLED:
         opened = _pick(path, _unpickled(path), weights)
     else:

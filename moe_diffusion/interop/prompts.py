@@ -31,6 +31,11 @@ TEXT_LENGTH = 512
 _PLACES = (("tokenizer_2", "text_encoder_2", T5Encoder), ("tokenizer", "text_encoder", CLIPText))
 
 
+def is_pipeline(folder: str | os.PathLike) -> bool:
+    """Whether a folder has the parts that the table above names, whatever is in them."""
+    return all((Path(folder) / name).is_dir() for *names, _ in _PLACES for name in names)
+
+
 class PromptEncoders:
     """The tokenizers and encoders of a pipeline folder.
 

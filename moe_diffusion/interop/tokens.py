@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from moe_diffusion.errors import UserError, explained
+from moe_diffusion.interop.downloads import check_download
 from moe_diffusion.reading import read_table
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
@@ -90,6 +91,8 @@ def open_tokenizer(folder: str | os.PathLike) -> PromptTokenizer:
     ):
         paths = [folder / name for name in names]
         if all(path.is_file() for path in paths):
+            for path in paths:
+                check_download(path)
             what, remedy = f"{folder} holds a damaged tokenizer", "copy its files again"
             with explained(what, remedy):
                 tokenizer = build(*paths)

@@ -17,6 +17,7 @@ from moe_diffusion import config as configs
 from moe_diffusion import locks, models
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.interop import describe, families, files, keymap
+from moe_diffusion.interop.prompts import is_pipeline
 from moe_diffusion.interop.rows import Family
 from moe_diffusion.interop.streamed import write_weights
 from moe_diffusion.interop.tensors import Pieces, Spec, State, lazy, listed
@@ -140,6 +141,11 @@ def open_import(
     model_config.model.param_dtype = next(
         x.dtype.name for path, x in leaves.items() if path.startswith("params/")
     )
+    if model_config.model.param_dtype == "bfloat16" and not config:
+        model_config.model.dtype = "auto"  # what is published in bf16 also runs in it
+    around = Path(source) if Path(source).is_dir() else path.parent
+    if model_config.model.architecture == "flux" and is_pipeline(around):
+        model_config.data.text_encoders = os.path.abspath(around)
     model_config.ema.decays = ()  # there is one set of weights, the one to sample from
     return Import(path, opened, origin, model_config, leaves)
 

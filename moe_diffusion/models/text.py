@@ -293,7 +293,8 @@ class TextEncoder:
 
     def release(self) -> None:
         """Frees the weights on the devices; the next call places them again."""
-        self.__dict__.pop("_placed", None)
+        for leaf in jax.tree.leaves(self.__dict__.pop("_placed", None)):
+            leaf.delete()
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from moe_diffusion.classes import Classes
     from moe_diffusion.models.autoencoder import Autoencoder
     from moe_diffusion.models.stack import Model
+    from moe_diffusion.sampling.prompts import Prompted
 
 NUM = 64  # images, if no flag says how many
+BATCH = 64  # images at a time, if no flag says it
+_INPUTS = 4 * 128**2  # of a batch for prompts, positions of the input: 4 images of 1024 x 1024
 
 
 class OpenRun(NamedTuple):
@@ -31,6 +34,7 @@ class OpenRun(NamedTuple):
       config, model, variables, note: see `load_workdir`.
       known: the classes that were trained.
       autoencoder: decodes what the model makes; None if it makes images.
+      prompted: what is drawn for the prompts; None if none are given.
     """
 
     config: ConfigDict
@@ -39,6 +43,14 @@ class OpenRun(NamedTuple):
     note: dict[str, Any]
     known: Classes
     autoencoder: Autoencoder | None
+    prompted: Prompted | None
+
+    def batch(self, asked: int | None) -> int:
+        """Images that are drawn together; `asked` is what --batch says."""
+        if asked or not self.prompted:
+            return asked or BATCH
+        height, width, _ = self.model.input_shape
+        return max(1, min(BATCH, _INPUTS // (height * width)))
 
 
 def add_flags(parser: Parser) -> None:
@@ -46,43 +58,83 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
     count = parser.add_mutually_exclusive_group()
-    count.add_argument("--num", type=int, help=f"how many images ({NUM})")
+    count.add_argument("--num", type=int, help=f"how many images ({NUM}; with prompts one each)")
     count.add_argument("--num-per-class", type=int, metavar="N", help="how many of each class")
+    count.add_argument("--num-per-prompt", type=int, metavar="N", help="how many for each prompt")
     add("--labels", default="", help="classes by number or name, like 3,7 or cat,dog (all)")
     add("--class-names", help="text file with the name of every class, one a line")
-    add("--cfg", type=float, help="guidance scale; 1 is none")
+    add("--prompt", action="append", help="text that says what to draw; may be given several times")
+    add("--prompts", metavar="FILE", help="text file with prompts, one a line")
+    add("--text-encoders", metavar="FOLDER", help="FLUX.1 pipeline whose CLIP, T5 and tokenizers "
+        "read the prompts (the config's data.text_encoders)")  # fmt: skip
+    add("--guidance", type=float, help="scale for models distilled with one, like FLUX.1 [dev] "
+        "(3.5 with prompts)")  # fmt: skip
+    add("--size", help="pixels of the images: 1024, or 768x1024, the height first (the config's)")
+    add("--cfg", type=float, help="guidance scale, by a second pass; 1 is none")
     add("--sampler", help="of a flow: heun, euler, dopri5, sde or sde_heun; of ddpm: ddpm or ddim")
     add("--steps", type=int, help="steps of the sampler")
     add("--ema", help="decay of the average to use, or none (the run's first)")
     add("--step", type=int, help="checkpoint to use (the newest)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    add("--batch", type=int, default=64, help="images at a time, which share experts (%(default)s)")
+    add("--batch", type=int, help=f"images at a time, which share experts ({BATCH}; with prompts "
+        "as many as four of 1024 x 1024 pixels come to)")  # fmt: skip
     add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--json", action="store_true", help="print one JSON object as last line")
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises a UserError about a number that cannot be."""
-    counts = (args.num, args.num_per_class, args.batch)
+    """Raises a UserError about a number that cannot be, or flags that exclude each other."""
+    counts = (args.num, args.num_per_class, args.num_per_prompt, args.batch)
     if any(count is not None and count < 1 for count in counts):
-        raise UserError("--num, --num-per-class and --batch must be at least 1")
+        raise UserError("--num, --num-per-class, --num-per-prompt and --batch must be at least 1")
     check_seed("--seed", args.seed)
+    if args.prompt and args.prompts:
+        raise UserError("--prompt and --prompts both say what to draw: give one of them")
+    prompts = "--prompt" if args.prompt else "--prompts" if args.prompts else None
+    for flag in ("labels", "num_per_class", "class_names"):
+        if prompts and getattr(args, flag):
+            raise UserError(f"{prompts} and --{flag.replace('_', '-')} do not go together")
+    for flag in ("num_per_prompt", "text_encoders"):
+        if not prompts and getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')} needs --prompt or --prompts")
 
 
 def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
-    """Loads the run that the flags name; tells if its data had fewer classes than its model."""
+    """Loads the run that the flags name; tells if its data had fewer classes than its model.
+
+    Prompts are encoded before the weights are read, so that text encoders and model need not fit
+    the device together.
+    """
+    from moe_diffusion.config.sizes import size_changes
     from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.sampling import prompts
     from moe_diffusion.sampling.labels import classes_of
-    from moe_diffusion.sampling.load import load_workdir
+    from moe_diffusion.sampling.load import load_config, load_workdir
 
     given = {"cfg": args.cfg, "sampler": args.sampler, "steps": args.steps}
     keys = [f"sampling.{key}={value}" for key, value in given.items() if value is not None]
+    keys = [*overrides, *keys]
+    texts = prompts.read_prompts(args.prompts) if args.prompts else args.prompt
+    texts = texts and prompts.check_prompts(texts)
+    config = load_config(args.workdir, tuple(keys))
+    autoencoder = autoencoders.for_config(config, args.vae)
+    if args.size:
+        factor = autoencoder and autoencoder.network.factor
+        keys += size_changes(config, args.size, factor, "--size")
+    found = []
+
+    def encode(config: ConfigDict, model: Model) -> None:
+        if texts:
+            num = args.num_per_prompt and args.num_per_prompt * len(texts)
+            encoder = prompts.prompt_encoder(config, model, args.text_encoders)
+            how = {"num": num or args.num, "guidance": args.guidance, "asked_by": "--guidance"}
+            found.append(prompts.condition(encoder, model, texts, **how))
+
     config, model, variables, note = load_workdir(
-        args.workdir, (*overrides, *keys), step=args.step, ema=args.ema
+        args.workdir, tuple(keys), step=args.step, ema=args.ema, before=encode
     )
     known = classes_of(args.workdir, model, args.class_names)
-    autoencoder = autoencoders.for_config(config, args.vae)
-    return OpenRun(config, model, variables, note, known, autoencoder)
+    return OpenRun(config, model, variables, note, known, autoencoder, next(iter(found), None))
 
 
 def conditions(run: OpenRun, args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -90,13 +142,24 @@ def conditions(run: OpenRun, args: argparse.Namespace) -> dict[str, np.ndarray]:
     from moe_diffusion.classes import LABEL
     from moe_diffusion.sampling.conditions import conditions_of_run, spread
     from moe_diffusion.sampling.labels import described, num_labels, parse_labels
+    from moe_diffusion.sampling.prompts import guidance_of, takes_prompts
 
+    if run.prompted:
+        return run.prompted.cond
     labels = parse_labels(args.labels, run.model, run.known) if args.labels else None
     num = NUM if args.num is None else args.num
     if args.num_per_class is not None:
         every = num_labels(run.model, "--num-per-class", run.known) if labels is None else None
         num = args.num_per_class * (every or len(labels))
-    cond = conditions_of_run(run.config, run.model, num, run.known)
+    told = {}
+    if args.guidance is not None:
+        told = guidance_of(run.model, args.guidance, num, "--guidance")
+    try:
+        cond = conditions_of_run(run.config, run.model, num, run.known) | told
+    except UserError as error:
+        if takes_prompts(run.model):
+            raise UserError(f"{error}; or say what to draw with --prompt") from None
+        raise
     if labels is None:
         return cond
     if run.known.names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,16 @@ from moe_diffusion.parallel import rules
 from moe_diffusion.training.checkpoint import StoredWeights, first_average
 from moe_diffusion.training.state import TrainState, weights
 
+CONFIG = "config.json"
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def load_config(workdir: str | os.PathLike, overrides: tuple[str, ...] = ()) -> ConfigDict:
+    """The config of a run, with changes; see `config.load_json`. Raises UserError without one."""
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        raise UserError(f"{workdir} is not a workdir (it has no {CONFIG}): train into it first")
+    return configs.load_json(path, overrides)
 
 
 def load_workdir(
@@ -31,6 +40,7 @@ def load_workdir(
     ema: str | None = None,
     mesh: Mesh | None = None,
     preset: str | None = None,
+    before: Callable[[ConfigDict, Model], None] | None = None,
 ) -> tuple[ConfigDict, Model, dict[str, Any], dict[str, Any]]:
     """Loads a trained run: config, model, variables, and a note {"step", "ema"} on the variables.
 
@@ -44,15 +54,14 @@ def load_workdir(
         the first device of this process reads everything.
       preset: how the weights lie on the mesh, see `parallel/rules.py`. None takes the run's
         `parallel.preset`.
+      before: is called when all has been checked and before any weights are read, for what needs
+        the devices first and leaves them free, as text encoders do.
 
     Raises:
       UserError: a file is missing, damaged or of another model. This is known before any weights
         are read.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise UserError(f"{workdir} is not a workdir (it has no config.json): train into it first")
-    config = configs.load_json(path, overrides)
+    config = load_config(workdir, overrides)
     if ema is None:
         ema = first_average(config) or "none"
     model = build(config.model)
@@ -63,11 +72,14 @@ def load_workdir(
         misfits = stored.misfits(flatten_dict(variables, sep="/"))
         if misfits:
             name, (found, wanted) = next(iter(misfits.items()))
+            described = epath.Path(workdir) / CONFIG
             raise UserError(
-                f"the checkpoint is of another model than {path} and --config describe; "
+                f"the checkpoint is of another model than {described} and --config describe; "
                 f"{len(misfits)} arrays differ: {name} is {found}, should be {wanted}: use the "
                 "config that it was trained with"
             )
+        if before:
+            before(config, model)
         loaded = stored.read_tree(_shardings(stored.shapes, axes, mesh, model.preset))
         return config, model, loaded, {"step": stored.step, "ema": ema}
 

@@ -1,7 +1,9 @@
-"""A trained model as a function from labels to images, for use from Python.
+"""A trained model as a function from labels or prompts to images, for use from Python.
 
     pipe = moe_diffusion.load("runs/dsmoe_l", autoencoder="sd-vae-ft-ema/")
     images = pipe([207, 360], cfg=1.5, steps=50, seed=0)
+    pipe = moe_diffusion.load("runs/flux", autoencoder="FLUX.1-dev/", text_encoders="FLUX.1-dev/")
+    images = pipe(prompts=["a red fox in the snow"], size=1024, steps=28, guidance=3.5, seed=0)
 
 docs/python.md has more examples.
 """
@@ -24,6 +26,7 @@ from moe_diffusion import models
 from moe_diffusion.checks import check_seed
 from moe_diffusion.classes import LABEL, NOTHING, Classes, of_run
 from moe_diffusion.conditions import Field, check_fields
+from moe_diffusion.config.sizes import Size, size_changes
 from moe_diffusion.diffusion.samplers import Sampler, make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import to_pixels
@@ -35,6 +38,7 @@ from moe_diffusion.sampling.conditions import conditions_of_run, spread
 from moe_diffusion.sampling.generate import generate, pool_of
 from moe_diffusion.sampling.labels import check_labels
 from moe_diffusion.sampling.load import load_workdir
+from moe_diffusion.sampling.prompts import PromptEncoder, condition, guidance_of, prompt_encoder
 
 OUTPUTS = ("float", "uint8", "pil")
 
@@ -49,6 +53,7 @@ def load(
     step: int | None = None,
     ema: str | None = None,
     autoencoder: str | os.PathLike | Autoencoder | None = None,
+    text_encoders: str | os.PathLike | None = None,
     overrides: Sequence[str] = (),
 ) -> Pipeline:
     """Loads a run, what `convert` wrote, or a PyTorch file of the authors.
@@ -66,6 +71,8 @@ def load(
         first average.
       autoencoder: what decodes latents: weights, or one that is loaded. None takes the run's
         `data.autoencoder`.
+      text_encoders: folder of those that read prompts, if the model needs some; they are read at
+        the first call with prompts. None takes `data.text_encoders`.
       overrides: changes to the config, like "sampling.steps=20".
 
     Raises:
@@ -90,7 +97,7 @@ def load(
     if not isinstance(autoencoder, Autoencoder):
         given = None if autoencoder is None else os.fspath(autoencoder)
         autoencoder = autoencoders.for_config(settings, given)
-    return Pipeline(settings, model, variables, note, autoencoder, known)
+    return Pipeline(settings, model, variables, note, autoencoder, known, text_encoders)
 
 
 @dataclass
@@ -103,6 +110,7 @@ class Pipeline:
       note: where the variables come from.
       autoencoder: decodes what the model makes; None if it makes images.
       known: the classes that were trained, and their names, as far as they are known.
+      text_encoders: see `load`.
     """
 
     config: ConfigDict
@@ -111,14 +119,19 @@ class Pipeline:
     note: dict[str, Any]
     autoencoder: Autoencoder | None = None
     known: Classes = NOTHING
+    text_encoders: str | os.PathLike | None = None
     _samplers: dict[str, Sampler] = field(default_factory=dict, repr=False)
+    _encoder: PromptEncoder | None = field(default=None, repr=False)
 
     def __call__(
         self,
         labels: int | str | Sequence[int | str] | np.ndarray | None = None,
         *,
+        prompts: str | Sequence[str] | None = None,
         num: int | None = None,
         seed: int = 0,
+        guidance: float | None = None,
+        size: Size | None = None,
         cond: Mapping[str, np.ndarray] | None = None,
         output: str = "float",
         decode: bool = True,
@@ -128,12 +141,17 @@ class Pipeline:
     ) -> np.ndarray | list[Image.Image]:
         """Draws images.
 
-        Image i depends on the seed, on i and on its label alone. If the routers let images compete
-        (DiffMoE), it depends on the others of the call, too; see `generate_batches`.
+        Image i depends on the seed, on i and on its label or prompt alone. If the routers let
+        images compete (DiffMoE), it depends on the others of the call, too; see `generate_batches`.
 
         Args:
           labels: numbers or names of classes. None spreads `num` images over all classes.
-          num: how many images, spread evenly over `labels`. None draws one image per label.
+          prompts: texts, for a model that reads them. Their encoders are on the device only while
+            they run; each prompt is encoded once a call.
+          num: how many images, spread evenly over `labels` or `prompts`. None draws one for each.
+          guidance: the scale that a model is told which was distilled with one; 3.5 with prompts.
+          size: of the images in pixels, like 1024, "768x1024" or (768, 1024), the height first.
+            None takes the config's.
           cond: other fields of the model's condition, {name: [N, ...]}.
           output: "float" for f32[N, H, W, C] in [-1, 1] but for overshoot; "uint8" for
             u8[N, H, W, C] in 0..255; "pil" for a list of PIL images.
@@ -149,13 +167,23 @@ class Pipeline:
         if batch_size < 1 or (num is not None and num < 1):
             raise UserError("num and batch_size must be at least 1")
         check_seed("seed", seed)
-        config, cond = self._settings(sampling), self._cond(labels, num, cond or {})
+        if prompts is not None and labels is not None:
+            raise UserError("labels and prompts both say what to draw: give one of them")
+        config, cond = self._settings(sampling, size), dict(cond or {})
+        model = self.model if config.model == self.config.model else models.build(config.model)
+        if prompts is not None:
+            prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+            cond |= condition(self._encode, model, prompts, num, guidance).cond
+        elif guidance is not None:
+            count = num or max(map(len, cond.values()), default=np.size(labels))
+            cond |= guidance_of(model, guidance, count)
+        cond = self._cond(model, labels, num, cond)
         batch_size = min(batch_size, len(next(iter(cond.values()))))
         images = generate(
-            self._sampler(config, pool_of(config, batch_size)),
+            self._sampler(model, config, pool_of(config, batch_size)),
             self.variables,
             cond,
-            self.model.input_shape,
+            model.input_shape,
             seed=seed,
             batch_size=batch_size,
             pool=pool_of(config, batch_size),
@@ -175,25 +203,32 @@ class Pipeline:
             return [Image.fromarray(pixel) for pixel in pixels]
         return pixels.reshape(images.shape)
 
-    def _settings(self, sampling: Mapping[str, Any]) -> ConfigDict:
-        """The config with other keys of its section `sampling`, validated."""
-        if not sampling:
+    def _encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        if self._encoder is None:
+            self._encoder = prompt_encoder(self.config, self.model, self.text_encoders)
+        return self._encoder(prompts)
+
+    def _settings(self, sampling: Mapping[str, Any], size: Size | None) -> ConfigDict:
+        """The config with other keys of its section `sampling` or another size, validated."""
+        if not sampling and size is None:
             return self.config
         values = self.config.to_dict()
         values["sampling"] = values["sampling"] | sampling
-        config = configs.settle(values)
+        factor = self.autoencoder and self.autoencoder.network.factor
+        changes = [] if size is None else size_changes(self.config, size, factor)
+        config = configs.settle(values, changes)
         configs.validate(config)
         return config
 
-    def _sampler(self, config: ConfigDict, pool: int) -> Sampler:
+    def _sampler(self, model: Model, config: ConfigDict, pool: int) -> Sampler:
         """A compiled sampler, kept for calls with the same settings."""
-        key = f"{pool} {config.sampling.to_json()}"
+        key = f"{pool} {model.input_shape} {config.sampling.to_json()}"
         if key not in self._samplers:
-            self._samplers[key] = make_sampler(self.model, config, pool=pool)
+            self._samplers[key] = make_sampler(model, config, pool=pool)
         return self._samplers[key]
 
     def _cond(
-        self, labels: Any, num: int | None, cond: Mapping[str, np.ndarray]
+        self, model: Model, labels: Any, num: int | None, cond: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """The condition of every image, {field: [N, ...]}."""
         cond = {name: np.asarray(values) for name, values in cond.items()}
@@ -202,16 +237,16 @@ class Pipeline:
                 labels = [labels]
             elif not isinstance(labels, Sequence):
                 labels = np.atleast_1d(np.asarray(labels)).tolist()
-            labels = check_labels(labels, self.model, self.known, "labels")
+            labels = check_labels(labels, model, self.known, "labels")
             num = num or len(labels)
             cond |= {LABEL: labels[spread(num, len(labels))]}
         lengths = {len(values) for values in cond.values()} | ({num} if num else set())
         if len(lengths) != 1:
             told = "say labels or num" if not lengths else f"there are {sorted(lengths)} of them"
             raise UserError(f"the number of images is not clear: {told}")
-        spec = self.model.cond_spec()
+        spec = model.cond_spec()
         if cond.keys() < spec.keys():
-            cond = conditions_of_run(self.config, self.model, lengths.pop(), self.known) | cond
+            cond = conditions_of_run(self.config, model, lengths.pop(), self.known) | cond
         found = {name: Field(v.shape[1:], str(v.dtype)) for name, v in cond.items()}
         check_fields(found, spec, "cond")
         return cond
