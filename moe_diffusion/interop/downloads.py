@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from moe_diffusion.errors import UserError, explained, shown
+from moe_diffusion.errors import UserError, shown
 
 _READ = 512  # bytes that are looked at
 _POINTER = b"version https://git-lfs"
@@ -31,6 +31,6 @@ def check_download(path: str | os.PathLike) -> None:
     if begin.lstrip().lower().startswith(_ANSWERS):
         text = begin[:60].decode(errors="replace")
         raise UserError(
-            f"{path} is the answer of a server ({shown(text)}), not the file: agree to the terms of "
-            "its publisher, log in, and fetch it again"
+            f"{path} is the answer of a server ({shown(text)}), not the file: agree to the terms "
+            "of its publisher, log in, and fetch it again"
         )

@@ -110,12 +110,12 @@ def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights
     if path.is_dir() and not shard_set(path):
         parts = {f"{folder.name}/": open_weights(folder, weights) for folder in subfolders(path)}
         return Weights(joined({prefix: opened.state for prefix, opened in parts.items()}))
-    for file in [path] if path.suffix in PICKLED else shards(path):
+    paths = [path] if path.suffix in PICKLED else shards(path)
+    for file in paths:
         check_download(file)
     if path.suffix in PICKLED:
         opened = _pick(path, _unpickled(path), weights)
     else:
-        paths = shards(path)
         with explained(f"{path} is damaged or no safetensors file", "fetch it again"):
             opened = Weights(of_safetensors(*paths))
     return _split(path, opened, weights)

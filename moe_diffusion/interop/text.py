@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict
 
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.interop import files, keymap
+from moe_diffusion.interop.downloads import check_download
 from moe_diffusion.interop.rows import (
     FLAT,
     HEADS_IN,
@@ -132,6 +133,7 @@ def load(path: str | os.PathLike, dtype: str = "auto") -> TextEncoder:
     """
     path = files.find(path)
     described = path.with_name("config.json")
+    check_download(described)
     network = network_from_config(read_table(described, REMEDY, "config.json"), str(described))
     state = files.read_state_dict(path)
     return TextEncoder(

@@ -80,6 +80,9 @@ def test_what_is_missing_or_damaged(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no tokenizer at"):
         open_tokenizer(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"<html>no such file</html>")
+    with pytest.raises(UserError, match="spiece.model is the answer of a server .'<html>no such "):
+        open_tokenizer(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"\xff")
     with pytest.raises(UserError, match="holds a damaged tokenizer .*copy its files again"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
