@@ -26,7 +26,7 @@ QUICK = [
     [f"diffmoe_{size}.py:experts={e}" for size in "lsb" for e in (8, 16)]
     + ["diffmoe_xl.py", "diffmoe_l.py:experts=2"],
     [f"ecdit_{size}.py" for size in "lsb"],
-    ["flux_dev.py"],
+    ["flux_dev.py", "hyper_flux.py"],
 ]
 # Their blocks, routers and objectives are those of the above in other combinations.
 SLOW = [

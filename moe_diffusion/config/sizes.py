@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError, shown
@@ -23,10 +25,11 @@ def parse_size(size: Size, asked_by: str = "size") -> tuple[int, int]:
     Raises:
       UserError: it is nothing of that.
     """
-    parts = size.lower().split("x") if isinstance(size, str) else size
-    parts = [parts] if isinstance(parts, int) else list(parts)
     try:
-        sides = [int(part) for part in parts]
+        if isinstance(size, str):
+            sides = [int(part) for part in size.lower().split("x")]
+        else:
+            sides = [operator.index(part) for part in (size if np.ndim(size) else [size])]
     except (TypeError, ValueError):
         sides = []
     if len(sides) not in (1, 2) or not all(0 < side <= _MOST for side in sides):
