@@ -75,7 +75,10 @@ def test_a_real_process_writes_grid_array_and_single_images(reference):
     assert labels.tolist() == [0, 1, 2, 3, 4, 5] and labels.dtype == np.int32
     assert sorted(p.name for p in out.iterdir()) == ["grid.png", "samples.npz", "singles"]
     assert sorted(p.name for p in (out / "singles").iterdir()) == [f"{i:06}.png" for i in range(6)]
-    single = np.asarray(Image.open(out / "singles" / "000005.png"))
+    with Image.open(out / "singles" / "000005.png") as image:
+        single = np.asarray(image)
+        said = {"label": "5", "image": "5", "seed": "0", "steps": "2", "size": "8x8", "step": "12"}
+        assert image.text.items() >= said.items() and "guidance" not in image.text
     expected = np.rint((np.clip(images[5, :, :, 0], -1, 1) + 1) * 127.5)
     np.testing.assert_array_equal(single, expected)
 
@@ -156,8 +159,11 @@ IMPOSSIBLE = [
     (["--sampler", "ddim"], "sampling.sampler = ddim does not fit diffusion.path = flow"),
     (["--steps", "0"], "sampling.steps = 0 must be positive"),
     (["--cfg", "-1"], "sampling.cfg = -1.0 must be zero or positive"),
-    (["--num", "0"], "--num, --num-per-class and --batch must be at least 1"),
-    (["--num-per-class", "0"], "--num, --num-per-class and --batch must be at least 1"),
+    (["--num", "0"], "--num, --num-per-class, --num-per-prompt and --batch must be at least 1"),
+    (
+        ["--num-per-class", "0"],
+        "--num, --num-per-class, --num-per-prompt and --batch must be at least 1",
+    ),
     (["--stats", "{}/s.png"], "--stats {}/s.png will be a .json file: name it so"),
     (["--npz", "{}/s.npy"], "--npz {}/s.npy will be a .npz file: name it so"),
     (["--trajectory", "{}/film.mp4"], "--trajectory {}/film.mp4 will be a .png file: name it so"),
