@@ -139,7 +139,7 @@ def test_pictures_say_how_they_came_to_be(drawn, flux):
 
 def test_what_is_printed(flux, tmp_path, capfd):
     """Prompts of the command line, one twice, in other letters; one with words that are cut."""
-    prompts = ["été: 七", "a the " * 6 + "seven digit", "été: 七"]
+    prompts = ["été: 七", "a the " * 6 + "seven\ndigit", "été: 七"]
     args = [word for prompt in prompts for word in ("--prompt", prompt)]
     arrays = draw(flux, tmp_path, *args, "--num-per-prompt", 2, "--images", tmp_path / "singles")
     captured = capfd.readouterr()

@@ -60,7 +60,7 @@ def image_grid(
     rows = math.ceil(count / columns)
     scale = scale or max(1, round(_SMALLEST_SIDE / max(images.shape[1:3])))
     height, width = images.shape[1] * scale, images.shape[2] * scale
-    texts = [] if captions is None else [str(caption) for caption in captions]
+    texts = [] if captions is None else [" ".join(str(caption).split()) for caption in captions]
     one_per_row = columns > 1 and all(
         len(set(texts[r * columns : (r + 1) * columns])) == 1 for r in range(rows)
     )
@@ -228,8 +228,9 @@ def to_pixels(images: np.ndarray) -> tuple[np.ndarray, str]:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, or as much of its beginning as fits the width in pixels, with an ellipsis."""
-    if font.getlength(text) <= width:
+    kept = text[: int(width)]  # a letter has a pixel at least; to measure long texts takes long
+    if kept == text and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    while kept and font.getlength(kept + "…") > width:
+        kept = kept[:-1]
+    return kept + "…"

@@ -293,8 +293,7 @@ class TextEncoder:
 
     def release(self) -> None:
         """Frees the weights on the devices; the next call places them again."""
-        for leaf in jax.tree.leaves(self.__dict__.pop("_placed", None)):
-            leaf.delete()
+        self.__dict__.pop("_placed", None)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -81,6 +81,29 @@ def test_long_captions_are_cut_and_long_titles_widen():
     assert figures.image_grid(images, columns=2, title="a title " * 9).width > short.width
 
 
+def test_captions_of_any_text():
+    """Lines become one; beside a row a caption takes 600 pixels at most, however long it is."""
+    one_line = figures.image_grid(_ramp(2), ["two\n lines", "b"], columns=2)
+    two_lines = figures.image_grid(_ramp(2), ["two lines", "b"], columns=2)
+    assert np.array_equal(np.asarray(one_line), np.asarray(two_lines))
+    long = figures.image_grid(_ramp(2), ["a caption " * 100_000] * 2, columns=2)
+    plain = figures.image_grid(_ramp(2), columns=2)
+    assert 500 < long.width - plain.width <= 600 + 6
+
+
+def test_pictures_carry_texts(tmp_path):
+    """In the order that is given, in any letters; `Software` says whose they are."""
+    path = figures.save_png(
+        figures.image_grid(_ramp(1)), tmp_path / "a.png", {"b": "é 七\n", "a": 1}
+    )
+    with Image.open(path) as image:
+        assert image.text == {"Software": "moe_diffusion", "b": "é 七\n", "a": "1"}
+    figures.save_pngs(_ramp(2), tmp_path / "each", [{"number": 0}, {"number": 1}])
+    for number in range(2):
+        with Image.open(tmp_path / "each" / f"{number:06}.png") as image:
+            assert image.text["number"] == str(number)
+
+
 def test_colour_and_latents():
     red = np.array([1, -1, -1], np.float32).reshape(1, 1, 1, 3)
     assert figures.image_grid(red, scale=20).getpixel((15, 15)) == (255, 0, 0)
