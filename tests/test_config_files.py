@@ -52,7 +52,10 @@ DIT_MOE = [
     for objective in ("flow", "ddpm")
 ]
 PREDICTOR = [f"configs/ecdit_{size}.py:predictor=true" for size in "sbl"]
-FLUX = [f"configs/flux_{name}.py" for name in ("dev", "schnell", "tiny")]
+FLUX = [
+    *(f"configs/flux_{name}.py" for name in ("dev", "schnell", "tiny")),
+    "configs/hyper_flux.py",
+]
 SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
 
 
