@@ -231,7 +231,7 @@ def test_no_modules_import_each_other_in_a_circle():
 # From the ground up. A folder or file may import what stands in a lower row, or in its own folder.
 FLOORS = (
     ("errors", "checks", "writing", "caches", "signals", "__init__", "cli"),
-    ("conditions", "parallel", "pictures", "classes"),
+    ("conditions", "parallel", "tensor_parallel", "pictures", "classes"),
     ("kernels",),
     ("moe",),
     ("models",),
@@ -248,6 +248,7 @@ COMMANDS += ("reproduce", "routing", "thresholds", "train", "tune")
 BESIDE = {("evaluation", "sampling"), ("evaluation", "figures"), ("sampling", "figures")}
 BESIDE |= {("benchmarks", "planning"), ("checks", "errors"), ("cli", "errors")}
 BESIDE |= {("conditions", "parallel"), ("classes", "conditions"), ("classes", "pictures")}
+BESIDE |= {("tensor_parallel", "parallel")}
 FLOOR = {name: number for number, names in enumerate((*FLOORS, COMMANDS)) for name in names}
 
 

@@ -29,7 +29,7 @@ def test_a_preset_gives_all_devices_to_one_axis(preset, axis):
 def test_expert_parallelism_shares_the_devices_out(sharing, fsdp, expert):
     config = toy.make_config(parallel__preset="fsdp_ep", parallel__expert=sharing)
     mesh = make_mesh(config.parallel)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "expert": expert, "seq": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1}
     with jax.set_mesh(mesh):
         assert (num_batch_shards(), num_expert_shards()) == (8, expert)
 
