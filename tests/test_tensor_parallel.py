@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moe_diffusion import config as configs
-from moe_diffusion import tensor_parallel
 from moe_diffusion.models import build
 from moe_diffusion.models.stack import abstract_inputs, abstract_weights
 from moe_diffusion.parallel import rules
