@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jax.sharding import Mesh
+
+from moe_diffusion.parallel import rules
+from moe_diffusion.parallel.mesh import batch_axes
+
 ORDER = ("dp", "zero1", "fsdp", "fsdp_ep", "tp")  # from simple to involved
 CLOSE = 0.02  # a simpler preset may send this share more than the best one
 
@@ -22,6 +27,8 @@ class Outcome:
       sent: bytes in one run of the program; None if nothing was compiled.
       note: a config key that the preset also needs, or why it does not fit.
       times: how often every image is computed, where a batch does not fill the devices.
+      layout: how weights and batch are split, see `layout_of`.
+      repeats: what is computed more than once; None if nothing was compiled.
     """
 
     fits: bool
@@ -29,6 +36,8 @@ class Outcome:
     sent: int | None
     note: str = ""
     times: float = 1
+    layout: str = ""
+    repeats: Mapping[str, float] | None = None
 
 
 def recommend(outcomes: Mapping[str, Outcome], limit: int | None) -> tuple[str | None, str]:
@@ -56,6 +65,23 @@ def recommend(outcomes: Mapping[str, Outcome], limit: int | None) -> tuple[str |
     note = f"with {outcomes[best].note}, " if outcomes[best].note else ""
     sends = f"{note}it fits and sends {amount(outcomes[best].sent)} a step from each chip"
     return best, "; ".join([sends, *reasons])
+
+
+def layout_of(mesh: Mesh, preset: str) -> str:
+    """How a preset splits weights and batch, with the sizes of the mesh axes.
+
+    "weights: heads, mlp over tensor=8; batch over data=1"
+    """
+
+    def over(axes: tuple[str, ...]) -> str:
+        split = [f"{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1]
+        return " x ".join(split) or "nothing"
+
+    places: dict[str, list[str]] = {}
+    for name, axes in rules.PRESETS[preset].params.items():
+        places.setdefault(over(axes), []).append(name)
+    weights = ", ".join(f"{', '.join(names)} over {place}" for place, names in places.items())
+    return f"weights: {weights or 'whole'}; batch over {over(batch_axes(mesh))}"
 
 
 def amount(size: float | None) -> str:

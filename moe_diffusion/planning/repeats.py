@@ -28,22 +28,23 @@ from moe_diffusion.planning.hlo import (
 )
 
 Repeats = dict[str, float]  # part -> how often it is computed
+EVERYTHING = "everything"
 _LEAST = 1.5  # below, what is more than the analytic count is padding
 _MAPS = "attention_maps"  # the scope in which kernels.attention computes
 _SPLASH = f"{SPLASH}_fwd"
 
 
 def repeats_of(
-    program: Program, model: Model, config: ConfigDict, what: str, images: int, devices: int
+    program: Program, model: Model, config: ConfigDict, what: str, devices: int
 ) -> Repeats | None:
-    """How often each part is computed, if more than once, for a batch of `images` images.
+    """How often each part is computed, if more than once, for the `data.batch_size` images.
 
     In a training step only the forward pass counts, and of that nothing that is computed again on
     purpose. Experts whose products are in a kernel are left out.
 
     Returns:
-      {path of a weight or of an attention, without the numbers of layers: factor}; None if the
-      program or the sampler says too little.
+      {path of a module with a weight, or of an attention, with the kind of a layer in place of its
+      number: factor}; None if the program or the sampler says too little.
     """
     evaluations = 1 if what == "train" else network_evaluations(config)
     if evaluations is None or _hides_products(program):
@@ -58,15 +59,16 @@ def repeats_of(
         if path is not None:
             found[path] += times * _flops(instruction, body, tokens.get(path, 0))
     factors = {
-        path: found[path] * devices / (images * evaluations * value)
+        path: found[path] * devices / (config.data.batch_size * evaluations * value)
         for path, value in wanted.items()
         if value
     }
-    return _named({p: f for p, f in factors.items() if f >= _LEAST}, model)
+    repeated = {path: round(factor, 2) for path, factor in factors.items() if factor >= _LEAST}
+    return _named(repeated, model)
 
 
 def repeats_text(repeats: Repeats | None) -> list[str]:
-    """Lines of a table: parts with the same factor in one line."""
+    """Lines of text: parts with the same factor in one line."""
     if repeats is None:
         return ["computed more than once: unknown"]
     if not repeats:
@@ -74,8 +76,7 @@ def repeats_text(repeats: Repeats | None) -> list[str]:
     groups: dict[str, list[str]] = {}
     for part, factor in repeats.items():
         groups.setdefault(f"{factor:.2g}", []).append(part)
-    lines = [f"  {factor:>5} times  {', '.join(parts)}" for factor, parts in groups.items()]
-    return ["computed more than once", *lines]
+    return [f"computed {times} times: {', '.join(parts)}" for times, parts in groups.items()]
 
 
 def _walk(

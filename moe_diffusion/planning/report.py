@@ -14,6 +14,7 @@ from moe_diffusion.config import validate_devices
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.parallel import rules
+from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.planning import hlo
 from moe_diffusion.planning.compile import (
     OutOfMemory,
@@ -24,8 +25,8 @@ from moe_diffusion.planning.compile import (
 from moe_diffusion.planning.flops import flops_per_run
 from moe_diffusion.planning.kernels import Dispatch, dispatch_of
 from moe_diffusion.planning.memory import Memory, largest_batch
-from moe_diffusion.planning.presets import ORDER, Outcome, amount, recommend
-from moe_diffusion.planning.repeats import Repeats, repeats_of, repeats_text
+from moe_diffusion.planning.presets import ORDER, Outcome, amount, layout_of, recommend
+from moe_diffusion.planning.repeats import EVERYTHING, Repeats, repeats_of, repeats_text
 from moe_diffusion.planning.topologies import Topology
 
 Say = Callable[[str], None]
@@ -40,6 +41,7 @@ class Plan:
       memory, collectives, dispatch: empty if the compiler refused.
       flops: of one step, or of drawing one batch; None if the sampler chooses its own steps.
       seconds: the time that compiling took.
+      layout: how weights and batch are split.
       times: how often every image is computed, where a batch does not fill the devices.
       repeats: what is computed more than once; None if it is unknown.
     """
@@ -62,6 +64,7 @@ class Plan:
     recommended: str | None = None
     reason: str = ""
     largest_micro_batch: int | None = None
+    layout: str = ""
     times: float = 1
     repeats: Repeats | None = None
 
@@ -96,6 +99,7 @@ class Plan:
             "dispatch": None if dispatch is None else dispatch.backend,
             "dispatch_as_intended": None if dispatch is None else dispatch.as_intended,
             "kernels": {} if dispatch is None else dispatch.kernels,
+            "layout": self.layout,
             "times_computed": self.times,
             "computed_repeatedly": self.repeats,
             "compile_seconds": round(self.seconds, 1),
@@ -147,6 +151,7 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
         collectives={},
         dispatch=None,
         seconds=result.seconds,
+        layout=_layout(config, topology),
         times=config.data.batch_size / asked,
     )
     if isinstance(result, OutOfMemory):
@@ -159,7 +164,9 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
     sent = hlo.collective_bytes(program)
     plan.collectives = {kind: size * per_chip for kind, size in sent.items()}
     plan.dispatch = dispatch_of(program, model, config.model, what, topology.platform)
-    plan.repeats = repeats_of(program, model, config, what, asked, len(topology.devices))
+    plan.repeats = repeats_of(program, model, config, what, len(topology.devices))
+    if plan.times > 1:  # the images that fill the batch up are repetitions
+        plan.repeats = {EVERYTHING: plan.times} | (plan.repeats or {})
     return plan
 
 
@@ -181,7 +188,8 @@ def compare_presets(plan: Plan, config: ConfigDict, say: Say) -> None:
         state *= plan.topology.devices_per_chip
         if plan.limit is not None and state > plan.limit:
             alone = "for the state and gradients alone" if plan.what == "train" else "of weights"
-            plan.outcomes[preset] = Outcome(False, state, None, alone)
+            where = _layout(other, plan.topology)
+            plan.outcomes[preset] = Outcome(False, state, None, alone, layout=where)
             continue
         try:
             tried = make_plan(other, plan.what, plan.topology, say)
@@ -250,7 +258,12 @@ def images_on_chips(per_chip: float) -> str:
 
 def _outcome(plan: Plan) -> Outcome:
     sent = sum(plan.collectives.values())
-    return Outcome(plan.fits, plan.needed, sent, plan.message, plan.times)
+    found = (plan.times, plan.layout, plan.repeats)
+    return Outcome(plan.fits, plan.needed, sent, plan.message, *found)
+
+
+def _layout(config: ConfigDict, topology: Topology) -> str:
+    return layout_of(make_mesh(config.parallel, topology.devices), config.parallel.preset)
 
 
 def _candidates(config: ConfigDict, plan: Plan) -> list[str]:
@@ -275,6 +288,7 @@ def table(plan: Plan) -> str:
         f"{plan.name}: {plan.what} on {topology.name} ({topology.num_chips} x "
         f"{topology.devices[0].device_kind}), preset {plan.preset}",
         f"{plan.batch_size} images in all, {images_on_chips(plan.micro_batch)} at a time",
+        plan.layout,
         "",
         "memory of a chip",
     ]
@@ -296,10 +310,15 @@ def table(plan: Plan) -> str:
                 note = f"{note}, computes every image {outcome.times:.3g} times".lstrip(", ")
             line = f"{name:<12}{amount(outcome.needed):>12}{amount(outcome.sent):>12}   {note}"
             lines.append(line.rstrip())
+            lines += [f"    {text}" for text in (outcome.layout, *_more_than_once(outcome)) if text]
         lines.append(f"recommended: {plan.recommended or 'none'}: {plan.reason}")
     if plan.largest_micro_batch is not None:
         lines.append(f"largest batch on a chip at a time: {plan.largest_micro_batch} images")
     return "\n".join(lines)
+
+
+def _more_than_once(outcome: Outcome) -> list[str]:
+    return [] if outcome.repeats is None else repeats_text(outcome.repeats)
 
 
 def _work(plan: Plan) -> list[str]:
