@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -47,17 +47,19 @@ def repeats_of(
       number: factor}; None if the program or the sampler says too little.
     """
     evaluations = 1 if what == "train" else network_evaluations(config)
-    if evaluations is None or _hides_products(program):
+    computed = [*_walk(program, program.entry, 1)]
+    # XLA:CPU loses names of products, and on GPUs a library computes some.
+    if evaluations is None or _hides_products(program) or not all(p.name for p in computed):
         return None
     weights, maps = products(model)
     wanted = {path.rpartition("/")[0]: value for path, value in weights.items()}
     wanted |= {f"{path}/{_MAPS}": attention.flops for path, attention in maps.items()}
     tokens = {f"{path}/{_MAPS}": attention.tokens for path, attention in maps.items()}
     found: Counter[str] = Counter()
-    for instruction, body, times in _walk(program, program.entry, 1):
-        path = _path_of(instruction, wanted)
+    for product in computed:
+        path = _path_of(product.name, wanted)
         if path is not None:
-            found[path] += times * _flops(instruction, body, tokens.get(path, 0))
+            found[path] += product.times * _flops(product, tokens.get(path, 0))
     factors = {
         path: found[path] * devices / (config.data.batch_size * evaluations * value)
         for path, value in wanted.items()
@@ -79,14 +81,21 @@ def repeats_text(repeats: Repeats | None) -> list[str]:
     return [f"computed {times} times: {', '.join(parts)}" for times, parts in groups.items()]
 
 
-def _walk(
-    program: Program, name: str, times: float
-) -> Iterator[tuple[Instruction, dict[str, Instruction], float]]:
-    """Yields the products of a computation and of what it calls, and how often each runs."""
+class _Product(NamedTuple):
+    """A product in a program, the computation around it, jax's name of it, how often it runs."""
+
+    instruction: Instruction
+    body: Mapping[str, Instruction]
+    name: str
+    times: float
+
+
+def _walk(program: Program, name: str, times: float) -> Iterator[_Product]:
+    """Yields the products of a computation and of what it calls."""
     body = program.computations[name]
     for instruction in body.values():
         if _is_product(instruction):
-            yield instruction, body, times
+            yield _Product(instruction, body, _op_name(instruction), times)
             continue
         runs = times
         if instruction.opcode == "while":
@@ -109,13 +118,17 @@ def _is_product(instruction: Instruction) -> bool:
     return is_splash or instruction.opcode in ("dot", "convolution")
 
 
-def _path_of(instruction: Instruction, wanted: dict[str, Any]) -> str | None:
-    """Which of the paths a product belongs to, by the name that jax gave it."""
+def _op_name(instruction: Instruction) -> str:
     name = re.search(r'op_name="([^"]*)"', instruction.text)
-    if not name or "transpose(" in name[1] or "rematted" in name[1]:
+    return name[1] if name else ""
+
+
+def _path_of(name: str, wanted: Mapping[str, Any]) -> str | None:
+    """Which of the paths a product belongs to, by the name that jax gave it."""
+    if "transpose(" in name or "rematted" in name:
         return None
     # "jvp(image_attn.heads)" is the method `heads` of the module `image_attn`.
-    steps = [re.findall(r"[\w.]+", step)[-1:] for step in name[1].split("/")]
+    steps = [re.findall(r"[\w.]+", step)[-1:] for step in name.split("/")]
     steps = [step[0].split(".")[0] for step in steps if step]
     inside = [path for path in wanted if _follows(path.split("/"), steps)]
     return max(inside, key=len, default=None)
@@ -127,8 +140,9 @@ def _follows(path: list[str], steps: list[str]) -> bool:
     return all(name in left for name in path)
 
 
-def _flops(instruction: Instruction, body: dict[str, Instruction], tokens: int) -> float:
+def _flops(product: _Product, tokens: int) -> float:
     """FLOPs of a product on one device; tokens: of an attention, or 0."""
+    instruction, body = product.instruction, product.body
     if instruction.name.startswith(_SPLASH):  # both products; the largest result is [heads, S, d]
         return 4 * tokens * max(sizes_of_arrays(instruction.shape))
     operands = [body[name].shape for name in instruction.operands[:2] if name in body]
