@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from moe_diffusion import config as configs
+from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.models import build
 from moe_diffusion.models.stack import abstract_inputs, abstract_weights
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.sampling.generate import generate
 
 # Eight heads of eight channels; 64 tokens of an image and 8 of a text.
 FLUX = {"num_heads": 8, "flux.rope_axes": (2, 4, 2), "flux.single_depth": 2, "image_size": 16}
@@ -71,7 +73,13 @@ def shared(name, batch, tensor, function=program):
 
 @pytest.mark.parametrize(
     ("name", "batch", "tensor"),
-    [("flux", 1, 8), ("flux", 4, 2), ("flux_3_heads", 1, 8), ("dit", 2, 4), ("moe", 1, 8)],
+    [
+        ("flux", 1, 8),
+        ("moe", 1, 8),
+        pytest.param("flux", 4, 2, marks=pytest.mark.slow),
+        pytest.param("flux_3_heads", 1, 8, marks=pytest.mark.slow),
+        pytest.param("dit", 2, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_outputs_and_gradients_are_those_of_one_device(name, batch, tensor):
     model, *args = prepared(name, batch)
@@ -97,3 +105,25 @@ def test_each_device_computes_a_part(name, parts):
     with jax.set_mesh(mesh):
         flops = run.lower(*args).compile().cost_analysis()["flops"]
     assert alone / flops > parts
+
+
+def test_a_sampler_draws_one_image_on_eight_devices():
+    """It fills no batch up, and the image is that of one device."""
+    model, variables, _, _, cond = prepared("flux", 1)
+    config = configs.load(KEYS["flux"][0], ["sampling.steps=2", "sampling.time_shift=none"])
+    cond, drawn = jax.device_get(cond), []
+
+    def draw(model, variables, mesh=None):
+        sampler = make_sampler(model, config)
+
+        def watched(variables, z, *rest):
+            drawn.append(z.shape[0])
+            return sampler(variables, z, *rest)
+
+        shape = model.input_shape
+        return generate(watched, variables, cond, shape, seed=0, batch_size=1, mesh=mesh)
+
+    alone = draw(model, variables)
+    model, (variables, *_), mesh = shared("flux", 1, 8, lambda model: model)
+    np.testing.assert_allclose(draw(model, variables, mesh), alone, rtol=1e-5, atol=1e-5)
+    assert drawn == [1, 1]
