@@ -287,7 +287,8 @@ def table(plan: Plan) -> str:
     lines = [
         f"{plan.name}: {plan.what} on {topology.name} ({topology.num_chips} x "
         f"{topology.devices[0].device_kind}), preset {plan.preset}",
-        f"{plan.batch_size} image{'s' * (plan.batch_size > 1)} in all, {images_on_chips(plan.micro_batch)} at a time",
+        f"{plan.batch_size} image{'s' * (plan.batch_size > 1)} in all, "
+        f"{images_on_chips(plan.micro_batch)} at a time",
         plan.layout,
         "",
         "memory of a chip",
