@@ -249,7 +249,7 @@ FLOORS = (
     ("locks",),
     ("trackers",),
     ("parallel", "pictures"),
-    ("conditions",),
+    ("conditions", "tensor_parallel"),
     ("classes", "own_data"),
     ("kernels",),
     ("moe",),

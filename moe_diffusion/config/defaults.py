@@ -162,8 +162,9 @@ DEFAULTS: dict[str, Any] = {
     },
     "checkpoint": {"every": 5000, "keep_last": 3, "keep_every": 0, "asynchronous": True},
     "parallel": {
-        "preset": "dp",  # dp | zero1 | fsdp | fsdp_ep
+        "preset": "dp",  # dp | zero1 | fsdp | fsdp_ep | tp
         "expert": 0,  # fsdp_ep: how many devices share the experts; 0 = all
+        "tensor": 0,  # tp: how many devices share a sample; 0 = all
     },
     "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
 }

@@ -38,7 +38,7 @@ CHOICES = {
     "optim.decay_mask": ("all", "matrices"),
     "optim.accumulate_reduce": ("mean", "sum"),
     "ema.router_state": ("average", "copy", "live"),
-    "parallel.preset": ("dp", "zero1", "fsdp", "fsdp_ep"),
+    "parallel.preset": ("dp", "zero1", "fsdp", "fsdp_ep", "tp"),
 }
 
 _POSITIVE = (
@@ -58,7 +58,7 @@ _NOT_NEGATIVE = (
     *("model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
     *("sampling.cfg", "sampling.cfg_channels", "sampling.pool"),
     *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
-    *("optim.weight_decay", "optim.min_learning_rate"),
+    *("parallel.tensor", "optim.weight_decay", "optim.min_learning_rate"),
     *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),
 )
 

@@ -49,16 +49,27 @@ def validate(config: ConfigDict) -> None:
 
 
 def validate_devices(config: ConfigDict, num_devices: int) -> None:
-    """Raises a UserError unless a micro-batch splits evenly over the devices of all processes."""
-    images = _micro_batch(config)
+    """Raises a UserError unless a micro-batch splits evenly over the devices of all processes.
+
+    With `tp` it is split over groups of devices, each of which shares its samples.
+    """
+    images, parallel = _micro_batch(config), config.parallel
+    sharing = (parallel.tensor or num_devices) if parallel.preset == "tp" else 1
     require(
-        images % num_devices == 0,
-        f"data.batch_size / optim.accumulate = {images} images cannot be split evenly over "
-        f"{num_devices} devices: make it a multiple of {num_devices}",
+        num_devices % sharing == 0,
+        f"parallel.tensor = {sharing} does not divide the {num_devices} devices: choose a divisor, "
+        "or 0 for all",
     )
-    router, parallel = routers.find(config.model.router.name), config.parallel
+    shards = num_devices // sharing
+    require(
+        images % shards == 0,
+        f"data.batch_size / optim.accumulate = {images} images cannot be split evenly over "
+        f"{shards} {'devices' if sharing == 1 else 'groups of devices'}: make it a multiple of "
+        f"{shards}",
+    )
+    router = routers.find(config.model.router.name)
     if router and config.model.router.group == "shard":
-        _check_router(router, config.model, images // num_devices)
+        _check_router(router, config.model, images // shards)
     if parallel.preset == "fsdp_ep":
         sharing, experts = parallel.expert or num_devices, config.model.moe.num_experts
         require(

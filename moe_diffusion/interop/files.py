@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,10 @@ class Weights(NamedTuple):
 
 
 def of_safetensors(*paths: str | os.PathLike) -> Lazy:
-    """Maps one `.safetensors` file, or the shards of one state dict; the tensors are views."""
+    """Maps one `.safetensors` file, or the shards of one state dict; the tensors are views.
+
+    A tensor's pages are given back when its last view is gone.
+    """
     specs, places = {}, {}
     for path in paths:
         with safetensors.safe_open(path, framework="numpy"):
@@ -78,10 +82,13 @@ def of_safetensors(*paths: str | os.PathLike) -> Lazy:
         count = math.prod(shape)
         if not count:
             return np.empty(shape, dtype)
-        aligned = begin - begin % mmap.PAGESIZE
+        aligned, end = begin - begin % mmap.PAGESIZE, begin + count * dtype.itemsize
         # The disk starts to read now, not when the first byte is used.
-        mapped.madvise(mmap.MADV_WILLNEED, aligned, begin + count * dtype.itemsize - aligned)
-        return np.frombuffer(mapped, dtype, count, begin).reshape(shape)
+        mapped.madvise(mmap.MADV_WILLNEED, aligned, end - aligned)
+        tensor = np.frombuffer(mapped, dtype, count, begin)
+        # Views of the tensor hold on to its base. When it goes, the pages are given back.
+        weakref.finalize(tensor.base, mapped.madvise, mmap.MADV_DONTNEED, aligned, end - aligned)
+        return tensor.reshape(shape)
 
     return Lazy(specs, read)
 

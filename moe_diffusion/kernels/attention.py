@@ -28,7 +28,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from moe_diffusion.parallel.mesh import by_group, num_batch_shards, platform
+from moe_diffusion.parallel.mesh import num_batch_shards, platform
+from moe_diffusion.tensor_parallel import by_heads, num_head_parts
 
 _SEQ_MINOR = splash_attention_kernel.QKVLayout.SEQ_MINOR
 IMPLEMENTATIONS = ("xla", "own_gradient", "splash", "cudnn")
@@ -79,17 +80,19 @@ def attend(
     Returns:
       [B, heads, S, d], with the name "attention" for remat policies.
     """
-    scores = q.size // q.shape[3] * q.shape[2] // num_batch_shards()
+    devices = num_batch_shards() * num_head_parts(k.shape[1])
+    scores = q.size // q.shape[3] * q.shape[2] // devices
     name = implementation or default_implementation(platform(), scores)
     if not can_run(name, q):
         name = "xla"
     function = {
         "xla": _xla,
-        "own_gradient": partial(by_group, _in_parts),
-        "splash": partial(by_group, _splash),
+        "own_gradient": partial(by_heads, _in_parts),
+        "splash": partial(by_heads, _splash),
         "cudnn": _cudnn,
     }[name]
-    return checkpoint_name(function(q, k, v), "attention")
+    with jax.named_scope("attention_maps"):
+        return checkpoint_name(function(q, k, v), "attention")
 
 
 @jax.checkpoint

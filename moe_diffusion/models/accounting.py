@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -31,6 +31,13 @@ class Count:
 
     total: int
     activated: int
+
+
+class Maps(NamedTuple):
+    """FLOPs of the two products of an attention, q k^T and that with v, and its tokens."""
+
+    flops: float
+    tokens: int
 
 
 def parameter_counts(model: Model, experts_per_token: float | None = None) -> dict[str, Count]:
@@ -73,22 +80,40 @@ def forward_flops(
       experts_per_token: see `parameter_counts`. The padding and copies that a backend of the
         dispatch adds do not count.
     """
-    parameters, rows, maps = _trace(model)
-    share = _used_shares(model, experts_per_token)
+    weights, maps = products(model, experts_per_token)
     flops: dict[str, float] = {}
+    for path, value in weights.items():
+        _add(flops, model.kind_of(path), value)
+    for attention in maps.values():
+        _add(flops, "attention maps", attention.flops)
+    flops = {kind: batch * value for kind, value in flops.items()}
+    return flops | {"total": sum(flops.values())}
+
+
+def products(
+    model: Model, experts_per_token: float | None = None
+) -> tuple[dict[str, float], dict[str, Maps]]:
+    """What `forward_flops` adds up, for one image, by path: of the weights, and of attentions.
+
+    What is stacked along an axis of layers counts for all of them.
+    """
+    parameters, rows, shapes = _trace(model)
+    share = _used_shares(model, experts_per_token)
+    weights: dict[str, float] = {}
     for path, leaf in parameters.items():
         module, _, name = path.rpartition("/")
         kind, axes = model.kind_of(path), leaf.ndim - model.is_stacked(path)
         if kind == _EXPERTS and axes == 3:  # [experts, in, out]; biases have two
             tokens = rows[module.rpartition("/")[0]]
-            _add(flops, kind, 2 * tokens * leaf.size * share(path))
+            weights[path] = 2 * tokens * leaf.size * share(path)
         elif name == "kernel" and module in rows:
-            _add(flops, kind, 2 * rows[module] * leaf.size)
-    for path, value in maps.items():
+            weights[path] = 2 * rows[module] * leaf.size
+    maps = {}
+    for path, shape in shapes.items():
         layers = sum(path.startswith(f"{block.path}/") for block in model.blocks())
-        _add(flops, "attention maps", max(1, layers) * value)
-    flops = {kind: batch * value for kind, value in flops.items()}
-    return flops | {"total": sum(flops.values())}
+        flops = 4 * shape[-2] * math.prod(shape) * max(1, layers)
+        maps[path] = Maps(flops, shape[-2])
+    return weights, maps
 
 
 def table(counts: dict[str, Count], flops: dict[str, float]) -> str:
@@ -110,10 +135,10 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
 
     Returns:
       Three tables by path: the shapes of the parameters, how many rows reach each module, and the
-      FLOPs of the two maps of an attention in one layer.
+      shape of the tokens [1, S, D] or queries [1, heads, S, d] that reach an attention.
     """
     rows: dict[str, int] = {}
-    maps: dict[str, int] = {}
+    maps: dict[str, tuple[int, ...]] = {}
 
     def watch(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module, path = context.module, "/".join(context.module.path)
@@ -124,7 +149,7 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
             contract = getattr(module, "contract", 1)  # trailing axes that a Linear sums over
             rows[path] = math.prod(shape[:-contract])
             if isinstance(module, Attention | JointAttention):  # x [1, S, D] or q [1, heads, S, d]
-                maps[path] = 4 * shape[-2] * math.prod(shape)
+                maps[path] = shape
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):

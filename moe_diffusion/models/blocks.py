@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.attention import attend
-from moe_diffusion.parallel.weights import with_whole_weights
+from moe_diffusion.tensor_parallel import split_linear
 
 Dtype = Any
 ROPES = ("rope1d", "rope2d", "rope2d_pairs")
@@ -71,7 +71,7 @@ class Linear(nn.Module):
                 y += weights["bias"]
             return y.reshape(*x.shape[: -self.contract], *self.features)
 
-        return with_whole_weights(apply, x.astype(self.dtype), weights, axes)
+        return split_linear(apply, x.astype(self.dtype), weights, axes, self.contract)
 
 
 def linear(features: int | Sequence[int], axes: Sequence[str | None], **options) -> Linear:

@@ -205,10 +205,9 @@ def dispatch(
     params = {name: value.astype(x.dtype) for name, value in params.items()}
     work, chosen = Work(x, routing, params, kind, capacity_factor, dropout), BACKENDS[name]
     dropped = transports.dropped_share(work, transport, chosen.drops)
-    shards = num_batch_shards()
-    if shards == 1:
+    if jax.sharding.get_abstract_mesh().size <= 1:
         return chosen.run(work), dropped
-    if x.shape[0] % shards:
+    if x.shape[0] % num_batch_shards():
         return _one_group_over_devices(chosen.run, work), dropped
     # Every device has whole groups: it dispatches those, by itself or with help.
     how, by_group = transport or transports.default_transport(work), PartitionSpec(batch_axes())

@@ -5,7 +5,7 @@
 | `data`   | the batch (preset `fsdp`: and parameters, as `fsdp`)         |
 | `fsdp`   | the batch, and parameters and optimizer state with it        |
 | `expert` | the batch, and experts with it (moe/transport.py)            |
-| `seq`    | tokens of a sample (size 1 in all of today's presets)        |
+| `tensor` | what one sample needs: heads, hidden units, tokens           |
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-AXES = ("data", "fsdp", "expert", "seq")
+AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
+# Preset -> its two axes; a key of the section `parallel` has the size of the first.
+_AXES_OF = {"fsdp": ("fsdp", "data"), "fsdp_ep": ("expert", "fsdp"), "tp": ("tensor", "data")}
 _POOLS = contextvars.ContextVar("pools", default=0)
 
 
@@ -28,19 +30,17 @@ def make_mesh(parallel_config: Any, devices: Sequence[jax.Device] | None = None)
     """Mesh over `devices` (default: all of all processes) for `parallel_config.preset`.
 
     `dp` and `zero1` lay the devices along `data`, `fsdp` along `fsdp` and, on a torus of TPU chips,
-    `data` (`_ring`), and `fsdp_ep` along `fsdp` and, `parallel.expert` of them (0: all), `expert`;
-    other axes have size 1.
+    `data` (`_ring`). `fsdp_ep` lays them along `fsdp` and, `parallel.expert` of them (0: all),
+    `expert`, and `tp` along `data` and, `parallel.tensor` of them (0: all), `tensor`. Other axes
+    have size 1.
     """
     devices = jax.devices() if devices is None else devices
-    shape = dict.fromkeys(AXES, 1)
-    if parallel_config.preset == "fsdp_ep":
-        shape["expert"] = parallel_config.expert or len(devices)
-        shape["fsdp"] = len(devices) // shape["expert"]
-    else:
-        shape["fsdp"] = _ring(devices) if parallel_config.preset == "fsdp" else 1
-        shape["data"] = len(devices) // shape["fsdp"]
-    sizes = list(shape.values())
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape, preset = dict.fromkeys(AXES, 1), parallel_config.preset
+    inner, outer = _AXES_OF.get(preset, ("data", "fsdp"))
+    size = _ring(devices) if preset == "fsdp" else getattr(parallel_config, inner, 0)
+    shape[inner] = size or len(devices)
+    shape[outer] = len(devices) // shape[inner]
+    return jax.make_mesh([*shape.values()], AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _ring(devices: Sequence[jax.Device]) -> int:

@@ -13,9 +13,13 @@ is only touched by the update (optimizer state and EMAs):
 | `fsdp_ep` | `expert` over         | as the parameters     | 5 P / devices + a layer's dense part |
 |           | `expert`, `embed`     |                       | and a device's own experts           |
 |           | over what is left     |                       |                                      |
+| `tp`      | `heads`, `mlp` over   | `embed` over `data`   | (2 P + 3 P / data) / tensor          |
+|           | `tensor`              | with them             |                                      |
 
-Every preset splits the batch over all devices. Where nothing is recomputed (model.remat = none),
-`fsdp` and `fsdp_ep` also keep the weights that they gathered, in the compute dtype.
+Every preset but `tp` splits the batch over all devices. `tp` is for batches smaller than the number
+of devices: those along `tensor` share each sample (tensor_parallel.py). Where nothing is recomputed
+(model.remat = none), `fsdp` and `fsdp_ep` also keep the weights that they gathered, in the compute
+dtype.
 """
 
 from __future__ import annotations
@@ -42,11 +46,13 @@ class Rules(NamedTuple):
 
 
 _EP = {"expert": ("expert",), "embed": ("fsdp", "expert")}
+_TP = {"heads": ("tensor",), "mlp": ("tensor",)}
 PRESETS = {
     "dp": Rules(params={}, update={}),
     "zero1": Rules(params={}, update={"embed": ("data",)}),
     "fsdp": Rules(params={"embed": ("fsdp", "data")}, update={"embed": ("fsdp", "data")}),
     "fsdp_ep": Rules(params=_EP, update=_EP),
+    "tp": Rules(params=_TP, update=_TP | {"embed": ("data",)}),
 }
 _PRESET = contextvars.ContextVar("preset", default="dp")
 
@@ -97,8 +103,7 @@ def spec_of(
     taken: set[str] = set()
     for size, name in zip(shape, axes, strict=False):
         free = tuple(a for a in table.get(name, ()) if a not in taken and mesh.shape.get(a, 1) > 1)
-        fits = size % math.prod(mesh.shape[axis] for axis in free) == 0
-        used = free if fits else ()
+        used = free if size % math.prod(mesh.shape[axis] for axis in free) == 0 else ()
         taken.update(used)
         spec.append(used[0] if len(used) == 1 else used or None)
     return PartitionSpec(*spec)

@@ -19,6 +19,7 @@ from moe_diffusion.conditions import IMAGE, cond_of
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import first_line
 from moe_diffusion.parallel import rules
+from moe_diffusion.parallel.mesh import make_mesh, num_batch_shards
 from moe_diffusion.planning.memory import sharded_bytes
 from moe_diffusion.training.run import prepare_run, tracing_for
 from moe_diffusion.training.step import Frozen
@@ -81,6 +82,12 @@ def lower_sample(config: ConfigDict, devices: Sequence[Any]) -> Any:
     with tracing_for(run.mesh, config.parallel.preset):
         sampler = make_sampler(run.model, config)
         return sampler.lower(run.variables, batch[IMAGE], cond_of(batch), keys)
+
+
+def drawn_together(config: ConfigDict, devices: Sequence[Any]) -> int:
+    """How many images `sample` draws for a batch of `data.batch_size`: it fills every group up."""
+    groups = num_batch_shards(make_mesh(config.parallel, devices))
+    return -(-config.data.batch_size // groups) * groups
 
 
 def state_bytes(config: ConfigDict, what: str, devices: Sequence[Any]) -> int:

@@ -24,6 +24,7 @@ COLLECTIVES = (
 )
 # Custom calls that are Pallas kernels: Mosaic on TPU; Triton and Mosaic on GPU.
 PALLAS_CALLS = ("tpu_custom_call", "triton", "mosaic_gpu")
+SPLASH = "splash_mha"  # begins the names of jax's own kernels for attention
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -62,7 +63,8 @@ class Program:
 def parse(text: str) -> Program:
     """Reads the text of `compiled.as_text()`."""
     program, body = Program(files=_files(text)), {}
-    for line in text.splitlines():
+    # The metadata of a kernel may stand on lines of its own.
+    for line in re.sub(r'\n(?=["}]\S)', " ", text).splitlines():
         if head := _HEAD.match(line):
             body = program.computations[head[2]] = {}
             program.entry = head[2] if head[1] else program.entry
@@ -93,6 +95,7 @@ def kernels(program: Program) -> dict[str, int]:
                 counts[target[1]] += 1
             is_pallas = target and any(kind in target[1] for kind in PALLAS_CALLS)
             # XLA also generates kernels itself. Their text has neither of these words.
+            is_pallas = is_pallas and not instruction.name.startswith(SPLASH)
             if is_pallas and re.search("pallas_call|kernel_name", instruction.text):
                 counts[re.sub(r"[.\d]+$", "", instruction.name)] += 1
     return dict(counts)
@@ -128,7 +131,8 @@ def _traffic(program: Program, name: str, known: dict[str, Counter]) -> Counter:
 def trip_count(program: Program, body: dict[str, Instruction], loop: Instruction) -> int:
     """How often a loop runs, by XLA's note or else by the constant in the loop's condition.
 
-    A loop without either depends on data; it counts as 1.
+    A loop without either depends on data; it counts as 1. A loop begins at 0. XLA may have unrolled
+    it, so that it counts in steps of 2.
     """
     if note := re.search(r"known_trip_count\W+n\W+(\d+)", loop.text):
         return int(note[1])
@@ -150,8 +154,28 @@ def trip_count(program: Program, body: dict[str, Instruction], loop: Instruction
                 bound = body.get(start.operands[index])
         if bound and bound.opcode == "constant":
             value = re.search(r"constant\((\d+)\)", bound.text)
-            return int(value[1]) if value else 1
+            if not value:
+                return 1
+            counters = (condition.get(name) for name in root.operands)
+            return -(-int(value[1]) // max(_step(program, loop, c) for c in counters))
     return 1
+
+
+def _step(program: Program, loop: Instruction, counter: Instruction | None) -> int:
+    """What a loop adds to its counter, an element of the loop's tuple; 1 if it is not seen."""
+    if counter is None or counter.opcode != "get-tuple-element":
+        return 1
+    body = program.computations[re.search(r"body=%?([\w.-]+)", loop.text)[1]]
+    *_, root = body.values()
+    index = int(re.search(r"index=(\d+)", counter.text)[1])
+    if root.opcode != "tuple" or index >= len(root.operands):
+        return 1
+    added = body.get(root.operands[index])
+    if added is None or added.opcode != "add":
+        return 1
+    constants = (body[name].text for name in added.operands if name in body)
+    steps = (re.search(r"constant\((\d+)\)", text) for text in constants)
+    return next((int(step[1]) for step in steps if step), 1) or 1
 
 
 def _branches(text: str) -> list[str]:
@@ -208,6 +232,19 @@ def group_size(text: str) -> int:
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return listed[1].count(",") + 1
     return 2  # a permute, which names pairs instead
+
+
+def called(instruction: Instruction) -> list[str]:
+    """The computations that an instruction runs: a loop's body, branches, a fusion or a call."""
+    if instruction.opcode == "conditional":
+        return _branches(instruction.text)
+    return _CALLED.findall(instruction.text)
+
+
+def sizes_of_arrays(shape: str) -> list[int]:
+    """Number of elements of each array in a type."""
+    found = re.findall(r"\b[a-z]\w*\[([\d,]*)\]", shape)
+    return [math.prod(int(d) for d in dims.split(",") if d) for dims in found]
 
 
 def _bytes_of_arrays(shape: str) -> list[int]:

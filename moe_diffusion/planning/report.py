@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,12 +14,19 @@ from moe_diffusion.config import validate_devices
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.parallel import rules
+from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.planning import hlo
-from moe_diffusion.planning.compile import OutOfMemory, compile_program, state_bytes
+from moe_diffusion.planning.compile import (
+    OutOfMemory,
+    compile_program,
+    drawn_together,
+    state_bytes,
+)
 from moe_diffusion.planning.flops import flops_per_run
 from moe_diffusion.planning.kernels import Dispatch, dispatch_of
 from moe_diffusion.planning.memory import Memory, largest_batch
-from moe_diffusion.planning.presets import ORDER, Outcome, amount, recommend
+from moe_diffusion.planning.presets import ORDER, Outcome, amount, layout_of, recommend
+from moe_diffusion.planning.repeats import EVERYTHING, Repeats, repeats_of, repeats_text
 from moe_diffusion.planning.topologies import Topology
 
 Say = Callable[[str], None]
@@ -33,6 +41,9 @@ class Plan:
       memory, collectives, dispatch: empty if the compiler refused.
       flops: of one step, or of drawing one batch; None if the sampler chooses its own steps.
       seconds: the time that compiling took.
+      layout: how weights and batch are split.
+      times: how often every image is computed, where a batch does not fill the devices.
+      repeats: what is computed more than once; None if it is unknown.
     """
 
     name: str
@@ -40,7 +51,7 @@ class Plan:
     topology: Topology
     preset: str
     batch_size: int
-    micro_batch: int  # images on a chip at a time
+    micro_batch: float  # images on a chip at a time; below 1, several chips share one
     fits: bool
     needed: int | None
     memory: dict[str, int]
@@ -53,6 +64,9 @@ class Plan:
     recommended: str | None = None
     reason: str = ""
     largest_micro_batch: int | None = None
+    layout: str = ""
+    times: float = 1
+    repeats: Repeats | None = None
 
     @property
     def limit(self) -> int | None:
@@ -85,6 +99,9 @@ class Plan:
             "dispatch": None if dispatch is None else dispatch.backend,
             "dispatch_as_intended": None if dispatch is None else dispatch.as_intended,
             "kernels": {} if dispatch is None else dispatch.kernels,
+            "layout": self.layout,
+            "times_computed": self.times,
+            "computed_repeatedly": self.repeats,
             "compile_seconds": round(self.seconds, 1),
             "presets": {name: vars(outcome) for name, outcome in self.outcomes.items()},
             "recommended_preset": self.recommended,
@@ -109,10 +126,14 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
     """Compiles `config` as it is, with its own preset. Raises UserError if it cannot be split."""
     if config.model.dtype == "auto" and topology.platform != "cpu":
         config = with_keys(config, model__dtype="bfloat16")  # what "auto" means there
+    asked = config.data.batch_size
+    if what == "sample":
+        drawn = drawn_together(config, topology.devices)
+        config = with_keys(config, data__batch_size=drawn)
     validate_devices(config, len(topology.devices))
     say(
         f"compiling {what} for preset {config.parallel.preset}, "
-        f"{_micro_batch(config, what) // topology.num_chips} images on a chip at a time"
+        f"{_images_on_chips(config, what, topology)} at a time"
     )
     result = compile_program(config, what, topology.devices)
     per_chip, model = topology.devices_per_chip, build(config.model)
@@ -121,8 +142,8 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
         what=what,
         topology=topology,
         preset=config.parallel.preset,
-        batch_size=config.data.batch_size,
-        micro_batch=_micro_batch(config, what) // topology.num_chips,
+        batch_size=asked,
+        micro_batch=_per_chip(config, what, topology),
         fits=False,
         needed=None,
         memory={},
@@ -130,6 +151,8 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
         collectives={},
         dispatch=None,
         seconds=result.seconds,
+        layout=_layout(config, topology),
+        times=config.data.batch_size / asked,
     )
     if isinstance(result, OutOfMemory):
         plan.needed = result.bytes_needed and result.bytes_needed * per_chip
@@ -141,6 +164,9 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
     sent = hlo.collective_bytes(program)
     plan.collectives = {kind: size * per_chip for kind, size in sent.items()}
     plan.dispatch = dispatch_of(program, model, config.model, what, topology.platform)
+    plan.repeats = repeats_of(program, model, config, what, len(topology.devices))
+    if plan.times > 1:  # the images that fill the batch up are repetitions
+        plan.repeats = {EVERYTHING: plan.times} | (plan.repeats or {})
     return plan
 
 
@@ -153,11 +179,17 @@ def compare_presets(plan: Plan, config: ConfigDict, say: Say) -> None:
             # As many devices share the experts as can do so evenly.
             sharing = math.gcd(config.model.moe.num_experts, len(plan.topology.devices))
             other, note = with_keys(other, parallel__expert=sharing), f"parallel.expert={sharing}"
+        if preset == "tp" and not config.parallel.tensor:
+            # As few devices share an image as leave none idle.
+            chips = len(plan.topology.devices)
+            sharing = chips // math.gcd(plan.batch_size, chips)
+            other, note = with_keys(other, parallel__tensor=sharing), f"parallel.tensor={sharing}"
         state = state_bytes(other, plan.what, plan.topology.devices)
         state *= plan.topology.devices_per_chip
         if plan.limit is not None and state > plan.limit:
             alone = "for the state and gradients alone" if plan.what == "train" else "of weights"
-            plan.outcomes[preset] = Outcome(False, state, None, alone)
+            where = _layout(other, plan.topology)
+            plan.outcomes[preset] = Outcome(False, state, None, alone, layout=where)
             continue
         try:
             tried = make_plan(other, plan.what, plan.topology, say)
@@ -205,12 +237,33 @@ def remedies(config: ConfigDict, what: str) -> list[str]:
     return found
 
 
-def _micro_batch(config: ConfigDict, what: str) -> int:
-    return config.data.batch_size // (config.optim.accumulate if what == "train" else 1)
+def _per_chip(config: ConfigDict, what: str, topology: Topology) -> float:
+    """Images on a chip at a time; a fraction where several chips share one."""
+    images = config.data.batch_size // (config.optim.accumulate if what == "train" else 1)
+    whole, rest = divmod(images, topology.num_chips)
+    return images / topology.num_chips if rest else whole
+
+
+def _images_on_chips(config: ConfigDict, what: str, topology: Topology) -> str:
+    return images_on_chips(_per_chip(config, what, topology))
+
+
+def images_on_chips(per_chip: float) -> str:
+    """ "2 images on a chip", "1 image on 4 chips"; per_chip: images for each chip."""
+    share = Fraction(per_chip).limit_denominator(2**20)
+    images = f"{share.numerator} image{'s' * (share.numerator > 1)}"
+    chips = "a chip" if share.denominator == 1 else f"{share.denominator} chips"
+    return f"{images} on {chips}"
 
 
 def _outcome(plan: Plan) -> Outcome:
-    return Outcome(plan.fits, plan.needed, sum(plan.collectives.values()), plan.message)
+    sent = sum(plan.collectives.values())
+    found = (plan.times, plan.layout, plan.repeats)
+    return Outcome(plan.fits, plan.needed, sent, plan.message, *found)
+
+
+def _layout(config: ConfigDict, topology: Topology) -> str:
+    return layout_of(make_mesh(config.parallel, topology.devices), config.parallel.preset)
 
 
 def _candidates(config: ConfigDict, plan: Plan) -> list[str]:
@@ -223,6 +276,8 @@ def _candidates(config: ConfigDict, plan: Plan) -> list[str]:
         names = [name for name in names if name != "fsdp_ep"]
     if plan.what == "sample":  # zero1 only splits what the update needs
         names = [name for name in names if name != "zero1"]
+    if plan.batch_size % len(plan.topology.devices) == 0:
+        names = [name for name in names if name != "tp"]
     return names
 
 
@@ -232,7 +287,9 @@ def table(plan: Plan) -> str:
     lines = [
         f"{plan.name}: {plan.what} on {topology.name} ({topology.num_chips} x "
         f"{topology.devices[0].device_kind}), preset {plan.preset}",
-        f"{plan.batch_size} images in all, {plan.micro_batch} on a chip at a time",
+        f"{plan.batch_size} image{'s' * (plan.batch_size > 1)} in all, "
+        f"{images_on_chips(plan.micro_batch)} at a time",
+        plan.layout,
         "",
         "memory of a chip",
     ]
@@ -250,12 +307,19 @@ def table(plan: Plan) -> str:
         for name in sorted(plan.outcomes, key=ORDER.index):
             outcome = plan.outcomes[name]
             note = outcome.note if outcome.fits else f"does not fit {outcome.note}"
+            if outcome.times > 1:
+                note = f"{note}, computes every image {outcome.times:.3g} times".lstrip(", ")
             line = f"{name:<12}{amount(outcome.needed):>12}{amount(outcome.sent):>12}   {note}"
             lines.append(line.rstrip())
+            lines += [f"    {text}" for text in (outcome.layout, *_more_than_once(outcome)) if text]
         lines.append(f"recommended: {plan.recommended or 'none'}: {plan.reason}")
     if plan.largest_micro_batch is not None:
         lines.append(f"largest batch on a chip at a time: {plan.largest_micro_batch} images")
     return "\n".join(lines)
+
+
+def _more_than_once(outcome: Outcome) -> list[str]:
+    return [] if outcome.repeats is None else repeats_text(outcome.repeats)
 
 
 def _work(plan: Plan) -> list[str]:
@@ -274,5 +338,6 @@ def _work(plan: Plan) -> list[str]:
     lines.append(f"  {'in all':<22}{amount(sum(plan.collectives.values())):>10}")
     if plan.dispatch is not None:
         lines.append(f"dispatch: {plan.dispatch.describe()}")
+    lines += repeats_text(plan.repeats)
     lines.append(f"compiled in {plan.seconds:.1f} s")
     return lines

@@ -29,9 +29,17 @@ def test_a_preset_gives_all_devices_to_one_axis(preset, axis):
 def test_expert_parallelism_shares_the_devices_out(sharing, fsdp, expert):
     config = toy.make_config(parallel__preset="fsdp_ep", parallel__expert=sharing)
     mesh = make_mesh(config.parallel)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "expert": expert, "seq": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1}
     with jax.set_mesh(mesh):
         assert (num_batch_shards(), num_expert_shards()) == (8, expert)
+
+
+@pytest.mark.parametrize(("sharing", "data", "tensor"), [(0, 1, 8), (2, 4, 2), (1, 8, 1)])
+def test_tensor_parallelism_shares_the_devices_out(sharing, data, tensor):
+    """Those that share a sample are no parts of the batch."""
+    mesh = make_mesh(toy.make_config(parallel__preset="tp", parallel__tensor=sharing).parallel)
+    assert dict(mesh.shape) == {"data": data, "fsdp": 1, "expert": 1, "tensor": tensor}
+    assert num_batch_shards(mesh) == data
 
 
 @pytest.mark.parametrize(

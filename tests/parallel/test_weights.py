@@ -73,7 +73,7 @@ def test_what_does_not_split_evenly_is_left_to_the_compiler():
 )
 def test_a_torus_is_cut_into_rings(topology, data, fsdp):
     mesh = make_mesh(ConfigDict({"preset": "fsdp"}), describe(topology).devices)
-    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "expert": 1, "seq": 1}
+    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "expert": 1, "tensor": 1}
 
 
 @pytest.mark.tpu_aot

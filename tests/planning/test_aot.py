@@ -76,3 +76,43 @@ def test_every_config_fits_somewhere(name):
         if plan.fits:
             break
     assert plan.fits and plan.dispatch.as_intended
+
+
+def flux(name="configs/flux_tiny.py", **keys):
+    keys = {"parallel.preset": "tp", "data.batch_size": 1} | keys
+    return configs.load(name, [f"{key.replace('__', '.')}={value}" for key, value in keys.items()])
+
+
+VECTORS = {f"{name}_embed/dense_{i}" for name in ("time", "pooled", "guidance") for i in (0, 1)}
+
+
+def test_chips_share_one_sample():
+    """Four chips, four heads: all computes once but the vectors of the sample, on every chip."""
+    keys = {"model__num_heads": 4, "model__flux__rope_axes": "(4,6,6)", "model__image_size": 32}
+    config = flux(**keys, sampling__steps=2)
+    plan = make_plan(config, "sample", describe("v5e:2x2"), QUIET)
+    assert plan.fits and plan.collectives and plan.micro_batch == 1 / 4
+    assert "time_embed/dense_1" in plan.repeats and set(plan.repeats) <= VECTORS
+    assert plan.repeats["time_embed/dense_1"] == pytest.approx(4, rel=0.01)
+
+
+def test_heads_that_chips_do_not_divide_are_named():
+    keys = {"model__num_heads": 2, "model__image_size": 32}
+    plan = make_plan(flux(**keys, sampling__steps=2), "sample", describe("v5e:2x2"), QUIET)
+    maps = {"double (attention maps)", "single (attention maps)"}
+    assert maps <= set(plan.repeats) <= maps | VECTORS
+
+
+def test_a_training_step_repeats_nothing():
+    config = flux(parallel__preset="fsdp", data__batch_size=8, model__remat="full")
+    assert make_plan(config, "train", describe("v5e:2x2"), QUIET).repeats == {}
+
+
+def test_flux_dev_draws_one_image_on_eight_v5e():
+    """At full size, 1024 x 1024 pixels and 28 steps, with weights in bfloat16."""
+    config = flux("configs/flux_dev.py", model__param_dtype="bfloat16")
+    plan = make_plan(config, "sample", describe("v5e:2x4"), QUIET)
+    assert plan.fits and plan.micro_batch == 1 / 8 and plan.times == 1
+    # An eighth of 11.9B parameters in 2 bytes and what is not split: embedders, biases, norms.
+    assert 11_901_408_320 * 2 / 8 < plan.memory["arguments"] < 1.05 * 11_901_408_320 * 2 / 8
+    assert set(plan.repeats) == {"time_embed/dense_0", "time_embed/dense_1"}
