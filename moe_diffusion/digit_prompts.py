@@ -16,9 +16,8 @@ import numpy as np
 
 from moe_diffusion.conditions import Field
 from moe_diffusion.errors import UserError
-from moe_diffusion.vocabulary import VOCABULARIES, split_words
+from moe_diffusion.vocabulary import TOKENS, VOCABULARIES, split_words
 
-TOKENS = "tokens"  # the field of a condition that holds a prompt
 VOCABULARY = "digits"
 _OPENINGS = ("", "a", "the", "one", "draw a", "show me a", "a picture of the", "an image of a")
 _ADJECTIVES = ("", "handwritten", "small", "sketched")
@@ -38,6 +37,21 @@ def prompts(digit: int, held_out: bool = False) -> list[str]:
             text = " ".join(filter(None, (opening, adjective, noun, name, ending)))
             found.append(re.sub(r"\ba (?=8|eight)", "an ", text).replace(" ,", ","))
     return found
+
+
+def held_out_prompts(number: int) -> list[tuple[str, int]]:
+    """(prompt, digit) of `number` prompts that training never sees, the digits in order.
+
+    They come from all over the list, and no two digits are asked for in the same words.
+    """
+    each = number // 10
+    texts = [prompts(digit, held_out=True) for digit in range(10)]
+    # Steps of about the golden ratio, which is without a common divisor with the list's length.
+    return [
+        (texts[digit][97 * (10 * i + digit) % len(texts[digit])], digit)
+        for digit in range(10)
+        for i in range(each)
+    ]
 
 
 LONGEST = max(len(split_words(text)) for held_out in (False, True) for text in prompts(8, held_out))

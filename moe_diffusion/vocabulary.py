@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_diffusion.errors import UserError
 
+TOKENS = "tokens"  # the field of a condition that holds a prompt, i32[B, L]
 EMPTY = 0  # fills up a row; a row of it is a prompt without words
 _WORDS = re.compile(r"\w+|[^\w\s]")
 _LONGEST = 60  # characters of a user's word in a message
@@ -52,8 +53,9 @@ class Vocabulary:
         return found
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The words of a row, between spaces."""
-        return " ".join(self.words[number - 1] for number in tokens if number != EMPTY)
+        """The words of a row, between spaces; there is none before a sign."""
+        text = " ".join(self.words[number - 1] for number in tokens if number != EMPTY)
+        return re.sub(r" ([^\w\s])", r"\1", text)
 
     def _numbered(self, prompt: str) -> list[int]:
         words = split_words(prompt)

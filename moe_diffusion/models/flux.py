@@ -34,7 +34,7 @@ from moe_diffusion.models.blocks import (
 from moe_diffusion.models.parts import transformer
 from moe_diffusion.models.stack import Model, Stack
 from moe_diffusion.models.words import HEADS, WordEncoder
-from moe_diffusion.vocabulary import VOCABULARIES
+from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
 FIELDS = {
     "single_depth": (38, "blocks of one stream; model.depth counts those of two"),
@@ -308,7 +308,7 @@ class Flux(Model):
         embed = partial(linear, width, (None, "embed"), dtype=dtype)
         if self.vocabulary:
             sizes = len(VOCABULARIES[self.vocabulary]), self.text_width, self.pooled_width
-            cond = {**cond, **WordEncoder(*sizes, dtype, name="words")(cond["tokens"])}
+            cond = {**cond, **WordEncoder(*sizes, dtype, name="words")(cond[TOKENS])}
         image = embed(name="patch_embed")(patches).astype(self.residual_dtype)
         text = embed(name="text_embed")(cond["text"]).astype(self.residual_dtype)
         numbers = {"time": 1 - t} | ({"guidance": cond["guidance"]} if self.guidance else {})
@@ -331,7 +331,7 @@ class Flux(Model):
         }
         if self.vocabulary:
             words = len(VOCABULARIES[self.vocabulary])
-            prompt = {"tokens": Field((self.text_tokens,), "int32", words)}
+            prompt = {TOKENS: Field((self.text_tokens,), "int32", words)}
         return prompt | ({"guidance": Field((), "float32")} if self.guidance else {})
 
     def null(self, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
