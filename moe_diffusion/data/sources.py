@@ -3,7 +3,7 @@
 | name                              | what it is                                  | where        |
 |-----------------------------------|---------------------------------------------|--------------|
 | `digits`, `synthetic`             | offline, for tests and demonstrations       | here         |
-| `digits_prompts`                  | the digits, with prompts and without labels | `..`         |
+| `digits_prompts`                  | the same images with prompts                | one floor up |
 | `folder:<path>`                   | image files, a sub-folder per class         | `images.py`  |
 | `tfds:<name>`, `tfds:<path>`      | prepared by TensorFlow Datasets             | `tfds.py`    |
 | `latents:<path>`                  | written by `python -m moe_diffusion.prepare`| `latents.py` |
