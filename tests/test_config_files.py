@@ -51,7 +51,7 @@ DIT_MOE = [
     for objective in ("flow", "ddpm")
 ]
 PREDICTOR = [f"configs/ecdit_{size}.py:predictor=true" for size in "sbl"]
-FLUX = [f"configs/flux_{name}.py" for name in ("dev", "schnell", "tiny")]
+FLUX = [f"configs/{name}.py" for name in ("digits_flux", "flux_dev", "flux_schnell", "flux_tiny")]
 SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
 
 

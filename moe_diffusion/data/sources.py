@@ -208,8 +208,8 @@ def open_images(
     if kind == "tfds" and place:
         return TfdsImages(place, split, image_shape)
     raise UserError(
-        f"data.source={name!r} is unknown; known are: digits, digits_prompts, synthetic, "
-        "folder:<path>, tfds:<name>, latents:<path>"
+        f"data.source={name!r} is unknown; known are: digits, synthetic, folder:<path>, "
+        "tfds:<name>, latents:<path>, digits_prompts"
     )
 
 

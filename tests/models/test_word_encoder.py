@@ -29,7 +29,7 @@ def tiny(**changes):
 
 
 def test_by_hand():
-    """Blocks whose last layers are zero add nothing: norm(word + place), and a layer of the mean."""
+    """Blocks that end in zeros add nothing: norm(word + place), and a linear layer of the mean."""
     encoder, rng = WordEncoder(6, 8, 5, jnp.float32), np.random.default_rng(0)
     tokens = np.array([[2, 5, 0], [1, 1, 4]], np.int32)
     shapes = nn.meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), tokens))["params"]
