@@ -16,7 +16,7 @@ TINY |= {"model.depth": 1, "model.flux.single_depth": 2, "model.flux.text_width"
 TINY |= {"data.batch_size": 8, "sampling.steps": 1, "sampling.sampler": "euler"}
 TINY |= {"optim.warmup_steps": 1, "train.sample_every": 0, "sampling.cfg": 1.0}
 TINY |= {"train.num_steps": 2}
-# On two idle cores two minutes, of which half a minute is drawing.
+# On two idle cores two minutes.
 SHORT = {"train.num_steps": 300, "optim.warmup_steps": 50, "train.sample_every": 0}
 SHORT |= {"sampling.steps": 10}
 
@@ -42,7 +42,7 @@ def test_trains_draws_and_ends_with_a_line(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_held_out_prompts_are_drawn_after_two_minutes(tmp_path):
-    """A fifth of the steps, the schedule as short. They reached 0.000 when this was written."""
+    """A seventh of the steps, the schedule as short. They reached 0.000 when this was written."""
     options = {"optimize": True, "timeout": 1800}
     output = cli.succeed("demo", *arguments(tmp_path, SHORT), **options)
     result = json.loads(output.splitlines()[-1])

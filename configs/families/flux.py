@@ -86,7 +86,7 @@ def digits() -> ConfigDict:
     config.optim.learning_rate = 1e-3
     config.optim.schedule, config.optim.warmup_steps = "cosine", 100
     config.ema.decays, config.ema.warmup = (0.999,), True
-    config.train.num_steps = 1500
+    config.train.num_steps = 2000
     config.train.sample_every, config.train.eval_samples = 500, 100
     config.checkpoint.every = 500
     config.sampling.steps, config.sampling.cfg = 25, 2.0
