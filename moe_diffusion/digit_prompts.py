@@ -60,7 +60,7 @@ LONGEST = max(len(split_words(text)) for held_out in (False, True) for text in p
 class DigitPrompts:
     """A source of every image of `digits` with every prompt for its digit.
 
-    Record i is image i % N of N with prompt i // N. So a run draws images and prompts at random,
+    Record i is image i // P with prompt i % P of P. So a run draws images and prompts at random,
     and batch b draws the same ones whenever it is made.
 
     Args:
@@ -90,7 +90,7 @@ class DigitPrompts:
         return len(self._digits) * self._tokens.shape[1]
 
     def __getitem__(self, index: int | np.ndarray) -> Mapping[str, np.ndarray]:
-        prompt, image = np.divmod(index, len(self._digits))
+        image, prompt = np.divmod(index, self._tokens.shape[1])
         record = self._digits[image]
         return {"image": record["image"], TOKENS: self._tokens[record["label"], prompt]}
 

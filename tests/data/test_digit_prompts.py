@@ -57,19 +57,29 @@ def test_prompts_that_a_model_is_asked_in():
 
 @pytest.mark.parametrize("split,texts", [("train", TRAINING), ("test", HELD_OUT)])
 def test_records(split, texts):
-    """Record i: image i modulo their number; the prompts are of the image's digit."""
+    """Record i: image i // P with prompt i % P, one of P for its digit."""
     digits = Digits(split)
     source = open_images("digits_prompts", (8, 8, 1), split, cond_spec=SPEC)
     check_fits(source, "digits_prompts", (8, 8, 1), SPEC)
     assert len(source) == len(digits) * len(texts[0])
-    numbers = np.array([5, len(digits) + 5, len(source) - 1])
+    numbers = np.array([5, len(texts[0]) + 1, len(source) - 1])
     batch = source.take(numbers)
-    for i, (number, prompt) in enumerate(zip(numbers, (0, 1, -1), strict=True)):
-        record = digits[number % len(digits)]
+    for i, (number, prompt) in enumerate(zip(numbers, (5, 1, -1), strict=True)):
+        record = digits[number // len(texts[0])]
         np.testing.assert_array_equal(batch["image"][i], record["image"])
         words = VOCABULARIES["digits"].text(batch[TOKENS][i])
         assert words == texts[int(record["label"])][prompt]
         np.testing.assert_array_equal(source[int(number)][TOKENS], batch[TOKENS][i])
+
+
+@pytest.mark.parametrize("count", [16, 100, 2048])
+def test_records_that_are_spaced_evenly_differ(count):
+    """Pictures and judges during training take these, and want all digits in many words."""
+    source = open_images("digits_prompts", (8, 8, 1), cond_spec=SPEC)
+    batch = source.take(np.arange(count) * len(source) // count)
+    images = np.unique(batch["image"].reshape(count, -1), axis=0)
+    assert len(images) == min(count, 1437)
+    assert len(np.unique(batch[TOKENS], axis=0)) > 0.9 * count
 
 
 def test_a_batch_is_the_same_whenever_it_is_made():
