@@ -16,9 +16,9 @@ TINY |= {"model.depth": 1, "model.flux.single_depth": 2, "model.flux.text_width"
 TINY |= {"data.batch_size": 8, "sampling.steps": 1, "sampling.sampler": "euler"}
 TINY |= {"optim.warmup_steps": 1, "train.sample_every": 0, "sampling.cfg": 1.0}
 TINY |= {"train.num_steps": 2}
-# On two idle cores two minutes.
-SHORT = {"train.num_steps": 300, "optim.warmup_steps": 50, "train.sample_every": 0}
-SHORT |= {"sampling.steps": 10}
+# On two idle cores two minutes. The model begins to read after about 400 steps.
+SHORT = {"train.num_steps": 700, "data.batch_size": 64, "optim.schedule": "constant"}
+SHORT |= {"optim.warmup_steps": 50, "train.sample_every": 0, "sampling.steps": 10}
 
 
 def arguments(workdir, keys):
@@ -42,11 +42,11 @@ def test_trains_draws_and_ends_with_a_line(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_held_out_prompts_are_drawn_after_two_minutes(tmp_path):
-    """A seventh of the steps, the schedule as short. They reached 0.000 when this was written."""
+    """A sixth of the images in a third of the steps. They reached 0.963 when this was written."""
     options = {"optimize": True, "timeout": 1800}
     output = cli.succeed("demo", *arguments(tmp_path, SHORT), **options)
     result = json.loads(output.splitlines()[-1])
-    assert result["prompt_accuracy"] > 0.8
+    assert result["prompt_accuracy"] > 0.85
     # New digits: as far from the training images as real ones are.
     assert result["nearest_train_distance"] > 0.7 * result["nearest_train_distance_heldout"]
     again = cli.succeed("demo", *arguments(tmp_path, SHORT), **options)
