@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GPU_PYTHON ?= python3
 OUT ?= runs/gpu-check
 
-.PHONY: install test test-slow test-all lint demo bench gpu-check clean
+.PHONY: install test test-slow test-all lint demo flux-demo bench gpu-check clean
 
 install: $(STAMP)
 
@@ -43,6 +43,9 @@ test-all: test test-slow
 
 demo: $(STAMP)
 	$(BIN)/python -m moe_diffusion.demo --workdir runs/digits
+
+flux-demo: $(STAMP)
+	$(BIN)/python -m moe_diffusion.demo --config configs/digits_flux.py --workdir runs/digits_flux
 
 bench: $(STAMP)
 	$(BIN)/python -m moe_diffusion.bench suite --out docs/benchmarks/cpu.json

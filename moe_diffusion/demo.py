@@ -1,11 +1,12 @@
 """The project in ten minutes: trains a MoE diffusion transformer on real digits and draws some.
 
   python -m moe_diffusion.demo --workdir runs/digits
+  python -m moe_diffusion.demo --config configs/digits_flux.py --workdir runs/digits_flux
 
 It trains (or resumes) configs/digits.py, draws 1,000 digits, and judges them with a classifier that
 saw the training images only: does a drawn 7 look like a 7, and is it more than a copy? At the end
 it prints the path of the picture and one JSON line. --config and --config.<key>=<value> work as in
-train.
+train. A model that reads prompts is asked in those that it was not trained on.
 """
 
 from __future__ import annotations
@@ -14,11 +15,37 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_diffusion import train
 from moe_diffusion.cli import Parser, exits_on_user_error
 
-SAMPLES, BATCH, COLUMNS = 1000, 250, 12
+if TYPE_CHECKING:
+    import numpy as np
+    from ml_collections import ConfigDict
+
+    from moe_diffusion.models.stack import Model
+
+SAMPLES, BATCH = 1000, 250
+ROWS, COLUMNS = 20, 12  # of the picture, at most
+PROMPTS = 100  # of as many samples each
+
+
+def asked(config: ConfigDict, model: Model) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """What is drawn: the condition of `SAMPLES` images, the digit and the caption of each."""
+    import numpy as np
+
+    from moe_diffusion.digit_prompts import held_out_prompts
+    from moe_diffusion.sampling.conditions import default_conditions
+    from moe_diffusion.sampling.prompts import prompt_encoder
+    from moe_diffusion.vocabulary import TOKENS
+
+    if TOKENS not in model.cond_spec():
+        cond = default_conditions(model, SAMPLES)
+        return cond, cond["label"], cond["label"]
+    texts, digits = zip(*held_out_prompts(PROMPTS), strict=True)
+    texts, digits = (np.repeat(values, SAMPLES // PROMPTS) for values in (texts, digits))
+    return prompt_encoder(config, model)(texts.tolist()), digits, texts
 
 
 @exits_on_user_error
@@ -34,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.evaluation.digits import DigitsJudge
     from moe_diffusion.figures.images import image_grid, save_ornament
     from moe_diffusion.kernels.cpu.heap import keep_freed_memory
-    from moe_diffusion.sampling.conditions import default_conditions
     from moe_diffusion.sampling.generate import generate, pool_of
     from moe_diffusion.sampling.load import load_workdir
 
@@ -45,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_seconds = time.perf_counter() - started
 
     config, model, variables, note = load_workdir(args.workdir)
-    cond = default_conditions(model, SAMPLES)
-    labels = cond["label"]
+    cond, labels, captions = asked(config, model)
     pool = pool_of(config, BATCH)
     images = generate(
         make_sampler(model, config, pool=pool),
@@ -59,11 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=True,
     )
     score = DigitsJudge().score(images, labels)
+    if captions is not labels:
+        score = {"prompt_accuracy": score.pop("class_accuracy"), **score}
 
-    shown = np.concatenate([np.flatnonzero(labels == c)[:COLUMNS] for c in np.unique(labels)])
+    rows = [np.flatnonzero(captions == c)[:COLUMNS] for c in dict.fromkeys(captions.tolist())]
+    rows = rows[:: -(-len(rows) // ROWS)]
+    shown = np.concatenate(rows)
     title = f"{config.name}, step {note['step']}, cfg {config.sampling.cfg:g}"
     picture = save_ornament(
-        lambda: image_grid(images[shown], labels[shown], columns=COLUMNS, title=title),
+        lambda: image_grid(images[shown], captions[shown], columns=len(rows[0]), title=title),
         Path(args.workdir) / "digits.png",
     )
     if picture:

@@ -60,21 +60,27 @@ def environment(devices: int, optimize: bool = False) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": quickly}
 
 
-def run(module: str, *args: str | Path, devices: int = 1) -> subprocess.CompletedProcess:
+def run(
+    module: str,
+    *args: str | Path,
+    devices: int = 1,
+    optimize: bool = False,
+    timeout: float = HANGS_AFTER,
+) -> subprocess.CompletedProcess:
     """`python -m moe_diffusion.<module> args` to its end, whatever that is."""
     return subprocess.run(
         [sys.executable, "-m", f"moe_diffusion.{module}", *map(str, args)],
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices, optimize),
         capture_output=True,
         text=True,
-        timeout=HANGS_AFTER,
+        timeout=timeout,
     )
 
 
-def succeed(module: str, *args: str | Path, devices: int = 1) -> str:
+def succeed(module: str, *args: str | Path, **options: Any) -> str:
     """`run`, which must succeed; returns what it printed."""
-    result = run(module, *args, devices=devices)
+    result = run(module, *args, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -55,6 +55,7 @@ PREDICTOR = [f"configs/ecdit_{size}.py:predictor=true" for size in "sbl"]
 FLUX = [
     *(f"configs/flux_{name}.py" for name in ("dev", "schnell", "tiny")),
     "configs/hyper_flux.py",
+    "configs/digits_flux.py",
 ]
 SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
 

@@ -51,6 +51,7 @@ SLOW = [
     [f"ecdit_{size}.py:predictor=true" for size in "sbl"],
     ["flux_schnell.py"],
     ["flux_tiny.py"],
+    ["digits_flux.py"],
 ]
 FIRST = [specs[0] for specs in QUICK]
 OTHERS = [spec for specs in QUICK + SLOW for spec in specs if spec not in FIRST]

@@ -28,6 +28,16 @@ TINY = {
     "depth_single_blocks": 3,
     "axes_dim": (8, 12, 12),
 }
+DIGITS = {
+    "in_channels": 4,
+    "vec_in_dim": 64,
+    "context_in_dim": 64,
+    "hidden_size": 64,
+    "num_heads": 4,
+    "depth": 4,
+    "depth_single_blocks": 10,
+    "axes_dim": (4, 6, 6),
+}
 
 
 def flux(name: str, guidance: bool, pixels: int = 1024) -> ConfigDict:
@@ -61,4 +71,23 @@ def tiny() -> ConfigDict:
     config.data.batch_size = 32
     config.train.num_steps = 200
     config.sampling.steps = 8
+    return config
+
+
+def digits() -> ConfigDict:
+    """A narrow one with a text encoder of its own, on 8x8 digits with prompts."""
+    config = configs.default()
+    config.name = "digits_flux"
+    configure({**DIGITS, "guidance_embed": False}, config)
+    config.model.image_size = 8
+    config.model.flux.update(text_tokens=12, text_dtype="float32", vocabulary="digits")
+    config.data.source, config.data.batch_size = "digits_prompts", 128
+    config.diffusion.cond_dropout = 0.1
+    config.optim.learning_rate = 1e-3
+    config.optim.schedule, config.optim.warmup_steps = "cosine", 100
+    config.ema.decays, config.ema.warmup = (0.999,), True
+    config.train.num_steps = 2000
+    config.train.sample_every, config.train.eval_samples = 500, 100
+    config.checkpoint.every = 500
+    config.sampling.steps, config.sampling.cfg = 25, 2.0
     return config

@@ -117,8 +117,9 @@ DEFAULTS: dict[str, Any] = {
     },
     "loss_weights": {},  # auxiliary loss of the router -> its weight
     "data": {
-        "source": "digits",  # digits | synthetic | folder:<path> | tfds:<name> | latents:<path>
-        "split": "train",  # of digits and tfds
+        # digits | digits_prompts | synthetic | folder:<path> | tfds:<name> | latents:<path>
+        "source": "digits",
+        "split": "train",  # of digits, with and without prompts, and tfds
         "skip_broken": False,  # folder: skip files that are no images, and name them
         "autoencoder": "",  # weights that decode latents into pictures, see docs/data.md
         # folder of a FLUX.1 pipeline, whose encoders read the prompts of `sample --prompt`

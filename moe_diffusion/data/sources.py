@@ -3,6 +3,7 @@
 | name                              | what it is                                  | where        |
 |-----------------------------------|---------------------------------------------|--------------|
 | `digits`, `synthetic`             | offline, for tests and demonstrations       | here         |
+| `digits_prompts`                  | the same images with prompts                | one floor up |
 | `folder:<path>`                   | image files, a sub-folder per class         | `images.py`  |
 | `tfds:<name>`, `tfds:<path>`      | prepared by TensorFlow Datasets             | `tfds.py`    |
 | `latents:<path>`                  | written by `python -m moe_diffusion.prepare`| `latents.py` |
@@ -34,6 +35,7 @@ from moe_diffusion.conditions import Field, check_fields, fields_of
 from moe_diffusion.data.images import ImageFolder
 from moe_diffusion.data.latents import Latents
 from moe_diffusion.data.tfds import TfdsImages
+from moe_diffusion.digit_prompts import DigitPrompts
 from moe_diffusion.errors import UserError
 from moe_diffusion.own_data import find_source
 
@@ -73,8 +75,7 @@ class Digits:
         from sklearn.model_selection import train_test_split
 
         pixels, labels = load_digits(return_X_y=True)  # pixels 0..16
-        everything = np.arange(len(labels))
-        parts = train_test_split(everything, test_size=0.2, stratify=labels, random_state=0)
+        parts = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
         indices = parts[SPLITS.index(split)]
         images = pixels[indices].reshape(-1, *self.image_shape) / 8 - 1
         self.images, self.labels = images.astype(np.float32), labels[indices].astype(np.int32)
@@ -194,9 +195,11 @@ def open_images(
     Raises:
       UserError: the name or split is unknown, or the data cannot be read.
     """
-    if name in ("digits", "synthetic"):
+    if name in ("digits", "digits_prompts", "synthetic"):
         if split not in SPLITS:
             raise UserError(f"data.split={split!r} is unknown; known are: {', '.join(SPLITS)}")
+        if name == "digits_prompts":
+            return DigitPrompts(Digits(split), split == "test", cond_spec)
         return Digits(split) if name == "digits" else Synthetic(image_shape, cond_spec)
     kind, _, place = name.partition(":")
     if kind in ("folder", "latents") and split != "train":

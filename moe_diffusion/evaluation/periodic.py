@@ -57,7 +57,7 @@ class EvaluationHook:
 
     def __init__(self, config: ConfigDict, model: Model, source: Any):
         self._samples = FixedSamples(config, model, config.train.eval_samples, source, _BATCH)
-        digits = config.data.source == "digits"
+        digits = config.data.source in ("digits", "digits_prompts")
         self._extractor: Extractor = DigitsFeatures() if digits else PooledFeatures()
         # The records are spaced evenly, because the source may be sorted by class.
         count = min(_REFERENCE, len(source))

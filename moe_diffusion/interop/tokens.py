@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from moe_diffusion.errors import UserError, explained
 from moe_diffusion.interop.downloads import check_download
 from moe_diffusion.reading import read_table
+from moe_diffusion.vocabulary import warn_of_loss
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 # CLIP's words (Radford et al., 2103.00020): contractions, letters, single digits, other signs.
@@ -64,12 +64,7 @@ class PromptTokenizer:
         ):
             row[: len(found.ids)] = found.ids
             if found.overflowing:
-                lost = _lost(prompt, found)
-                print(
-                    f"warning: a prompt of more than {length} tokens is cut; lost: {lost}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warn_of_loss(length, _lost(prompt, found))
         return ids
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from moe_diffusion.checks import check_values, require
+from moe_diffusion.checks import check_values, divides, require
 from moe_diffusion.conditions import Field
 from moe_diffusion.kernels.attention import attend
 from moe_diffusion.models.blocks import (
@@ -33,6 +33,8 @@ from moe_diffusion.models.blocks import (
 )
 from moe_diffusion.models.parts import transformer
 from moe_diffusion.models.stack import Model, Stack
+from moe_diffusion.models.words import HEADS, WordEncoder
+from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
 FIELDS = {
     "single_depth": (38, "blocks of one stream; model.depth counts those of two"),
@@ -43,6 +45,8 @@ FIELDS = {
     "text_dtype": ("float32", "in which they come: float32 | bfloat16"),
     "pooled_width": (768, "width of the pooled text (CLIP-L)"),
     "guidance": (True, "embeds a guidance scale (FLUX.1 [dev]); false: none (FLUX.1 [schnell])"),
+    # One of vocabulary.py. It takes the tokens of prompts and learns to encode them (words.py).
+    "vocabulary": ("", "words that it reads itself; empty: it takes text and pooled text"),
 }
 PATCH = 2  # the latent's pixels are packed 2 x 2
 
@@ -53,7 +57,7 @@ def check(config: ConfigDict) -> None:
     check_values(
         flux,
         "model.flux.",
-        choices={"text_dtype": ("float32", "bfloat16")},
+        choices={"text_dtype": ("float32", "bfloat16"), "vocabulary": ("", *VOCABULARIES)},
         positive=("single_depth", "text_tokens", "text_width", "pooled_width"),
     )
     axes = tuple(flux.rope_axes)
@@ -62,6 +66,8 @@ def check(config: ConfigDict) -> None:
         f"model.flux.rope_axes = {axes} must be three positive even numbers whose sum is "
         f"model.hidden_size / model.num_heads = {head_dim}: change them or the width of a head",
     )
+    if flux.vocabulary:
+        divides("heads of words.py", HEADS, "model.flux.text_width", flux.text_width)
     needed = {"patch_size": PATCH, "learn_sigma": False, "num_kv_heads": 0, "norm": "layernorm"}
     needed |= {"router.name": "dense", "qk_norm_kind": "rmsnorm"}
     for key, value in needed.items():
@@ -212,13 +218,14 @@ class Flux(Model):
 
       text [B, text_tokens, text_width]: what the text encoder returns, padding included;
       pooled f32[B, pooled_width]: one vector of the whole text;
-      guidance f32[B], if the model was distilled with it: the guidance scale itself, 3.5 say.
+      guidance f32[B], if the model was distilled with it: the guidance scale itself, 3.5 say;
+      tokens i32[B, text_tokens] in place of text and pooled, if it has a vocabulary.
 
     Attributes:
       input_shape: (H, W, C) of the latent; H and W are even.
       depth, single_depth: numbers of blocks of two streams and of one.
       rope_axes: see `rope_angles`.
-      text_tokens, text_width, text_dtype, pooled_width, guidance: of the condition.
+      text_tokens, text_width, text_dtype, pooled_width, guidance, vocabulary: of the condition.
       time_scale: multiplies 1 - t and the guidance scale before their embeddings.
       residual_dtype: of the streams that the blocks add to; inside a block all is `dtype`.
       make_mlp: makes an MLP. In a single block its last layer has no bias: that of the attention,
@@ -238,6 +245,7 @@ class Flux(Model):
     text_dtype: str
     pooled_width: int
     guidance: bool
+    vocabulary: str
     qk_norm_eps: float
     time_scale: float
     residual_dtype: Dtype
@@ -246,7 +254,7 @@ class Flux(Model):
     unroll: int
     attention: str | None
 
-    parts = {"final": "final layer"} | dict.fromkeys(
+    parts = {"final": "final layer", "words": "text encoder"} | dict.fromkeys(
         (f"{name}_embed" for name in ("patch", "text", "time", "pooled", "guidance")), "embedders"
     )
     layer_parts = {
@@ -298,6 +306,9 @@ class Flux(Model):
         single block tokens [B, L + S, D], the text first."""
         width, dtype, patches = self.hidden_size, self.dtype, patchify(x, PATCH)
         embed = partial(linear, width, (None, "embed"), dtype=dtype)
+        if self.vocabulary:
+            sizes = len(VOCABULARIES[self.vocabulary]), self.text_width, self.pooled_width
+            cond = {**cond, **WordEncoder(*sizes, dtype, name="words")(cond[TOKENS])}
         image = embed(name="patch_embed")(patches).astype(self.residual_dtype)
         text = embed(name="text_embed")(cond["text"]).astype(self.residual_dtype)
         numbers = {"time": 1 - t} | ({"guidance": cond["guidance"]} if self.guidance else {})
@@ -314,14 +325,18 @@ class Flux(Model):
         return (velocity, early | late) if capture else velocity
 
     def cond_spec(self) -> dict[str, Field]:
-        return {
+        prompt = {
             "text": Field((self.text_tokens, self.text_width), self.text_dtype),
             "pooled": Field((self.pooled_width,), "float32"),
-        } | ({"guidance": Field((), "float32")} if self.guidance else {})
+        }
+        if self.vocabulary:
+            words = len(VOCABULARIES[self.vocabulary])
+            prompt = {TOKENS: Field((self.text_tokens,), "int32", words)}
+        return prompt | ({"guidance": Field((), "float32")} if self.guidance else {})
 
     def null(self, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Zeros in place of the text; the guidance scale stays what it is."""
-        return {**cond, **{name: jnp.zeros_like(cond[name]) for name in ("text", "pooled")}}
+        """Zeros in place of the text, or no word; the guidance scale stays what it is."""
+        return {n: v if n == "guidance" else jnp.zeros_like(v) for n, v in cond.items()}
 
 
 def build(config: ConfigDict, losses: tuple[str, ...]) -> Flux:

@@ -13,6 +13,7 @@ from moe_diffusion.classes import LABEL, NOTHING, Classes, is_discrete, of_sourc
 from moe_diffusion.data.sources import open_source
 from moe_diffusion.errors import UserError
 from moe_diffusion.models.stack import Model
+from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
 
 def default_conditions(
@@ -63,12 +64,14 @@ def captions(
 ) -> list[str] | None:
     """The text beside each image: its fields with a known number of values; None without any.
 
-    A label is shown by the name of its class, where `known` has one.
+    A label is shown by the name of its class, where `known` has one, and a prompt by its words.
     """
     named = [name for name, field in model.cond_spec().items() if is_discrete(field)]
     texts = {name: [str(value) for value in cond[name]] for name in named}
     if LABEL in texts:
         texts[LABEL] = [known.name(label) for label in cond[LABEL].tolist()]
+    if vocabulary := VOCABULARIES.get(getattr(model, "vocabulary", "")):
+        texts[TOKENS] = [vocabulary.text(row) for row in cond[TOKENS]]
     return [" ".join(row) for row in zip(*texts.values(), strict=True)] or None
 
 

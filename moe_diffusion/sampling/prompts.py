@@ -19,6 +19,7 @@ from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.models.stack import Model
 from moe_diffusion.reading import read_text
 from moe_diffusion.sampling.conditions import spread
+from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
 GUIDANCE = "guidance"  # the field of models that were distilled with a guidance scale
 USUAL_GUIDANCE = 3.5  # what FLUX.1 [dev] and Hyper-FLUX are published for
@@ -79,10 +80,26 @@ class PipelinePrompts:
         return {name: values.astype(self._dtypes[name]) for name, values in made.items()}
 
 
+class WordPrompts:
+    """Of a model that has a vocabulary and encodes its words itself: {"tokens": i32[N, L]}.
+
+    config: of the run; reads `model.flux`.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.max_tokens = config.model.flux.text_tokens
+        self._vocabulary = VOCABULARIES[config.model.flux.vocabulary]
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Raises a UserError about a word that is not in the vocabulary."""
+        return {TOKENS: self._vocabulary.tokens(prompts, self.max_tokens)}
+
+
 # Field -> (config of the run, model, folder of text encoders or None) -> what makes the field, and
 # perhaps others.
 ENCODERS: dict[str, Callable[[ConfigDict, Model, str | None], PromptEncoder]] = {
     "text": lambda config, model, folder: PipelinePrompts(model.cond_spec(), folder),
+    TOKENS: lambda config, model, folder: WordPrompts(config),
 }
 
 

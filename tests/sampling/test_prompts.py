@@ -1,0 +1,51 @@
+"""Prompts to the condition of a model, and back to captions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_diffusion import config as configs
+from moe_diffusion import demo
+from moe_diffusion.digit_prompts import prompts
+from moe_diffusion.errors import UserError
+from moe_diffusion.models import build
+from moe_diffusion.sampling.conditions import captions
+from moe_diffusion.sampling.prompts import prompt_encoder
+from moe_diffusion.vocabulary import TOKENS
+
+
+def loaded(spec):
+    config = configs.load(spec)
+    return config, build(config.model)
+
+
+def test_a_model_with_a_vocabulary(capfd):
+    config, model = loaded("configs/digits_flux.py")
+    encode = prompt_encoder(config, model)
+    cond = encode(["A handwritten seven", "the 3, written by hand"])
+    assert encode.max_tokens == 12 and cond.keys() == model.cond_spec().keys()
+    assert cond[TOKENS].shape == (2, 12) and cond[TOKENS].dtype == np.int32
+    assert captions(model, cond) == ["a handwritten seven", "the 3, written by hand"]
+    encode(["a " * 12 + "small seven"])
+    assert "more than 12 tokens is cut; lost: small seven" in capfd.readouterr().err
+    with pytest.raises(UserError, match="'sevn' of a prompt; words like it are: seven"):
+        encode(["a sevn"])
+
+
+@pytest.mark.parametrize("spec,fields", [("digits", "label"), ("flux_tiny", "text, pooled, guid")])
+def test_a_model_that_reads_no_words(spec, fields):
+    with pytest.raises(UserError, match=f"takes no prompts: its condition has {fields}"):
+        prompt_encoder(*loaded(f"configs/{spec}.py"))
+
+
+def test_what_the_demonstration_asks_for():
+    """1,000 images of ten digits, in words that were held out, or by their labels."""
+    config, model = loaded("configs/digits_flux.py")
+    cond, digits, texts = demo.asked(config, model)
+    assert cond[TOKENS].shape == (1000, 12) and np.bincount(digits).tolist() == [100] * 10
+    assert captions(model, cond) == texts.tolist() and len(set(texts)) == 100
+    for digit in range(10):
+        assert set(texts[digits == digit]) <= set(prompts(digit, held_out=True))
+    cond, digits, names = demo.asked(*loaded("configs/digits.py"))
+    assert cond["label"] is digits is names and np.bincount(digits).tolist() == [100] * 10
