@@ -38,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.sampling.conditions import captions
 
     run = flags.open_run(args, overrides)
-    config, model, variables, note, known, autoencoder, _ = run
+    config, model, variables, note, known, autoencoder, _, mesh = run
     observer = RoutingObserver(model, report.MAPS)
     blocks = report.chosen_blocks(args.blocks, observer.blocks)
     cond = report.shuffled(flags.conditions(run, args), args.seed)
+    num = len(next(iter(cond.values())))
     stats, images, cond = report.draw(
         config,
         observer,
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         batch_size=run.batch(args.batch),
         decode=autoencoder.decode if autoencoder else None,
+        mesh=mesh,
     )
     print(f"experts per token: {stats['c_infer_avg']:.4f}")
     texts = captions(model, cond, known)
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         numbers = {"c_infer_avg": stats["c_infer_avg"], "dropped": stats["dropped"]}
         written = {"out": args.out, "files": files, "not_written": missing}
-        print(json.dumps({"num": len(images), **note, **numbers, **written}))
+        print(json.dumps({"num": num, **note, **numbers, **written}))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.sampling.generate import generate, pool_of
 
     run = flags.open_run(args, overrides)
-    config, model, variables, note, known, autoencoder, prompted = run
+    config, model, variables, note, known, autoencoder, prompted, mesh = run
     cond = flags.conditions(run, args)
     num = len(next(iter(cond.values())))
     observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=batch_size,
         pool=pool,
         progress=True,
+        mesh=mesh,
     )
     decode = autoencoder.decode if autoencoder else None
     images = decode(images) if decode else images
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dropped = bound.report(config, stats["dropped"] if args.stats else observer.dropped())
 
     def film() -> None:
-        how = {"seed": args.seed, "pool": pool, "decode": decode}
+        how = {"seed": args.seed, "pool": pool, "decode": decode, "mesh": mesh}
         how["states"] = FRAMES if args.trajectory.lower().endswith(".gif") else COLUMNS
         with explained(f"cannot draw {args.trajectory}", _OTHERS):
             states, steps = draw_film(model, config, variables, cond, **how)

@@ -235,6 +235,22 @@ def test_so_many_of_each_class(trained, tmp_path):
     assert labels.tolist() == [i // 3 for i in range(30)]
 
 
+@pytest.mark.parametrize("preset", ["dp", pytest.param("tp", marks=pytest.mark.slow), "fsdp"])
+def test_devices_share_the_work(preset, trained, tmp_path):
+    """Three images on eight devices, and the states on their way, are those of one device."""
+
+    def drawn(name, *more):
+        args = ["--workdir", trained, "--num", 3, "--steps", 2, "--npz", tmp_path / f"{name}.npz"]
+        args += ["--out", tmp_path / f"{name}.png", "--trajectory", tmp_path / f"{name}.gif"]
+        sample.main(list(map(str, [*args, *more])))
+        with np.load(tmp_path / f"{name}.npz") as arrays:
+            return arrays["arr_0"]
+
+    expected = drawn("one")
+    np.testing.assert_allclose(drawn(preset, "--preset", preset), expected, rtol=0, atol=1e-5)
+    assert (tmp_path / f"{preset}.gif").stat().st_size > 100
+
+
 def test_a_film_ends_with_the_images(trained, tmp_path, monkeypatch):
     """Of heun's 5 steps; the images of the film are those of the array."""
     kept = []

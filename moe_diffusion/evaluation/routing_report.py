@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -83,12 +84,14 @@ def draw(
     seed: int,
     batch_size: int,
     decode: Decode | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
     """Draws an image for each condition and observes the routing.
 
     Args:
       observer: of the model; `draw` resets it.
       decode: turns latents into images; None if the model makes images.
+      mesh: see `generate_batches`.
 
     Returns:
       The statistics, and the images kept for pictures with their conditions: the first `MAPS`, and
@@ -111,6 +114,7 @@ def draw(
         seed=seed,
         batch_size=min(batch_size, num),
         progress=True,
+        mesh=mesh,
     ):
         batch, start = batch[kept[start : start + len(batch)]], start + len(batch)
         if len(batch):

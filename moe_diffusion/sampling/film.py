@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_diffusion.diffusion.samplers import make_sampler
@@ -32,6 +33,7 @@ def draw_film(
     states: int,
     pool: int = 0,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first `SHOWN` images of `generate` with the same seed and conditions, and their past.
 
@@ -40,6 +42,7 @@ def draw_film(
       states: how many to keep, if the sampler takes as many steps.
       pool: see `pool_of`; a whole pool is drawn, so that its images meet the experts they met.
       decode: turns latents into images; None if the model makes images.
+      mesh: see `generate_batches`.
 
     Returns:
       f32[images, states, H, W, C] and the numbers of the sampler's steps after which the states
@@ -59,7 +62,7 @@ def draw_film(
     taken: list[np.ndarray] = []
     first = {name: values[np.arange(drawn) % num] for name, values in cond.items()}
     shape = model.input_shape
-    options = {"seed": seed, "batch_size": drawn, "pool": pool}
+    options = {"seed": seed, "batch_size": drawn, "pool": pool, "mesh": mesh}
     film = generate(sampler, variables, first, shape, **options)[: min(SHOWN, num)]
     if decode:
         frames = decode(film.reshape(-1, *film.shape[2:]))

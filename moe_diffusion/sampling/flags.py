@@ -15,6 +15,7 @@ from moe_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
     from moe_diffusion.classes import Classes
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from moe_diffusion.models.stack import Model
     from moe_diffusion.sampling.prompts import Prompted
 
+PRESETS = ("dp", "fsdp", "tp")  # of parallel/rules.py, those that samplers can use
 NUM = 64  # images, if no flag says how many
 BATCH = 64  # images at a time, if no flag says it
 _INPUTS = 4 * 128**2  # of a batch for prompts, positions of the input: 4 images of 1024 x 1024
@@ -35,6 +37,7 @@ class OpenRun(NamedTuple):
       known: the classes that were trained.
       autoencoder: decodes what the model makes; None if it makes images.
       prompted: what is drawn for the prompts; None if none are given.
+      mesh: the devices that share the work, of --preset; None for one device.
     """
 
     config: ConfigDict
@@ -44,6 +47,7 @@ class OpenRun(NamedTuple):
     known: Classes
     autoencoder: Autoencoder | None
     prompted: Prompted | None
+    mesh: Mesh | None
 
     def batch(self, asked: int | None) -> int:
         """Images that are drawn together; `asked` is what --batch says."""
@@ -78,6 +82,8 @@ def add_flags(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add("--batch", type=int, help=f"images at a time, which share experts ({BATCH}; with prompts "
         "as many as four of 1024 x 1024 pixels come to)")  # fmt: skip
+    add("--preset", choices=PRESETS, help="share the work among all devices: dp by images, tp each "
+        "image, fsdp by images and the weights, too (one device draws)")  # fmt: skip
     add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--json", action="store_true", help="print one JSON object as last line")
 
@@ -105,8 +111,11 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
     Prompts are encoded before the weights are read, so that text encoders and model need not fit
     the device together.
     """
+    import jax
+
     from moe_diffusion.config.sizes import size_changes
     from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.parallel.mesh import make_mesh
     from moe_diffusion.sampling import prompts
     from moe_diffusion.sampling.labels import classes_of
     from moe_diffusion.sampling.load import load_config, load_workdir
@@ -130,11 +139,18 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
             how = {"num": num or args.num, "guidance": args.guidance, "asked_by": "--guidance"}
             found.append(prompts.condition(encoder, model, texts, **how))
 
+    mesh = None
+    if args.preset and jax.device_count() > 1:
+        parallel = config.parallel.copy_and_resolve_references()
+        parallel.preset = args.preset
+        mesh = make_mesh(parallel)
+    options = {"step": args.step, "ema": args.ema, "mesh": mesh, "preset": args.preset}
     config, model, variables, note = load_workdir(
-        args.workdir, tuple(keys), step=args.step, ema=args.ema, before=encode
+        args.workdir, tuple(keys), **options, before=encode
     )
     known = classes_of(args.workdir, model, args.class_names)
-    return OpenRun(config, model, variables, note, known, autoencoder, next(iter(found), None))
+    prompted = next(iter(found), None)
+    return OpenRun(config, model, variables, note, known, autoencoder, prompted, mesh)
 
 
 def conditions(run: OpenRun, args: argparse.Namespace) -> dict[str, np.ndarray]:

@@ -121,5 +121,5 @@ def test_a_size_in_latents():
 def test_images_at_a_time(latents, prompted, asked, batch):
     """With prompts at most as many latents as four images of 1024 x 1024 pixels have."""
     model = SimpleNamespace(input_shape=(*latents, 16))
-    run = flags.OpenRun(None, model, {}, {}, None, None, prompted or None)
+    run = flags.OpenRun(None, model, {}, {}, None, None, prompted or None, None)
     assert run.batch(asked) == batch
