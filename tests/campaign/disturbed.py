@@ -1,0 +1,173 @@
+"""Disturbs trainings, starts them again, and compares the end with an undisturbed run, bit by bit.
+
+  python -m tests.campaign.disturbed --runs 50 --seed 0 --out disturbed.json
+  python -m tests.campaign.disturbed --runs 4 --kinds "full disk,second run" --out disturbed.json
+
+Every run trains configs/digits.py, at a size of seconds, with the real command line. It is
+disturbed once, and the same command is started again until it ends. Parameters, moments, averages,
+router state, the place in the data and the logged losses must then have the bits of an undisturbed
+run. A refusal must be one line that names the file, and following its advice must help. A kind that
+this machine does not allow, such as mounting a disk, is left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tests.conftest  # noqa: F401  the environment of children; before anything imports jax
+
+import jax  # isort: skip
+import numpy as np  # isort: skip
+import orbax.checkpoint as ocp  # isort: skip
+
+from tests import cli  # isort: skip
+from tests.campaign.disturbances import KINDS  # isort: skip
+from tests.campaign.started import NUM_STEPS, Case, Fault, LeftOut  # isort: skip
+
+EXACT, NAMED = "bit-exact", "named, then bit-exact"
+FAULT, LEFT_OUT = "fault", "left out"
+RESULTS = (EXACT, NAMED, FAULT, LEFT_OUT)
+End = dict[str, Any]
+
+
+def end_of(workdir: Path) -> End:
+    """All that a finished run has: name -> array, state of the data, or line of the metrics."""
+    state, data = cli.read_checkpoint(workdir, NUM_STEPS)
+    lines = {f"metrics of step {line['step']}": line for line in cli.metrics(workdir)}
+    return {**state, "data": data, **lines}
+
+
+def differences(end: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The names of what is missing, new, or not the same in every bit."""
+
+    def same(a: Any, b: Any) -> bool:
+        if not isinstance(a, np.ndarray):
+            return type(a) is type(b) and a == b
+        return (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes())
+
+    names = sorted(end.keys() | expected.keys())
+    both = end.keys() & expected.keys()
+    return [name for name in names if name not in both or not same(end[name], expected[name])]
+
+
+def undisturbed(folder: Path) -> End:
+    """The end of a run that nothing disturbs."""
+    with Case(folder, "undisturbed") as case:
+        case.finish()
+        return end_of(case.workdir)
+
+
+def disturb(folder: Path, kind: str, turn: int, seed: int, expected: End) -> dict[str, Any]:
+    """One disturbed run; returns what became of it.
+
+    Args:
+      folder: a new one, for this run.
+      kind: one of `KINDS`.
+      turn: the number of this run among those of its kind.
+      expected: the `undisturbed` end.
+
+    Returns:
+      {"kind", "turn", "result": one of `RESULTS`, "fault": text, "notes": what was done,
+      "refusals": lines, "starts": commands, "seconds"}.
+    """
+    began, fault = time.monotonic(), ""
+    with Case(folder, kind, turn, seed) as case:
+        case.reference = None
+        try:
+            KINDS[kind](case)
+            case.check_gone()
+            if case.reference is not None:
+                expected = end_of(case.reference)
+            if wrong := differences(end_of(case.workdir), expected):
+                raise Fault(f"{len(wrong)} things differ, such as {', '.join(wrong[:3])}")
+            left = [path.name for path in case.workdir.rglob("*orbax-checkpoint-tmp*")]
+            left += [path.name for path in case.workdir.glob("in_use.lock")]
+            if left:
+                raise Fault(f"left in the workdir: {', '.join(left)}")
+            result = NAMED if case.refusals else EXACT
+        except Fault as error:
+            result, fault = FAULT, str(error)
+        except LeftOut as reason:
+            result, fault = LEFT_OUT, str(reason)
+    return {
+        "kind": kind, "turn": turn, "result": result, "fault": fault, "notes": case.notes,
+        "refusals": case.refusals, "starts": case.starts,
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+def campaign(runs: int, seed: int, kinds: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Disturbs `runs` runs, whose kinds take turns; prints a line for each."""
+    expected, found = undisturbed(folder / "undisturbed"), []
+    for number in range(runs):
+        turn, kind = divmod(number, len(kinds))
+        place = folder / str(number)
+        found.append(disturb(place, kinds[kind], turn, seed, expected))
+        last = found[-1]
+        text = last["fault"] or "; ".join(last["refusals"])
+        print(f"{number + 1}/{runs} {last['kind']}: {last['result']} ({last['seconds']} s; "
+              f"{', '.join(last['notes'])}) {text}", flush=True)  # fmt: skip
+        if last["result"] != FAULT:
+            shutil.rmtree(place)
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each kind, how many of its runs ended how, and all together."""
+    counts: dict[str, Counter] = {}
+    for run in found:
+        counts.setdefault(run["kind"], Counter())[run["result"]] += 1
+    counts["all"] = sum(counts.values(), Counter())
+    rows = [["disturbance", "runs", *RESULTS], ["---"] + ["---:"] * 5]
+    rows += [
+        [kind, str(sum(c.values())), *(str(c[result]) for result in RESULTS)]
+        for kind, c in counts.items()
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(), "jax": jax.__version__, "orbax": ocp.__version__,
+        "numpy": np.__version__, "system": f"{platform.system()} {platform.release()}",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m tests.campaign.disturbed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--runs", type=int, default=50, help="how many runs (50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="names, with commas; all: %(default)s"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="what became of each run")
+    args = parser.parse_args()
+    kinds = args.kinds.split(",")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        parser.error(f"unknown kinds {unknown}; known: {', '.join(KINDS)}")
+    folder, began = Path(tempfile.mkdtemp(prefix="disturbed-")), time.monotonic()
+    found = campaign(args.runs, args.seed, kinds, folder)
+    total = {"seed": args.seed, "versions": versions(), "seconds": round(time.monotonic() - began)}
+    Path(args.out).write_text(json.dumps(total | {"runs": found}, indent=1) + "\n")
+    print(table(found), f"\n{total['versions']}, {total['seconds']} s, {args.out}")
+    if any(run["result"] == FAULT for run in found):
+        sys.exit(f"the folders of the faults are in {folder}")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
