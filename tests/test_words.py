@@ -246,7 +246,7 @@ FLOORS = (
     ("checks", "reading", "caches", "signals", "digests", "plugins"),
     ("remote", "shipped", "workers", "ornaments"),
     ("writing", "manifest", "handlers", "clusters", "cli"),
-    ("locks",),
+    ("locks", "metric_lines"),
     ("trackers",),
     ("parallel", "pictures"),
     ("conditions",),

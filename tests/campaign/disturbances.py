@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -307,8 +308,23 @@ def data_damaged(case: Case) -> None:
 
 
 def metrics_damaged(case: Case) -> None:
-    """metrics.jsonl is cut, or has garbage."""
-    _damaged_table(case, "metrics.jsonl")
+    """metrics.jsonl is cut, or has garbage: the run names it, goes on, and lacks those lines alone.
+
+    It is a log. Nothing is computed from it.
+    """
+    newest = int(case.stopped_with_a_checkpoint().name)
+    file = case.workdir / "metrics.jsonl"
+    _damage_text(case, file)
+    told = set()
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            told.add(json.loads(line)["step"])
+    case.lost = set(range(1, newest + 1)) - told
+    case.note(f"lost: {sorted(case.lost)}")
+    warnings = [line for line in case.finish().splitlines() if str(file) in line]
+    if case.lost and not warnings:
+        raise Fault("nothing is said of the lines that are lost")
+    case.refusals += warnings
 
 
 def foreign_files(case: Case) -> None:

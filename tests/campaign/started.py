@@ -119,6 +119,8 @@ class Case(contextlib.ExitStack):
       workdir: of the run; a disturbance may move it.
       notes: what was done.
       refusals: what starts that were refused said.
+      lost: steps whose lines in metrics.jsonl the disturbance has destroyed.
+      reference: workdir of the undisturbed run, where it is one of this case alone.
     """
 
     def __init__(self, folder: Path, kind: str, turn: int = 0, seed: int = 0):
@@ -126,6 +128,7 @@ class Case(contextlib.ExitStack):
         self.folder, self.workdir, self.turn = folder, folder / "run", turn
         self.rng = Random(f"{seed}/{kind}/{turn}")
         self.notes, self.refusals, self.starts = [], [], 0
+        self.lost, self.reference = set(), None
         self._token = uuid.uuid4().hex
         folder.mkdir(parents=True)
         self.callback(self._kill_all)
@@ -164,15 +167,17 @@ class Case(contextlib.ExitStack):
         self.note(signal.Signals(number).name + (" to the group" if group else ""))
         start.send(number, group)
 
-    def finish(self, follow: Callable[[str], None] | None = None, **how: object) -> None:
+    def finish(self, follow: Callable[[str], None] | None = None, **how: object) -> str:
         """Starts the same command until it succeeds, and follows what a refusal advises.
+
+        Returns what the last start printed on stderr.
 
         follow: does what the refusal says, or raises a Fault because that names the wrong thing.
         """
         for _ in range(4):
             start = self.start(**how)
             if (status := start.end()) == 0:
-                return
+                return start.error.read_text(errors="replace")
             if status != 2 or follow is None:
                 raise Fault(f"status {status} of a rerun: {start.error.read_text()[-1500:]}")
             self.refusals.append(start.refusal)
