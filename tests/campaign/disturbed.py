@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -166,6 +167,7 @@ def main() -> None:
     if any(earlier[key] != about[key] for key in about):
         parser.error(f"{out} is of another campaign: name another file")
     found = {run["number"]: run for run in earlier["runs"]}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a case puts away what it made
     for run in campaign(args.runs, args.seed, kinds, folder, found):
         found[run["number"]] = run
         out.write_text(json.dumps(about | {"runs": [found[n] for n in sorted(found)]}, indent=1))
