@@ -263,6 +263,7 @@ def _open_workdir(
     if is_main_process():
         configs.record_changes(workdir, start, changes)
         configs.save_json(run.config, epath.Path(workdir) / "config.json")
+        known.save(workdir)
     writer = MetricWriter(workdir, start, run.config.train.wandb)
     writer.write_setup(run.config.to_dict(), run.variables["params"])
     return writer

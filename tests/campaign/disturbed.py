@@ -98,7 +98,7 @@ def disturb(folder: Path, kind: str, turn: int, seed: int, expected: End) -> dic
             if left:
                 raise Fault(f"left in the workdir: {', '.join(left)}")
             result = NAMED if case.refusals else EXACT
-        except Fault as error:
+        except (Fault, OSError, ValueError) as error:  # a file is missing, or cannot be read
             result, fault = FAULT, str(error)
         except LeftOut as reason:
             result, fault = LEFT_OUT, str(reason)
