@@ -116,12 +116,12 @@ def campaign(
 
     before: number -> what became of it; those that are no fault are not made again.
     """
-    expected = undisturbed(folder / "undisturbed")
-    for number in range(runs):
+    left = [n for n in range(runs) if before.get(n, {"result": FAULT})["result"] == FAULT]
+    expected = undisturbed(folder / "undisturbed") if left else {}
+    for number in left:
         turn, kind = divmod(number, len(kinds))
-        if before.get(number, {"result": FAULT})["result"] == FAULT:
-            place = folder / str(number)
-            yield {"number": number} | disturb(place, kinds[kind], turn, seed, expected)
+        place = folder / str(number)
+        yield {"number": number} | disturb(place, kinds[kind], turn, seed, expected)
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -176,7 +176,7 @@ def main() -> None:
               f"({run['seconds']} s; {', '.join(run['notes'])}) {text}", flush=True)  # fmt: skip
         if run["result"] != FAULT:
             shutil.rmtree(folder / str(run["number"]))
-    print(table(list(found.values())), f"\n{about['versions']}, {out}")
+    print(table([found[n] for n in sorted(found)]), f"\n{about['versions']}, {out}")
     if any(run["result"] == FAULT for run in found.values()):
         sys.exit(f"the folders of the faults are in {folder}")
     shutil.rmtree(folder)
