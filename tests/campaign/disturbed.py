@@ -39,6 +39,7 @@ from tests.campaign.started import NUM_STEPS, Case, Fault, LeftOut  # isort: ski
 EXACT, NAMED = "bit-exact", "named, then bit-exact"
 FAULT, LEFT_OUT = "fault", "left out"
 RESULTS = (EXACT, NAMED, FAULT, LEFT_OUT)
+MARKS = "<!-- disturbed -->", "<!-- /disturbed -->"  # in docs/reliability.md
 End = dict[str, Any]
 
 
@@ -157,6 +158,7 @@ def main() -> None:
         "--kinds", default=",".join(KINDS), help="names, with commas; all: %(default)s"
     )
     parser.add_argument("--out", required=True, metavar="FILE.json", help="what became of each run")
+    parser.add_argument("--page", metavar="FILE.md", help="a page whose table is written anew")
     args = parser.parse_args()
     kinds = args.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -176,7 +178,16 @@ def main() -> None:
               f"({run['seconds']} s; {', '.join(run['notes'])}) {text}", flush=True)  # fmt: skip
         if run["result"] != FAULT:
             shutil.rmtree(folder / str(run["number"]))
-    print(table([found[n] for n in sorted(found)]), f"\n{about['versions']}, {out}")
+    rows = table([found[n] for n in sorted(found)])
+    print(rows, f"\n{about['versions']}, {out}")
+    if args.page:
+        page = Path(args.page)
+        before, _, rest = page.read_text().partition(MARKS[0])
+        about_it = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        minutes = round(sum(run["seconds"] for run in found.values()) / 60)
+        told = f"Seed {args.seed}; {about_it}; {minutes} minutes on two cores with other work."
+        text = f"{before}{MARKS[0]}\n{rows}\n\n{told}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+        page.write_text(text)
     if any(run["result"] == FAULT for run in found.values()):
         sys.exit(f"the folders of the faults are in {folder}")
     shutil.rmtree(folder)
