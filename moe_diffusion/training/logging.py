@@ -146,9 +146,12 @@ class Progress:
         return rate
 
     def write(self, message: str) -> None:
-        """Prints a line without tearing the bar."""
+        """Prints a line without tearing the bar.
+
+        Where the output cannot be written, as a log on a full disk, training goes on without.
+        """
         if self._enabled:
-            with self._bar.external_write_mode():
+            with self._bar.external_write_mode(), contextlib.suppress(OSError):
                 print(message, flush=True)
 
     def close(self) -> None:

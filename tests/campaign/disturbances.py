@@ -178,7 +178,8 @@ def full_disk(case: Case) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
         case.note(f"{room} bytes left on the disk")
     else:
-        size = case.rng.choice((500, 2_000, 5_000, 10_000))
+        # What the run prints goes to files, too. A refusal must have room, a checkpoint not.
+        size = case.rng.choice((8_000, 15_000, 30_000))
         limit_files(start, size)
         case.note(f"files of at most {size} bytes")
     _stopped(case, start, 0, 2)

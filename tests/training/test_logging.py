@@ -191,6 +191,22 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):
     assert "4/4" in shown.err and "loss 0.5" in shown.err
 
 
+def test_an_output_on_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
+    """`train > log` where the disk has no room; when it has some again, so has the log."""
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr("sys.stdout", log)
+        progress = Progress(0, 4, 2)
+        progress.write("begin")
+        with full_disk(room=6):
+            progress.write("lost or late")
+            progress.update(1)
+            progress.report(1, 0.5)
+        progress.write("end")
+        progress.close()
+    text = (tmp_path / "log").read_text()
+    assert text.startswith("begin\n") and text.endswith("end\n")
+
+
 def test_lines_without_a_step_are_dropped_on_resuming(tmp_path, caplog):
     """What a killed process or a hand left there."""
     path = tmp_path / "metrics.jsonl"
