@@ -60,7 +60,10 @@ class Lock:
     def release(self) -> None:
         self._ended.set()
         if self.path is not None and _text_of(self.path) == self._text:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:  # the next run sees that this one has ended
+                _log.warning("%s cannot be deleted (%s)", self.path, error.strerror)
         self.path = None
 
     def _beat(self) -> None:

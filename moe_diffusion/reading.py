@@ -62,8 +62,13 @@ def regular_file(path: str | os.PathLike, what: str = "file") -> epath.Path:
     return path
 
 
-def read_text(path: str | os.PathLike, what: str = "file", most: int = LARGEST) -> str:
+def read_text(
+    path: str | os.PathLike, what: str = "file", most: int = LARGEST, remedy: str = RESTORE
+) -> str:
     """The text of a regular file of at most `most` bytes of UTF-8.
+
+    Args:
+      remedy: ends the message about bytes that are no text.
 
     Raises:
       UserError: see `regular_file`; or it is larger, or no text, or cannot be read.
@@ -74,7 +79,7 @@ def read_text(path: str | os.PathLike, what: str = "file", most: int = LARGEST) 
             data = file.read(most + 1)
     if len(data) > most:
         raise UserError(f"{path} is larger than {most:,} bytes: it is no {what}")
-    with explained(f"{path} is no text in UTF-8", RESTORE, (UnicodeDecodeError,)):
+    with explained(f"{path} is no text in UTF-8", remedy, (UnicodeDecodeError,)):
         return data.decode("utf-8-sig")
 
 
@@ -87,12 +92,13 @@ def read_json(path: str | os.PathLike, remedy: str = RESTORE, what: str = "file"
     Raises:
       UserError: see `read_text`; or it is not valid JSON, too deep, or a value is not plain.
     """
-    return _parsed(read_text(path, what), json_of, f"{path} is not valid JSON", str(path), remedy)
+    text = read_text(path, what, remedy=remedy)
+    return _parsed(text, json_of, f"{path} is not valid JSON", str(path), remedy)
 
 
 def read_yaml(path: str | os.PathLike, remedy: str = RESTORE, what: str = "file") -> Any:
     """What a YAML file holds; see `read_json`. References may not lead back to themselves."""
-    text = read_text(path, what, LARGEST_YAML)
+    text = read_text(path, what, LARGEST_YAML, remedy)
     return _parsed(text, yaml_of, f"{path} is no valid yaml file", str(path), remedy)
 
 

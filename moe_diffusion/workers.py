@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -54,7 +55,7 @@ class Reader:
         options = grain.MultiprocessingOptions(count, ahead)
         self._elements = iter(dataset.mp_prefetch(options, _begin))
         self._first: futures.Future | None = futures.Future()
-        resource_tracker.ensure_running()  # in Python 3.11 its start lets signals through again
+        start_tracker()  # in Python 3.11 its start lets signals through again
         held = {signal.SIGINT, signal.SIGTERM}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
         threading.Thread(target=self._ask, args=(self._first,), daemon=True).start()
@@ -77,6 +78,19 @@ class Reader:
             first.set_result(next(self._elements))
         except BaseException as error:
             first.set_exception(error)
+
+
+def start_tracker() -> None:
+    """Starts the process that removes shared memory which a killed worker leaves.
+
+    It does so without a word, which would stand below the one line of the error.
+    """
+    quiet = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(quiet)  # a flag of the process that is started
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(quiet)
 
 
 @contextlib.contextmanager

@@ -162,3 +162,17 @@ def test_an_owner_gives_signs_of_life_and_notices_a_takeover(tmp_path, monkeypat
         with pytest.raises(UserError, match=r"taken over by training \(process 7 on there"):
             lock.check()
     assert path.read_text() == theirs  # another's lock stays
+
+
+def test_a_lock_that_cannot_be_deleted_ends_nothing(tmp_path, caplog, monkeypatch):
+    """As where the disk has become read-only; the next run of this machine takes the lock over."""
+
+    def fail(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    with locks.held(tmp_path, "training"), caplog.at_level("WARNING"):
+        monkeypatch.setattr(type(epath.Path(tmp_path)), "unlink", fail)
+    monkeypatch.undo()
+    assert caplog.messages == [
+        f"{tmp_path / locks.NAME} cannot be deleted (Operation not permitted)"
+    ]

@@ -113,8 +113,8 @@ def test_what_is_too_large_or_no_text(tmp_path):
     with pytest.raises(UserError, match="x.json is larger than 100 bytes: it is no index"):
         reading.read_text(path, "index", 100)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="x.json is no text in UTF-8"):
-        reading.read_json(path)
+    with pytest.raises(UserError, match="x.json is no text in UTF-8 .*: restore or delete it$"):
+        reading.read_json(path, "restore or delete it")
     path.write_text("3")
     with pytest.raises(UserError, match="holds 3, not a table of names and values: write one"):
         reading.read_table(path, "write one")

@@ -246,7 +246,7 @@ FLOORS = (
     ("checks", "reading", "caches", "signals", "digests", "plugins", "vocabulary"),
     ("remote", "shipped", "workers", "ornaments"),
     ("writing", "manifest", "handlers", "clusters", "cli"),
-    ("locks",),
+    ("locks", "metric_lines"),
     ("trackers",),
     ("parallel", "pictures"),
     ("conditions", "tensor_parallel"),

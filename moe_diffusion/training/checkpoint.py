@@ -145,7 +145,8 @@ def first_average(config: Any) -> str | None:
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """The steps of a run's whole checkpoints, ascending; what is being written is none of them."""
-    return sorted(int(path.name) for path in _folder(workdir).glob("*") if path.name.isdigit())
+    found = [path for path in _folder(workdir).glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(int(path.name) for path in found)
 
 
 class StoredWeights(contextlib.AbstractContextManager):

@@ -21,8 +21,8 @@ from etils import epath
 
 from moe_diffusion import remote
 from moe_diffusion.errors import UserError
+from moe_diffusion.metric_lines import drop_after
 from moe_diffusion.parallel.distributed import is_main_process
-from moe_diffusion.reading import table_of
 from moe_diffusion.trackers import Trackers
 from moe_diffusion.writing import save_text
 
@@ -44,7 +44,7 @@ class MetricWriter:
         self._folder, is_main = epath.Path(workdir), is_main_process()
         path = self._folder / "metrics.jsonl" if is_main else epath.Path(os.devnull)
         if is_main:
-            _drop_after(path, step)
+            drop_after(path, step)
         self._trackers = Trackers(workdir, step, project, enabled=is_main)
         self._lines = remote.open_log(path)
 
@@ -85,22 +85,6 @@ class MetricWriter:
         with contextlib.suppress(OSError):  # a full disk was complained about where it mattered
             self._lines.close()
         self._trackers.close()
-
-
-def _drop_after(path: epath.Path, step: int) -> None:
-    """Keeps the whole lines of steps up to `step`; the file is replaced at once or not at all."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    if kept != lines:
-        save_text("".join(kept), path)
-
-
-def _step_of(line: str) -> float:
-    """Infinity for a line that a killed process left incomplete, or that has no step."""
-    step = (table_of(line) or {}).get("step")
-    return step if type(step) is int else math.inf
 
 
 class Progress:
@@ -162,9 +146,12 @@ class Progress:
         return rate
 
     def write(self, message: str) -> None:
-        """Prints a line without tearing the bar."""
+        """Prints a line without tearing the bar.
+
+        Where the output cannot be written, as a log on a full disk, training goes on without.
+        """
         if self._enabled:
-            with self._bar.external_write_mode():
+            with self._bar.external_write_mode(), contextlib.suppress(OSError):
                 print(message, flush=True)
 
     def close(self) -> None:

@@ -240,7 +240,8 @@ def _zipped(data: Mapping[str, bytes], compress: bool = False) -> bytes:
     kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with zipfile.ZipFile(stream, "w", kind) as archive:
         for name, content in data.items():
-            archive.writestr(f"{name}.npy", content)
+            with archive.open(f"{name}.npy", "w") as member:  # `writestr` would note the time
+                member.write(content)
     return stream.getvalue()
 
 

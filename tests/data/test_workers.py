@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,3 +206,21 @@ def test_a_small_dev_shm_is_one_line(tmp_path, size):
     errors = [line for line in ran.stderr.splitlines() if "resource_tracker" not in line]
     assert errors[0].startswith("error: /dev/shm is full: make it larger"), ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+LEAVES_MEMORY = """
+import os
+from multiprocessing import shared_memory
+from moe_diffusion import workers
+workers.start_tracker()
+print(shared_memory.SharedMemory(create=True, size=10).name, flush=True)
+os.abort()
+"""
+
+
+def test_memory_of_a_killed_process_is_removed_without_a_word():
+    command = [sys.executable, "-c", LEAVES_MEMORY]
+    result = subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == -signal.SIGABRT and result.stderr == ""
+    with pytest.raises(FileNotFoundError):
+        shared_memory.SharedMemory(result.stdout.strip())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_diffusion.errors import UserError
-from moe_diffusion.training.checkpoint import Checkpointer, StoredWeights
+from moe_diffusion.training.checkpoint import Checkpointer, StoredWeights, saved_steps
 from moe_diffusion.training.optim import init_emas, make_optimizer
 from moe_diffusion.training.state import TrainState
 from tests.training import toy
@@ -174,6 +174,16 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         with pytest.raises(UserError, match=f"checkpoints/{step} is damaged.*{older}"):
             read(tmp_path)
         (tmp_path / "checkpoints" / str(step)).rename(tmp_path / f"away{step}")
+
+
+def test_other_files_among_checkpoints_are_passed_over(tmp_path):
+    write(tmp_path, [5])
+    expected = read(tmp_path)
+    for name in ("notes.txt", "99"):
+        (tmp_path / "checkpoints" / name).write_text("not of the run")
+    (tmp_path / "checkpoints" / "old").mkdir()
+    assert saved_steps(tmp_path) == [5]
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path), expected)
 
 
 def test_stored_weights(tmp_path):

@@ -191,7 +191,23 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):
     assert "4/4" in shown.err and "loss 0.5" in shown.err
 
 
-def test_lines_without_a_step_are_dropped_on_resuming(tmp_path):
+def test_an_output_on_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
+    """`train > log` where the disk has no room; when it has some again, so has the log."""
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr("sys.stdout", log)
+        progress = Progress(0, 4, 2)
+        progress.write("begin")
+        with full_disk(room=6):
+            progress.write("lost or late")
+            progress.update(1)
+            progress.report(1, 0.5)
+        progress.write("end")
+        progress.close()
+    text = (tmp_path / "log").read_text()
+    assert text.startswith("begin\n") and text.endswith("end\n")
+
+
+def test_lines_without_a_step_are_dropped_on_resuming(tmp_path, caplog):
     """What a killed process or a hand left there."""
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 5)]
@@ -207,5 +223,27 @@ def test_lines_without_a_step_are_dropped_on_resuming(tmp_path):
     odd += ['{"step": 1e999}', '{"step": [1]}', '{"loss": 1}', '{"step": true}', "\udcff"]
     lines = [good[0], *odd, good[1], json.dumps({"step": 6, "loss": 1.0})]
     path.write_bytes("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
-    MetricWriter(tmp_path, step=5).close()
+    with caplog.at_level("WARNING"):
+        MetricWriter(tmp_path, step=5).close()
     assert path.read_text().splitlines() == good
+    assert caplog.messages == [f"{path}: {len(odd)} damaged lines are left out"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "step", "missing"),
+    [
+        ([10, 20, 30], 35, None),
+        ([10, 20, 30], 40, None),  # the line may come after the checkpoint
+        ([10, 20], 35, "21 to 35"),
+        ([1, 2, 3], 5, "4 to 5"),
+        ([50], 90, None),
+        ([], 90, None),  # with train.log_every=100 there is none
+    ],
+)
+def test_a_log_without_its_end_is_told(tmp_path, caplog, steps, step, missing):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {n}}}\n' for n in steps) + '{"st')
+    with caplog.at_level("WARNING"):
+        MetricWriter(tmp_path, step).close()
+    assert [line["step"] for line in lines(tmp_path)] == steps
+    assert caplog.messages == ([f"{path}: has no line of steps {missing}"] if missing else [])
