@@ -142,7 +142,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(), "jax": jax.__version__, "orbax": ocp.__version__,
-        "numpy": np.__version__, "system": f"{platform.system()} {platform.release()}",
+        "numpy": np.__version__,
     }  # fmt: skip
 
 
