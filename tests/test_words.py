@@ -282,3 +282,9 @@ def test_imports_point_one_way():
             if up and (own, its) not in BESIDE and own not in COMMANDS:
                 wrong.append(f"{module} -> {other}")
     assert sorted(wrong) == []
+
+
+def test_the_slow_tests_are_there():
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        file, _, test = line.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(), line

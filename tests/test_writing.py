@@ -83,10 +83,10 @@ def test_images_that_do_not_all_fit_leave_none(tmp_path, monkeypatch):
 
     real, done = figures.save_png, []
 
-    def save(image, path):
+    def save(image, path, *texts):
         if len(done) == 2:
             raise writing.WriteError("no room")
-        done.append(real(image, path))
+        done.append(real(image, path, *texts))
         return done[-1]
 
     monkeypatch.setattr(figures, "save_png", save)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from moe_diffusion import __version__
 from moe_diffusion import config as configs
 from moe_diffusion.evaluation import precision
 from moe_diffusion.evaluation.record import made_with
+from tests.preparing import latents_folder
 
 
 def test_a_record_of_a_run():
@@ -59,8 +61,8 @@ def test_flips_are_those_that_training_saw(tmp_path):
     folder = (f"data.source=latents:{tmp_path}", "data.augment=flip")
     assert mirrored(*folder)["mirrored"] == "unknown"
     for flip, answer in ((False, "no"), (True, "yes")):
-        manifest = {"format": 2, "fields": [], "count": 0, "shards": [], "flip": flip}
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        shutil.rmtree(tmp_path)
+        latents_folder.write(tmp_path, latents_folder.Images(latents_folder.COUNT), flip=flip)
         assert mirrored(*folder)["mirrored"] == answer
         assert mirrored(folder[0], "data.augment=none")["mirrored"] == "no"
 

@@ -115,7 +115,8 @@ def test_the_extremes_have_the_names_of_their_classes(monkeypatch):
     stats = {"per_class": {"0": 1.0, "1": 3.0, "2": 2.0, "3": 1.5, "null": 0.1}}
     images, labels = np.zeros((4, 8, 8, 1)), np.arange(4)
     known = Classes({"label": 4}, ("ant", "bee", "cow", "dog"))
-    routing_report._extreme_pictures(stats, images, labels, known)
+    for draw in routing_report._extreme_pictures(stats, images, labels, known).values():
+        draw()
     assert shown == [["bee: 3.000", "cow: 2.000"], ["ant: 1.000", "dog: 1.500"]]
 
 

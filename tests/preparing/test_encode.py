@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from moe_diffusion import digests
 from moe_diffusion.data.latents import Latents
 from moe_diffusion.errors import UserError
 from moe_diffusion.preparing import encode
@@ -137,7 +138,7 @@ def test_a_damaged_note_is_named(change, message, tmp_path):
     encode.begin(job)
     encode.write_shards(job, 0, 1)
     note = job.note(1)
-    note.write_text(json.dumps(json.loads(note.read_text()) | change))
+    note.write_text(json.dumps(digests.seal(json.loads(note.read_text()) | change)))
     with pytest.raises(UserError, match=message):
         encode.finish(job)
     assert not (tmp_path / "out" / "manifest.json").exists()

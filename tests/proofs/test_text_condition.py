@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from moe_diffusion import config as configs
 from moe_diffusion import models
-from moe_diffusion.conditions import cond_of, drop
+from moe_diffusion.conditions import check_fields, cond_of, drop, fields_of
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import Synthetic, open_source
 from moe_diffusion.diffusion.objectives import make_loss
@@ -131,18 +131,23 @@ def test_trains_and_resumes_bitwise(load, tmp_path):
     assert set(kept) == wanted and all(np.abs(x).max() > 0 for x in kept.values())
 
 
+def check(model, batch):
+    """As the loop does before the first step."""
+    check_fields(fields_of(batch), model.cond_spec(), "the data")
+
+
 def test_data_that_lack_a_field_are_refused(load):
     config, model = load("data.source=digits")
     with pytest.raises(UserError, match="lacks the field 'guidance'.*has the field 'label'"):
         open_source(config.data, (8, 8, 1), model.cond_spec())
     batch = some_batch(model)
-    loop._check_batch(model, batch)
+    check(model, batch)
     with pytest.raises(UserError, match="the data lacks the field 'guidance'"):
-        loop._check_batch(model, {k: v for k, v in batch.items() if k != "guidance"})
+        check(model, {k: v for k, v in batch.items() if k != "guidance"})
     with pytest.raises(
         UserError, match=r"has the field 'text' as float32\[4, 3\], the model takes"
     ):
-        loop._check_batch(model, {**batch, "text": batch["text"][:, 1:]})
+        check(model, {**batch, "text": batch["text"][:, 1:]})
 
 
 def test_prepared_latents_have_its_fields(load, tmp_path):
@@ -157,7 +162,7 @@ def test_prepared_latents_have_its_fields(load, tmp_path):
     assert prepared.image_shape == (4, 6, 2)
     config, model = load(f"data.source=latents:{tmp_path}/latents")
     batch = next(batches(config, model))
-    loop._check_batch(model, batch)
+    check(model, batch)
     assert batch["image"].shape == (16, 4, 6, 2) and np.abs(batch["text"]).max() > 0
 
 

@@ -63,6 +63,7 @@ def test_labels_of_a_model_without_labels(monkeypatch, tmp_path, capfd):
     message = "this model takes no labels; its condition has text, text_mask, strength, style"
     loaded = (configs.default(), Prompted(), {}, {})
     monkeypatch.setattr(load, "load_workdir", lambda *_, **__: loaded)
+    monkeypatch.setattr(load, "load_config", lambda *_, **__: loaded[0])
     args = ["--workdir", tmp_path, "--labels", "3,7", "--out", tmp_path / "grid.png"]
     assert cli.refused(capfd, sample.main, args) == f"--labels: {message}"
     monkeypatch.setattr(runs, "load_workdir", lambda *_, **__: loaded)
