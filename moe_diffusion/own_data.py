@@ -15,7 +15,7 @@ from moe_diffusion import plugins
 from moe_diffusion.checks import require
 from moe_diffusion.conditions import IMAGE, Field, check_fields, fields_of
 
-BUILT_IN = "digits, digits_prompts, synthetic, folder:<path>, tfds:<name>, latents:<path>"
+BUILT_IN = "digits, synthetic, folder:<path>, tfds:<name>, latents:<path>, digits_prompts"
 _WANTED = ("image_shape", "cond_spec", "__len__", "__getitem__")
 
 

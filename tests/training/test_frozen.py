@@ -181,7 +181,10 @@ def test_bf16_parameters_train_with_f32_moments_and_averages(tmp_path, accumulat
     assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype(jnp.float32)}
     train(tmp_path / "f32", **options)
     losses = [
-        [json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")]
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("bf16", "f32")
     ]
     np.testing.assert_allclose(*losses, rtol=0.02)
