@@ -79,6 +79,17 @@ class Trackers:
                     self._open.pop(name).close()
 
 
+# Scheme -> what tensorboardX writes with.
+_DRIVERS = {"gs": "google.cloud.storage", "s3": "boto3"}
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
+
+
 class _TensorBoard:
     """An event file, written by this thread.
 
@@ -92,8 +103,11 @@ class _TensorBoard:
         from tensorboardX.proto import event_pb2
 
         self._event, self._summary = event_pb2.Event, summary
-        if "://" not in os.fspath(workdir):
+        scheme, remote, _ = os.fspath(workdir).partition("://")
+        if not remote:
             Path(workdir).mkdir(parents=True, exist_ok=True)
+        elif not _installed(_DRIVERS.get(scheme, "no_driver")):  # its writers fail twice then
+            raise UserError(f"{scheme}:// needs {_DRIVERS.get(scheme, 'another writer')}")
         # Random, because two runs in one second must not write the same file.
         name = f"{time.time():.0f}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
         path = os.path.join(os.fspath(workdir), f"events.out.tfevents.{name}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import partial
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-import tensorboardX
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
@@ -141,12 +139,10 @@ def test_pictures_and_configs(bucket):
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_begun_and_resumed(bucket, monkeypatch, tmp_path):
     """All but two: checkpoints go through tensorstore, and TensorBoard's events through Google's
-    own package, which know no fsspec. The former lie in a local folder, the latter are dropped."""
+    own package, which know no fsspec. The former lie in a local folder, the latter are left out."""
     monkeypatch.setattr(
         checkpoint, "_folder", lambda _, name="checkpoints": epath.Path(tmp_path / name)
     )
-    events = partial(tensorboardX.SummaryWriter, tmp_path / "events")
-    monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda _, **options: events(**options))
     run, config = f"{bucket}/run", dict(train__sample_every=2, train__samples=4, sampling__steps=2)
     for steps in (2, 4):
         args = cli.digits(train__num_steps=steps, **config)
@@ -157,6 +153,7 @@ def test_a_run_in_a_bucket_is_begun_and_resumed(bucket, monkeypatch, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     pictures = sorted(path.name for path in (epath.Path(run) / "samples").iterdir())
     assert pictures == ["00000002.png", "00000004.png"]
+    assert not Path("/gs").exists() and not Path("gs:").exists()
 
     sample.main(["--workdir", run, "--num", "2", "--steps", "2", "--out", str(tmp_path / "a.png")])
     evaluations = epath.Path(run) / "evaluations.jsonl"

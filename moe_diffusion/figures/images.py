@@ -126,7 +126,7 @@ def own_name(path: str | os.PathLike) -> Path:
 
     For pictures that no flag names: they must not replace what a user put there.
     """
-    path, number = Path(path), 1
+    path, number = Path(os.fspath(path)), 1  # Path of an epath would be a local one
     place = path
     while os.path.lexists(place) and not is_ours(place):
         number += 1

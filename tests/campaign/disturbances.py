@@ -173,9 +173,12 @@ def full_disk(case: Case) -> None:
     start = case.at_random_step()
     if disk:
         room, filler = case.rng.randrange(0, 200_000), case.workdir.parent / "filler"
-        size = shutil.disk_usage(filler.parent).free - room
         with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            while True:  # the run takes room, too, between the question and the answer
+                with contextlib.suppress(OSError):
+                    size = max(shutil.disk_usage(filler.parent).free - room, 1)
+                    os.posix_fallocate(file.fileno(), 0, size)
+                    break
         case.note(f"{room} bytes left on the disk")
     else:
         # What the run prints goes to files, too. A refusal must have room, a checkpoint not.

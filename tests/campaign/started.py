@@ -200,9 +200,13 @@ class Case(contextlib.ExitStack):
                     yield int(path.parent.name)
 
     def _kill_all(self) -> None:
-        for pid in self._processes():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        """Returns when they are gone, or after ten seconds."""
+        until = time.monotonic() + 10
+        while (left := list(self._processes())) and time.monotonic() < until:
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
     def workers(self, start: Start) -> list[int]:
         """The processes that read data for a start."""
@@ -224,7 +228,7 @@ class Case(contextlib.ExitStack):
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             return False
-        self.callback(subprocess.run, ["umount", str(disk)], check=True)
+        self.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
         self.callback(self._kill_all)  # before it is taken away
         self.workdir = disk / "run"
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import pytest
 
 from moe_diffusion import config as configs
@@ -15,13 +14,6 @@ from moe_diffusion.planning.repeats import repeats_of, repeats_text
 from moe_diffusion.planning.topologies import describe
 
 QUIET = [].append
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def load(**changes):

@@ -25,13 +25,6 @@ DISPATCH = "cpu" if COMPILER else "slots"  # of expert choice on CPUs
 V6E = Topology("v6e:2x4", CHIPS["v6e"], (2, 4), tuple(jax.devices()))  # CPUs that pass for TPUs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def load(**changes):
     _, spec, *overrides = cli.digits("expert_choice", ema__decays="()", **changes)
     return configs.load(spec, overrides)
