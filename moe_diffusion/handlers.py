@@ -6,7 +6,6 @@ saving is asynchronous, this is in its thread. See `digests.py`.
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 import warnings
@@ -19,11 +18,12 @@ from etils import epath
 from moe_diffusion import digests
 
 
-@functools.cache
 def silence() -> None:
     """Keeps orbax from printing what it raises as well: an error for every array and thread."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if getattr(sys.unraisablehook, "of_orbax", False):
+        return
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     others = sys.unraisablehook
 
@@ -31,6 +31,7 @@ def silence() -> None:
         if "Event loop is closed" not in str(unraisable.exc_value):
             others(unraisable)
 
+    hook.of_orbax = True
     sys.unraisablehook = hook
 
 

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import sys
-import time
 
 import jax
 import pytest
@@ -45,14 +43,6 @@ def on_one_device(trained, tmp_path_factory):
 @pytest.fixture
 def copy(trained, tmp_path):
     return shutil.copytree(trained[0], tmp_path / "copy")
-
-
-@pytest.fixture(autouse=True)
-def silence_ends_with_the_test(monkeypatch):
-    """A failed restore leaves reads behind, which must be gone before complaints count again."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    yield
-    time.sleep(0.05)
 
 
 def test_what_a_run_prints_and_leaves(trained):

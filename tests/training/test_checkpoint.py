@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import sys
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +10,6 @@ from moe_diffusion.training.checkpoint import Checkpointer, StoredWeights, saved
 from moe_diffusion.training.optim import init_emas, make_optimizer
 from moe_diffusion.training.state import TrainState
 from tests.training import toy
-
-
-@pytest.fixture(autouse=True)
-def silence_ends_with_the_test(monkeypatch):
-    """A failed restore leaves reads behind, which must be gone before complaints count again."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    yield
-    time.sleep(0.05)
 
 
 def read_weights(workdir, step=None, ema=None):
