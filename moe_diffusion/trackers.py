@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from moe_diffusion.errors import UserError, explained
 from moe_diffusion.ornaments import ornament, warn
@@ -145,7 +146,7 @@ class _WandB:
         check(project)
         import wandb
 
-        self._wandb, place = wandb, Path(workdir) / "wandb.json"
+        self._wandb, place = wandb, epath.Path(workdir) / "wandb.json"
         try:
             name = str(json.loads(place.read_text())["id"])
         except (OSError, ValueError, KeyError, TypeError):  # a new run, or nothing to go on with

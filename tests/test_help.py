@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 
 import moe_diffusion
-from moe_diffusion import bench, cli, convert, shipped
+from moe_diffusion import bench, cli, convert, prepare, shipped
 from moe_diffusion.benchmarks.dispatch import ROUTINGS
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import protocol
 from moe_diffusion.interop.families import FAMILIES
+from moe_diffusion.interop.prompts import TEXT_LENGTH
 from moe_diffusion.interop.transfer import DTYPES
 from moe_diffusion.moe.dispatch import BACKENDS
+from moe_diffusion.parallel.rules import PRESETS
+from moe_diffusion.sampling import flags
 
 FOLDER = Path(moe_diffusion.__file__).parent
 
@@ -106,6 +109,7 @@ except SystemExit:
 
 def test_names_that_flags_choose_from_are_those_of_the_code():
     assert bench.ROUTINGS == ROUTINGS and bench.BACKENDS == tuple(BACKENDS)
+    assert prepare.TEXT_LENGTH == TEXT_LENGTH and set(flags.PRESETS) <= set(PRESETS)
     assert convert.FAMILIES == tuple(FAMILIES) and convert.DTYPES == DTYPES
     assert all(protocol.load(name) for name in shipped.protocols())
 

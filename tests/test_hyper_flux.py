@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
 from moe_diffusion import config as configs
@@ -16,8 +15,6 @@ from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.training.checkpoint import StoredWeights
 from tests import cli
 from tests.sampling import flux_folder
-
-pytest.importorskip("tokenizers")  # of the folder that the tests write
 
 
 def test_eight_evaluations_of_the_network():

@@ -23,8 +23,6 @@ from moe_diffusion.training.checkpoint import StoredWeights
 from tests import cli
 from tests.sampling import flux_folder
 
-pytest.importorskip("tokenizers")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly():

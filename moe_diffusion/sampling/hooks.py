@@ -68,7 +68,7 @@ class SampleHook:
         source: Any = None,
         decode: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
-        self._folder, self._decode = Path(workdir) / "samples", decode
+        self._folder, self._decode = Path(os.fspath(workdir)) / "samples", decode
         self._samples = FixedSamples(config, model, config.train.samples, source)
         known = NOTHING if source is None else of_source(source)
         self._captions = captions(model, self._samples.cond, known)

@@ -31,7 +31,7 @@ from moe_diffusion.diffusion.samplers import Sampler, make_sampler
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import to_pixels
 from moe_diffusion.interop import autoencoder as autoencoders
-from moe_diffusion.interop import describe, files, keymap, transfer
+from moe_diffusion.interop import describe, files, keymap, places, transfer
 from moe_diffusion.models.autoencoder import Autoencoder
 from moe_diffusion.models.stack import Model
 from moe_diffusion.sampling.conditions import conditions_of_run, spread
@@ -283,7 +283,7 @@ def _family(path: Path, weights: str | None) -> str:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(path.suffix in files.SUFFIXES for path in [*folder.glob("*"), *folder.glob("*/*")])
+    return any(path.suffix in places.SUFFIXES for path in [*folder.glob("*"), *folder.glob("*/*")])
 
 
 def _refuse(arguments: Mapping[str, Any], because: str) -> None:

@@ -175,6 +175,12 @@ def test_a_file_of_the_authors(tmp_path):
         pipes[0](2, cfg=1.0, output="pil")
 
     interop.files.write_state_dict({"a.b": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "weights.safetensors", tmp_path / "folder")
+    shutil.copy(GOLDEN / "config.json", tmp_path / "folder" / "weights.json")
+    jax.tree.map(
+        np.testing.assert_array_equal, moe_diffusion.load(tmp_path / "folder").variables, expected
+    )
     with raises("its names fit none: pass family="):
         moe_diffusion.load(tmp_path / "x.safetensors")
     assert len(load_file(path)) > 10

@@ -29,7 +29,6 @@ def raises(message):
 
 def test_text_encoders_of_a_pipeline(tmp_path, capfd):
     """The fields in the dtypes of the model; T5's 6 tokens hold five words and the end."""
-    pytest.importorskip("tokenizers")
     folder = pipeline_folder.write(tmp_path / "flux")
     config = configs.default()
     config.data.text_encoders = str(folder)
