@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards
+from moe_diffusion.parallel.mesh import batch_axes, current_mesh, num_batch_shards
 from moe_diffusion.parallel.rules import LogicalAxes, current_rules, spec_of
 from moe_diffusion.parallel.weights import with_whole_weights
 
@@ -24,7 +24,7 @@ AXIS = "tensor"
 def num_parts() -> int:
     """Number of devices that share one sample; 1 where no mesh is set."""
     shares = any(AXIS in axes for axes in current_rules().params.values())
-    return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1) if shares else 1
+    return current_mesh().shape.get(AXIS, 1) if shares else 1
 
 
 def num_head_parts(heads: int) -> int:
@@ -77,7 +77,7 @@ def by_heads(function: Callable[..., jax.Array], *arrays: jax.Array) -> Any:
 
     Heads are split only where they divide, those of k and v too.
     """
-    mesh, (q, k, *_) = jax.sharding.get_abstract_mesh(), arrays
+    mesh, (q, k, *_) = current_mesh(), arrays
     if mesh.size <= 1 or q.shape[0] % num_batch_shards():
         return function(*arrays)
     spec = jax.P(batch_axes(), AXIS if num_head_parts(k.shape[1]) > 1 else None)
@@ -85,7 +85,7 @@ def by_heads(function: Callable[..., jax.Array], *arrays: jax.Array) -> Any:
 
 
 def _spec(shape: tuple[int, ...], axes: LogicalAxes) -> jax.P:
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     table = current_rules().params | {"batch": batch_axes(), "tokens": (AXIS,)}
     padded = (*axes, *[None] * (len(shape) - len(axes)))
     return spec_of(shape, padded, table, mesh)

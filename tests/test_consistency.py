@@ -6,7 +6,7 @@ from moe_diffusion.diffusion import sde
 from moe_diffusion.kernels import mlp
 from moe_diffusion.kernels.attention import IMPLEMENTATIONS
 from moe_diffusion.models.blocks import ROPES
-from moe_diffusion.models.stack import REMAT
+from moe_diffusion.models.recompute import REMAT
 from moe_diffusion.moe.dispatch import BACKENDS
 from moe_diffusion.moe.layer import GROUPS
 from moe_diffusion.moe.routers import ROUTERS

@@ -210,7 +210,7 @@ def test_unknown_choices(key):
         ("optim.b2", 1.0, "at least 0 and below 1"),
         ("optim.min_learning_rate", -1e-5, "zero or positive"),
         ("model.image_width", -1, "zero or positive"),
-        ("model.router.top_k", 0, "positive"),
+        ("model.router.top_k", -1, "zero or positive"),
         ("model.router.bias_update_rate", -0.1, "zero or positive"),
         ("diffusion.cond_dropout", 1.5, "between 0 and 1"),
     ],

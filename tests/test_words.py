@@ -249,7 +249,7 @@ FLOORS = (
     ("locks", "metric_lines"),
     ("trackers",),
     ("parallel", "pictures"),
-    ("conditions", "tensor_parallel"),
+    ("conditions", "tensor_parallel", "progress"),
     ("classes", "own_data", "digit_prompts"),
     ("kernels",),
     ("moe",),

@@ -54,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
         # What the backward pass computes again: none | cheap (elementwise operations) | dots (all
         # but products with dense weights) | full
         "remat": "none",
-        "unroll": 0,  # periods of layers in one scan step; 0: see models/stack.py:periods_at_once
+        "unroll": 0,  # periods of layers in one scan step; 0: see models/recompute.py
         "attention": "auto",  # auto, or one of kernels/attention.py
         "moe": {
             "num_experts": 16,
@@ -71,6 +71,19 @@ DEFAULTS: dict[str, Any] = {
             "backend": "auto",  # of the dispatch: auto, or one of moe/dispatch.py
             "transport": "auto",  # to experts on other devices: auto, or one of moe/transport.py
             "capacity_factor": 1.25,  # token choice, backend slots: slots / average load
+        },
+        # Layers from the condition to shifts, scales and gates: their inner width, 0 = one layer;
+        # and whether all blocks share the first of the two (models/adaln.py)
+        "adaln_rank": 0,
+        "adaln_shared": False,
+        # Mixture of Blocks: a router picks blocks for every sample (models/mixture_of_blocks.py)
+        "mob": {
+            "groups": ("none",),  # none | like 4-6,7-9: consecutive blocks of one kind, from 0
+            "active": 1,  # blocks of a group that a sample passes
+            "select": "topk",  # topk: any of them | run: consecutive ones
+            "pool": "tokens",  # the router sees the mean of all tokens | channels: two means
+            "normalize": False,  # what the router sees
+            "alpha": 0.5,  # weight of the tokens against the condition
         },
         "router": {
             # token_choice | expert_choice | diffmoe | promoe_tc | promoe_ec | expert_race |

@@ -45,7 +45,7 @@ _POSITIVE = (
     *(f"model.{k}" for k in ("image_size", "channels", "patch_size", "hidden_size", "depth")),
     *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale")),
     "model.qk_norm_eps",
-    *(f"model.moe.{k}" for k in ("num_experts", "hidden_size", "capacity_factor")),
+    *(f"model.moe.{k}" for k in ("hidden_size", "capacity_factor")),
     *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale", "time_shift")),
     *(f"sampling.{k}" for k in ("steps", "rtol", "atol", "sde_norm", "sde_last_step_size")),
     *("data.batch_size", "optim.learning_rate"),
@@ -54,7 +54,7 @@ _POSITIVE = (
 )
 
 _NOT_NEGATIVE = (
-    *("model.image_width", "model.unroll"),
+    *("model.image_width", "model.unroll", "model.adaln_rank", "model.moe.num_experts"),
     *("model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
     *("sampling.cfg", "sampling.cfg_channels", "sampling.pool"),
     *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),

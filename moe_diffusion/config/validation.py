@@ -13,6 +13,8 @@ from moe_diffusion.checks import require
 from moe_diffusion.config.draft import is_draft
 from moe_diffusion.config.ranges import check_ranges
 from moe_diffusion.config.schema import settle
+from moe_diffusion.models.mixture_of_blocks import BALANCE, parse_groups
+from moe_diffusion.models.parts import pattern_of
 from moe_diffusion.moe import routers
 from moe_diffusion.moe.router import Router
 from moe_diffusion.remote import is_remote
@@ -153,18 +155,21 @@ def _check_architecture(model: ConfigDict) -> None:
 
 
 def _check_moe(model: ConfigDict) -> None:
-    moe = model.moe
+    moe, depth = model.moe, models.num_blocks(model)
     require(
-        model.depth * moe.num_experts <= 1 << 18,
-        f"model.depth = {model.depth} and model.moe.num_experts = {moe.num_experts} make more than "
+        depth * moe.num_experts <= 1 << 18,
+        f"{depth} blocks and model.moe.num_experts = {moe.num_experts} make more than "
         f"{1 << 18:,} experts: lower one of them",
     )
-    blocks = range(moe.skip_first, model.depth)
     require(
-        any(not moe.interleave or block % 2 for block in blocks),
+        any(pattern_of(model, depth)),
         f"model.depth = {model.depth}, model.moe.skip_first = {moe.skip_first} and "
         f"model.moe.interleave = {moe.interleave} leave no MoE block: add blocks, skip fewer, or "
         "set model.router.name=dense",
+    )
+    require(
+        moe.shared_hidden_size > 0 or moe.residual_input or moe.num_experts > 0,
+        "model.moe.num_experts = 0 and model.moe.shared_hidden_size = 0 leave nothing: set one",
     )
     require(
         not (moe.residual_input and moe.shared_hidden_size),
@@ -190,6 +195,8 @@ def _check_router(router: type[Router], model: ConfigDict, samples: int | None) 
 
 
 def _check_loss_weights(config: ConfigDict, provided: tuple[str, ...]) -> None:
+    if parse_groups(config.model.mob.groups):
+        provided = (*provided, BALANCE)
     for name, weight in config.loss_weights.items():
         require(
             name in provided,

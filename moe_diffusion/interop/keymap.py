@@ -92,19 +92,18 @@ def entries(family: Family, model: nn.Module, leaves: Abstract) -> Iterator[Entr
 def _places(
     row: Row, model: nn.Module, leaves: Abstract
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(PyTorch's key, our path, index of layer and expert) wherever the row holds."""
-    blocks = [("", None)]
+    """(PyTorch's key, our path, index of layer, member and expert) wherever the row holds."""
+    blocks = [("", ())]
     if "{i}" in row.torch:
         chosen = (b for b in model.blocks() if row.kind in (None, b.kind))
         blocks = [(block.path, block.index) for block in chosen]
-    for i, (block, layer) in enumerate(blocks):
+    for i, (block, index) in enumerate(blocks):
         path = row.ours.format(block=block)
         needed = not row.needs or row.needs.format(block=block) in leaves
         if path not in leaves or not needed:
             continue
         if row.unless and row.unless.format(block=block) in leaves:
             continue
-        index = () if layer is None else (layer,)
         if "{e}" not in row.torch:
             yield row.torch.format(i=i), path, index
             continue

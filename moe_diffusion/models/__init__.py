@@ -7,7 +7,8 @@ An architecture is a module with
     check(config.model)                                   raises UserError for impossible values
     build(config.model, losses) -> model
 
-and one line in ARCHITECTURES.
+and one line in ARCHITECTURES. It also has num_blocks(config.model) if model.depth does not count
+all of its blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from moe_diffusion.errors import UserError
 from moe_diffusion.models.stack import Model, abstract_variables
 
-__all__ = ["ARCHITECTURES", "abstract_variables", "architecture", "build"]
+__all__ = ["ARCHITECTURES", "abstract_variables", "architecture", "build", "num_blocks"]
 
 ARCHITECTURES = {
     "dit": "moe_diffusion.models.dit",
@@ -37,6 +38,12 @@ def architecture(name: str) -> ModuleType:
             f"model.architecture = {name!r} is unknown; choose {' | '.join(ARCHITECTURES)}"
         )
     return importlib.import_module(ARCHITECTURES[name])
+
+
+def num_blocks(config: ConfigDict) -> int:
+    """How many blocks the model of a section `model` has, of all kinds."""
+    count = getattr(architecture(config.architecture), "num_blocks", None)
+    return count(config) if count else config.depth
 
 
 def build(config: ConfigDict, losses: Sequence[str] = ()) -> Model:

@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from moe_diffusion.models.blocks import Attention
-from moe_diffusion.models.flux import JointAttention
+from moe_diffusion.models.flux_blocks import JointAttention
 from moe_diffusion.models.stack import Model, abstract_variables
 from moe_diffusion.moe.layer import MoE
 
@@ -45,8 +45,8 @@ def parameter_counts(model: Model, experts_per_token: float | None = None) -> di
 
     The activated parameters follow 2503.14487, Eq. 40: the experts times C_infer_avg / E, and
     everything else whole. The paper leaves out DiffMoE's capacity predictor, which has its own row
-    here. The whole class table counts as used, as in the papers. A fixed position table is no
-    parameter.
+    here. Of a group of blocks (Mixture of Blocks) kappa / m is used. The whole class table counts
+    as used, as in the papers. A fixed position table is no parameter.
 
     Args:
       experts_per_token: how many routed experts a token uses on average. None takes what the router
@@ -57,7 +57,7 @@ def parameter_counts(model: Model, experts_per_token: float | None = None) -> di
     counts: dict[str, Count] = {}
     for path, leaf in _trace(model)[0].items():
         kind = model.kind_of(path)
-        used = round(leaf.size * share(path)) if kind == _EXPERTS else leaf.size
+        used = round(leaf.size * share(path))
         old = counts.get(kind, Count(0, 0))
         counts[kind] = Count(old.total + leaf.size, old.activated + used)
     counts["total"] = Count(
@@ -107,11 +107,11 @@ def products(
             tokens = rows[module.rpartition("/")[0]]
             weights[path] = 2 * tokens * leaf.size * share(path)
         elif name == "kernel" and module in rows:
-            weights[path] = 2 * rows[module] * leaf.size
+            weights[path] = 2 * rows[module] * leaf.size * share(path)
     maps = {}
     for path, shape in shapes.items():
-        layers = sum(path.startswith(f"{block.path}/") for block in model.blocks())
-        flops = 4 * shape[-2] * math.prod(shape) * max(1, layers)
+        layers = sum(b.share for b in model.blocks() if path.startswith(f"{b.path}/"))
+        flops = 4 * shape[-2] * math.prod(shape) * (layers or 1)
         maps[path] = Maps(flops, shape[-2])
     return weights, maps
 
@@ -158,13 +158,17 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
 
 
 def _used_shares(model: Model, experts_per_token: float | None) -> Callable[[str], float]:
-    """Path of a weight of routed experts -> the share of the experts that a token uses."""
+    """Path of a weight -> the share of it that a token uses: of experts, and of grouped blocks."""
     routers = model.routers()
+    blocks = {f"{block.path}/": block.share for block in model.blocks()}
 
     def share(path: str) -> float:
+        passed = next((s for prefix, s in blocks.items() if path.startswith(prefix)), 1.0)
+        if model.kind_of(path) != _EXPERTS:
+            return passed
         router = next(r for where, r in routers.items() if path.startswith(where[: -len("router")]))
         used = router.experts_per_token if experts_per_token is None else experts_per_token
-        return used / router.num_experts
+        return passed * used / router.num_experts
 
     return share
 

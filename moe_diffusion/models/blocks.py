@@ -309,32 +309,6 @@ class Attention(nn.Module):
         return drop(proj(out), self.dropout)
 
 
-class TransformerBlock(nn.Module):
-    """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x)), in x's dtype.
-
-    Attributes:
-      make_ffn: makes an `MLP`, or a layer of experts (moe/layer.py).
-      train: passed on to the layer of experts.
-    """
-
-    norm: str
-    make_attention: Callable[..., Attention]
-    make_ffn: Callable[..., nn.Module]
-    train: bool
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x, c, is_null):
-        """x [B, S, D], condition c [B, D], is_null bool[B] -> [B, S, D]."""
-        axes, width = ("embed", "mlp"), 6 * x.shape[-1]
-        adaln = linear(width, axes, name="adaLN", dtype=self.dtype, kernel_init=ZEROS)(nn.silu(c))
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
-        h = Norm(self.norm, name="norm1")(x, (shift_a, scale_a)).astype(self.dtype)
-        x += (gate_a[:, None] * self.make_attention(name="attn")(h)).astype(x.dtype)
-        h = Norm(self.norm, name="norm2")(x, (shift_f, scale_f)).astype(self.dtype)
-        return x + (gate_f[:, None] * self.make_ffn()(h, is_null, self.train)).astype(x.dtype)
-
-
 class FinalLayer(nn.Module):
     """adaLN, then a linear layer to the values of a patch; both start at zero."""
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from moe_diffusion.models import blocks
-from moe_diffusion.models.parts import transformer
+from moe_diffusion.models import adaln, blocks, mixture_of_blocks
+from moe_diffusion.models.parts import pattern_of, transformer
 from moe_diffusion.models.patches import PatchTransformer
 
 FIELDS = {"reverse_time": (False, "the network's own time is 1 - t, its velocity noise - data")}
@@ -19,7 +19,9 @@ FIELDS = {"reverse_time": (False, "the network's own time is 1 - t, its velocity
 
 def check(config: ConfigDict) -> None:
     """Raises a UserError for values of the section `model` that this architecture cannot have."""
-    del config  # the shared checks say it all
+    names = ("dense", "moe")
+    kinds = [names[is_moe] for is_moe in pattern_of(config, config.depth)]
+    mixture_of_blocks.check(config.mob, kinds)
 
 
 class DiT(PatchTransformer):
@@ -44,8 +46,10 @@ class DiT(PatchTransformer):
         time = (1 - t if self.reverse_time else t) * self.time_scale
         c = blocks.VectorEmbed(width, dtype, name="time_embed")(blocks.time_features(time))
         c += blocks.LabelEmbed(self.num_classes, width, name="label_embed")(label)
-        is_null = label == self.num_classes
-        x, features = self.layers(train)(x, c, is_null, capture=capture)
+        is_null, cond = label == self.num_classes, c
+        if self.adaln_shared:
+            cond = adaln.compressed(c, self.adaln_rank, dtype)
+        x, features = self.layers(train)(x, cond, is_null, capture=capture)
         x = self.to_image(x, c)
         if self.reverse_time:
             channels = self.input_shape[-1]
@@ -56,4 +60,6 @@ class DiT(PatchTransformer):
 def build(config: ConfigDict, losses: tuple[str, ...]) -> DiT:
     """The model of a section `model` of a config; see `models.build`."""
     width = int(config.hidden_size * config.mlp_ratio)
-    return DiT(**transformer(config, losses, width), reverse_time=config.dit.reverse_time)
+    return DiT(
+        **transformer(config, losses, width, config.depth), reverse_time=config.dit.reverse_time
+    )

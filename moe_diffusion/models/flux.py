@@ -7,33 +7,39 @@ side by side (`single`). A vector of time, pooled text and guidance scale modula
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values, divides, require
 from moe_diffusion.conditions import Field
-from moe_diffusion.kernels.attention import attend
+from moe_diffusion.models import mixture_of_blocks
+from moe_diffusion.models.adaln import compressed, modulation
 from moe_diffusion.models.blocks import (
-    ZEROS,
     Dtype,
     FinalLayer,
-    Norm,
     VectorEmbed,
     linear,
     patchify,
-    rotate,
     time_features,
     unpatchify,
 )
-from moe_diffusion.models.parts import transformer
+from moe_diffusion.models.flux_blocks import (
+    Block,
+    DoubleBlock,
+    JointAttention,
+    SingleBlock,
+    StreamAttention,
+)
+from moe_diffusion.models.mixture_of_blocks import Mixture, make_layer
+from moe_diffusion.models.parts import pattern_of, transformer
 from moe_diffusion.models.stack import Model, Stack
 from moe_diffusion.models.words import HEADS, WordEncoder
+from moe_diffusion.moe.router import Router
 from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
 FIELDS = {
@@ -69,7 +75,7 @@ def check(config: ConfigDict) -> None:
     if flux.vocabulary:
         divides("heads of words.py", HEADS, "model.flux.text_width", flux.text_width)
     needed = {"patch_size": PATCH, "learn_sigma": False, "num_kv_heads": 0, "norm": "layernorm"}
-    needed |= {"router.name": "dense", "qk_norm_kind": "rmsnorm"}
+    needed |= {"qk_norm_kind": "rmsnorm"}
     for key, value in needed.items():
         section, _, name = key.rpartition(".")
         found = (config[section] if section else config)[name]
@@ -78,136 +84,20 @@ def check(config: ConfigDict) -> None:
             f"model.{key} = {found}, and model.architecture = flux has no other than {value}: set "
             f"model.{key}={value}",
         )
+    pattern = pattern_of(config, num_blocks(config))
+    mixture_of_blocks.check(config.mob, _kinds(config.depth, pattern))
 
 
-def rope_angles(grid: tuple[int, int], tokens: int, axes: tuple[int, ...]) -> np.ndarray:
-    """Rotation angles f32[tokens, head_dim / 2] of the text's tokens, then the image's.
-
-    An image token has the position (0, row, column), a text token (0, 0, 0). In every head axes[i]
-    channels turn with number i of the position, pair j of them with the frequency
-    10000^(-2 j / axes[i]).
-    """
-    positions = np.zeros((tokens, len(axes)))
-    positions[tokens - grid[0] * grid[1] :, 1:] = np.indices(grid).reshape(2, -1).T
-    frequencies = [10000.0 ** (-np.arange(0, size, 2) / size) for size in axes]
-    angles = map(np.outer, positions.T, frequencies)
-    return np.concatenate([*angles], axis=1).astype(np.float32)
+def num_blocks(config: ConfigDict) -> int:
+    """Blocks of two streams and of one."""
+    return config.depth + config.flux.single_depth
 
 
-class JointAttention(nn.Module):
-    """Attention of all tokens to all, without weights: q, k, v [B, heads, L + S, d] -> the same.
-
-    The text's L tokens stand before the S of the image. q and k are turned in f32.
-    """
-
-    grid: tuple[int, int]
-    axes: tuple[int, ...]
-    implementation: str | None
-
-    def __call__(self, q, k, v):
-        angles = rope_angles(self.grid, q.shape[2], self.axes)[:, None]
-        turn = partial(rotate, angles=angles, interleaved=True)
-        q, k = (turn(x.astype(jnp.float32)).astype(x.dtype) for x in (q, k))
-        return attend(q, k, v, self.implementation)
-
-
-class StreamAttention(nn.Module):
-    """The weights of one stream's attention: `heads` stands before the attention, `out` behind."""
-
-    width: int
-    num_heads: int
-    qk_norm_eps: float
-    dtype: Dtype
-
-    def setup(self):
-        shape, axes = (
-            (3, self.num_heads, self.width // self.num_heads),
-            ("embed", None, "heads", None),
-        )
-        self.qkv = linear(shape, axes, dtype=self.dtype)
-        self.q_norm = Norm("rmsnorm", self.qk_norm_eps)
-        self.k_norm = Norm("rmsnorm", self.qk_norm_eps)
-        self.proj = linear(self.width, ("heads", None, "embed"), dtype=self.dtype, contract=2)
-
-    def heads(self, x):
-        """[B, S, D] -> q, k, v [B, heads, S, d], of which q and k are normalised."""
-        qkv = self.qkv(x).transpose(2, 0, 3, 1, 4)
-        q, k, v = (part[0] for part in jax.lax.split(qkv, (1, 1, 1)))
-        return self.q_norm(q), self.k_norm(k), v
-
-    def out(self, x):
-        """[B, heads, S, d] -> [B, S, D]."""
-        return self.proj(x.swapaxes(1, 2))
-
-
-class Block(nn.Module):
-    """What both kinds of blocks are made of; each factory takes the name of what it makes.
-
-    Attributes:
-      make_attention: makes a `StreamAttention`.
-      make_ffn: makes an MLP, or a layer that takes its place: (x, is_null, train) -> x.
-      make_modulation: (number of values per channel, name) -> a layer from [B, D] to them.
-      attention: makes a `JointAttention`.
-      train: passed on to the layer in an MLP's place.
-    """
-
-    make_attention: Callable[..., nn.Module]
-    make_ffn: Callable[..., nn.Module]
-    make_modulation: Callable[..., nn.Module]
-    attention: Callable[..., nn.Module]
-    train: bool
-    dtype: Dtype
-
-    def modulations(self, c, number, name):
-        """c [B, D] -> `number` times [B, D]."""
-        return jnp.split(self.make_modulation(number, name=name)(nn.silu(c)), number, axis=-1)
-
-    def norm(self, x, shift, scale, name):
-        return Norm(name=name)(x, (shift, scale)).astype(self.dtype)
-
-    def ffn(self, x, name):
-        # No sample lacks its condition here: `null` leaves a text of zeros.
-        return self.make_ffn(name=name)(x, jnp.zeros(len(x), bool), self.train)
-
-
-class DoubleBlock(Block):
-    """(image [B, S, D], text [B, L, D]), c [B, D] -> the same two.
-
-    Of each stream: x += gate * attention(norm(x)); x += gate * ffn(norm(x)), in x's dtype.
-    """
-
-    @nn.compact
-    def __call__(self, carry, c):
-        streams = dict(zip(("image", "text"), carry, strict=True))
-        attentions, modulations, heads = {}, {}, {}
-        for name, x in streams.items():
-            attentions[name] = self.make_attention(name=f"{name}_attn")
-            modulations[name] = self.modulations(c, 6, f"{name}_adaLN")
-            h = self.norm(x, *modulations[name][:2], f"{name}_norm1")
-            heads[name] = attentions[name].heads(h)
-        pairs = zip(heads["text"], heads["image"], strict=True)
-        joined = self.attention(name="attend")(*(jnp.concatenate(pair, axis=2) for pair in pairs))
-        attended = dict(
-            zip(("text", "image"), jnp.split(joined, [carry[1].shape[1]], 2), strict=True)
-        )
-        for name, x in streams.items():
-            gate, shift, scale, gate_ffn = modulations[name][2:]
-            x += (gate[:, None] * attentions[name].out(attended[name])).astype(x.dtype)
-            h = self.norm(x, shift, scale, f"{name}_norm2")
-            streams[name] = x + (gate_ffn[:, None] * self.ffn(h, f"{name}_mlp")).astype(x.dtype)
-        return streams["image"], streams["text"]
-
-
-class SingleBlock(Block):
-    """x [B, L + S, D], c [B, D] -> x + gate * (attention(h) + ffn(h)), where h = norm(x)."""
-
-    @nn.compact
-    def __call__(self, x, c):
-        shift, scale, gate = self.modulations(c, 3, "adaLN")
-        h = self.norm(x, shift, scale, "norm")
-        attention = self.make_attention(name="attn")
-        out = attention.out(self.attention(name="attend")(*attention.heads(h)))
-        return x + (gate[:, None] * (out + self.ffn(h, "mlp"))).astype(x.dtype)
+def _kinds(depth: int, moe_pattern: Sequence[bool]) -> tuple[str, ...]:
+    """The kind of every block: single or double, and whether with experts."""
+    streams = ("double",) * depth + ("single",) * (len(moe_pattern) - depth)
+    pairs = zip(streams, moe_pattern, strict=True)
+    return tuple(f"{kind}_moe" if is_moe else kind for kind, is_moe in pairs)
 
 
 class Flux(Model):
@@ -228,8 +118,11 @@ class Flux(Model):
       text_tokens, text_width, text_dtype, pooled_width, guidance, vocabulary: of the condition.
       time_scale: multiplies 1 - t and the guidance scale before their embeddings.
       residual_dtype: of the streams that the blocks add to; inside a block all is `dtype`.
-      make_mlp: makes an MLP. In a single block its last layer has no bias: that of the attention,
-        to which it is added, serves both.
+      moe_pattern: for each block, whether experts take the place of its MLPs; double ones first.
+      make_mlp, make_moe: make an MLP and a layer of experts. In a single block the last layer of an
+        MLP or shared expert has no bias: that of the attention, to which it is added, serves both.
+      adaln_rank, adaln_shared: see `adaln.modulation`.
+      mixture: which blocks are grouped, see mixture_of_blocks.py.
       remat, unroll: see `Stack`.
       attention: None, or one of kernels/attention.py.
     """
@@ -249,12 +142,18 @@ class Flux(Model):
     qk_norm_eps: float
     time_scale: float
     residual_dtype: Dtype
+    moe_pattern: tuple[bool, ...]
     make_mlp: Callable[..., nn.Module]
+    make_moe: Callable[..., nn.Module] | None
+    adaln_rank: int
+    adaln_shared: bool
+    mixture: Mixture
     remat: str
     unroll: int
     attention: str | None
 
-    parts = {"final": "final layer", "words": "text encoder"} | dict.fromkeys(
+    parts = {"final": "final layer", "words": "text encoder", "adaLN_down": "adaLN"}
+    parts |= dict.fromkeys(
         (f"{name}_embed" for name in ("patch", "text", "time", "pooled", "guidance")), "embedders"
     )
     layer_parts = {
@@ -262,6 +161,8 @@ class Flux(Model):
         for stream in ("", "image_", "text_")
         for name, kind in (("attn", "attention"), ("mlp", "dense ffn"), ("adaLN", "adaLN"))
     }
+    layer_parts |= {"experts": "routed experts", "shared": "shared experts", "router": "router"}
+    layer_parts |= {"block_router": "router", "predictor": "capacity predictor"}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -272,30 +173,28 @@ class Flux(Model):
     @nn.nowrap
     def layers(self, train: bool) -> Stack:
         """The stack of blocks; `train` is passed to layers in the place of MLPs."""
-        kinds = ("double",) * self.depth + ("single",) * self.single_depth
-        return Stack(kinds, partial(self.make_block, train=train), self.remat, self.unroll)
+        kinds = _kinds(self.depth, self.moe_pattern)
+        # Of the tokens of one stream the first are those of the text.
+        make = partial(make_layer, self.make_block, self.mixture, self.text_tokens, train)
+        return Stack(self.mixture.grouped(kinds), make, self.remat, self.unroll)
 
     @property
     def stack(self) -> Stack:
         return self.layers(train=False)
 
     @nn.nowrap
-    def make_modulation(self, number: int, name: str) -> nn.Module:
-        """The layer that gives a block `number` values per channel; starts at zero."""
-        width, axes = number * self.hidden_size, ("embed", "mlp")
-        return linear(width, axes, name=name, dtype=self.dtype, kernel_init=ZEROS)
-
-    @nn.nowrap
     def make_block(self, kind: str, *, train: bool) -> Callable[..., Block]:
         """Factory of the blocks of a kind: (name=...) -> `Block`."""
         sizes = (self.hidden_size, self.num_heads, self.qk_norm_eps, self.dtype)
-        single = kind == "single"
+        single, ffn_name = kind.startswith("single"), "moe" if kind.endswith("moe") else "mlp"
+        make_ffn = self.make_moe if ffn_name == "moe" else self.make_mlp
         return partial(
             SingleBlock if single else DoubleBlock,
             partial(StreamAttention, *sizes),
-            partial(self.make_mlp, down_bias=not single),
-            self.make_modulation,
+            partial(make_ffn, down_bias=not single),
+            partial(modulation, self.hidden_size, self.adaln_rank, self.adaln_shared, self.dtype),
             partial(JointAttention, self.grid, self.rope_axes, self.attention),
+            ffn_name,
             train,
             self.dtype,
         )
@@ -316,10 +215,12 @@ class Flux(Model):
         vectors["pooled"] = cond["pooled"]
         c = sum(VectorEmbed(width, dtype, name=f"{name}_embed")(v) for name, v in vectors.items())
 
+        cond = compressed(c, self.adaln_rank, dtype) if self.adaln_shared else c
         layers = self.layers(train)
-        (image, text), early = layers((image, text), c, capture=capture, stop=self.depth)
+        doubles = layers.number_of(self.depth)
+        (image, text), early = layers((image, text), cond, capture=capture, stop=doubles)
         tokens = jnp.concatenate([text, image], axis=1)
-        tokens, late = layers(tokens, c, capture=capture, start=self.depth)
+        tokens, late = layers(tokens, cond, capture=capture, start=doubles)
         final = FinalLayer(patches.shape[-1], dtype, name="final")(tokens[:, text.shape[1] :], c)
         velocity = -unpatchify(final.astype(jnp.float32), PATCH, self.grid)
         return (velocity, early | late) if capture else velocity
@@ -338,11 +239,22 @@ class Flux(Model):
         """Zeros in place of the text, or no word; the guidance scale stays what it is."""
         return {n: v if n == "guidance" else jnp.zeros_like(v) for n, v in cond.items()}
 
+    def routers(self) -> dict[str, Router]:
+        streams = {"double": ("image_", "text_"), "single": ("",)}
+        found = {}
+        for block in self.blocks():
+            stream, _, ffn = block.kind.partition("_")
+            for name in streams[stream] if ffn else ():
+                found[f"{block.path}/{name}moe/router"] = self.make_moe().make_router()
+        return found
+
 
 def build(config: ConfigDict, losses: tuple[str, ...]) -> Flux:
     """The model of a section `model` of a config; see `models.build`."""
-    shared = transformer(config, losses, int(config.hidden_size * config.mlp_ratio))
+    width = int(config.hidden_size * config.mlp_ratio)
+    shared = transformer(config, losses, width, num_blocks(config))
     names = ("input_shape", "hidden_size", "num_heads", "qk_norm_eps", "time_scale", "make_mlp")
-    names += ("remat", "unroll", "attention", "dtype", "residual_dtype", "param_dtype")
+    names += ("remat", "unroll", "attention", "dtype", "residual_dtype", "param_dtype", "make_moe")
+    names += ("moe_pattern", "adaln_rank", "adaln_shared", "mixture")
     fields = {name: shared[name] for name in names} | config.flux.to_dict()
     return Flux(**fields, depth=config.depth)

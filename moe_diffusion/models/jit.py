@@ -40,6 +40,13 @@ def check(config: ConfigDict) -> None:
         f"model.architecture = jit adds a sin-cos table, which needs model.hidden_size = "
         f"{config.hidden_size} to be a multiple of 4: change the width",
     )
+    for key, unset in (("adaln_rank", 0), ("mob.groups", ("none",))):
+        section, _, name = key.rpartition(".")
+        found = (config[section] if section else config)[name]
+        require(
+            found == unset,
+            f"model.{key} = {found} is for model.architecture = dit and flux: set it to {unset}",
+        )
     start = config.jit.in_context_start
     require(
         config.jit.in_context_tokens == 0 or start < config.depth,
@@ -134,4 +141,4 @@ class JiT(PatchTransformer):
 def build(config: ConfigDict, losses: tuple[str, ...]) -> JiT:
     """The model of a section `model` of a config; see `models.build`."""
     width = int(config.hidden_size * config.mlp_ratio) * 2 // 3
-    return JiT(**transformer(config, losses, width), **config.jit.to_dict())
+    return JiT(**transformer(config, losses, width, config.depth), **config.jit.to_dict())

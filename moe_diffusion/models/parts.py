@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.models.blocks import MLP
+from moe_diffusion.models.mixture_of_blocks import BALANCE, mixture
 from moe_diffusion.moe import routers
 from moe_diffusion.moe.layer import Experts, MoE
 
@@ -100,21 +101,29 @@ def moe_pattern(depth: int, interleave: bool, skip_first: int) -> tuple[bool, ..
     return tuple(bool(v) for v in moe & (layers >= skip_first))
 
 
-def transformer(config: ConfigDict, losses: tuple[str, ...], mlp_width: int) -> dict[str, Any]:
-    """The fields of a class-conditional transformer that the shared keys of a config fill."""
-    make_moe_layer = make_moe(config, losses)
-    pattern = (False,) * config.depth
-    if make_moe_layer:
-        pattern = moe_pattern(config.depth, config.moe.interleave, config.moe.skip_first)
+def pattern_of(config: ConfigDict, depth: int) -> tuple[bool, ...]:
+    """Which of `depth` blocks have experts in a model with the section `model` of a config."""
+    if routers.find(config.router.name) is None:
+        return (False,) * depth
+    return moe_pattern(depth, config.moe.interleave, config.moe.skip_first)
+
+
+def transformer(
+    config: ConfigDict, losses: tuple[str, ...], mlp_width: int, depth: int
+) -> dict[str, Any]:
+    """The fields of a transformer of `depth` blocks that the shared keys of a config fill."""
+    of_experts = tuple(name for name in losses if name != BALANCE)
+    make_moe_layer = make_moe(config, of_experts)
     names = ("patch_size", "num_classes", "hidden_size", "num_heads")
     names += ("qk_norm", "qk_norm_kind", "qk_norm_eps", "norm", "positions", "learn_sigma")
-    names += ("time_scale", "remat", "unroll")
+    names += ("time_scale", "remat", "unroll", "adaln_rank", "adaln_shared")
     height, width = config.image_size, config.image_width or config.image_size
     residual = config.residual_dtype
     return {name: config[name] for name in names} | {
         "input_shape": (height, width, config.channels),
         "num_kv_heads": config.num_kv_heads or config.num_heads,
-        "moe_pattern": pattern,
+        "moe_pattern": pattern_of(config, depth),
+        "mixture": mixture(config.mob, losses),
         "make_mlp": make_mlp(config, mlp_width),
         "make_moe": make_moe_layer,
         "attention": None if config.attention == "auto" else config.attention,

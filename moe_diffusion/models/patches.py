@@ -10,9 +10,38 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_diffusion.conditions import Field
-from moe_diffusion.models.blocks import Attention, FinalLayer, TransformerBlock, unpatchify
+from moe_diffusion.models.adaln import activated, modulation
+from moe_diffusion.models.blocks import Attention, Dtype, FinalLayer, Norm, unpatchify
+from moe_diffusion.models.mixture_of_blocks import Mixture, make_layer
 from moe_diffusion.models.stack import Model, Stack
 from moe_diffusion.moe.router import Router
+
+
+class TransformerBlock(nn.Module):
+    """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x)), in x's dtype.
+
+    Attributes:
+      make_ffn: makes an `MLP`, or a layer of experts (moe/layer.py).
+      make_modulation: makes the layer from `adaln.activated` to 6 values per channel.
+      train: passed on to the layer of experts.
+    """
+
+    norm: str
+    make_attention: Callable[..., Attention]
+    make_ffn: Callable[..., nn.Module]
+    make_modulation: Callable[..., nn.Module]
+    train: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, c, is_null):
+        """x [B, S, D], condition c (adaln.py), is_null bool[B] -> [B, S, D]."""
+        adaln = self.make_modulation(6, "adaLN")(activated(c))
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
+        h = Norm(self.norm, name="norm1")(x, (shift_a, scale_a)).astype(self.dtype)
+        x += (gate_a[:, None] * self.make_attention(name="attn")(h)).astype(x.dtype)
+        h = Norm(self.norm, name="norm2")(x, (shift_f, scale_f)).astype(self.dtype)
+        return x + (gate_f[:, None] * self.make_ffn()(h, is_null, self.train)).astype(x.dtype)
 
 
 class PatchTransformer(Model):
@@ -25,6 +54,8 @@ class PatchTransformer(Model):
       positions: `sincos` (fixed table), or one of `blocks.ROPES`.
       time_scale: multiplies t before its embedding.
       residual_dtype: of the stream that the blocks add to; inside a block all is `dtype`.
+      adaln_rank, adaln_shared: see `adaln.modulation`.
+      mixture: which blocks are grouped, see mixture_of_blocks.py.
       moe_pattern: for each block, whether it has experts.
       remat, unroll: see `Stack`.
       attention: None, or one of kernels/attention.py.
@@ -44,6 +75,9 @@ class PatchTransformer(Model):
     learn_sigma: bool
     time_scale: float
     residual_dtype: jnp.dtype
+    adaln_rank: int
+    adaln_shared: bool
+    mixture: Mixture
     moe_pattern: tuple[bool, ...]
     make_mlp: Callable[..., nn.Module]
     make_moe: Callable[..., nn.Module] | None
@@ -52,9 +86,10 @@ class PatchTransformer(Model):
     attention: str | None
 
     embedders = ("patch_embed", "time_embed", "label_embed", "in_context_embed")
-    parts = {"final": "final layer"} | dict.fromkeys(embedders, "embedders")
+    parts = {"final": "final layer", "adaLN_down": "adaLN"} | dict.fromkeys(embedders, "embedders")
     layer_parts = {"attn": "attention", "mlp": "dense ffn", "adaLN": "adaLN", "router": "router"}
     layer_parts |= {"experts": "routed experts", "shared": "shared experts"}
+    layer_parts |= {"block_router": "router"}
     layer_parts |= {"norm1": "norms", "norm2": "norms", "predictor": "capacity predictor"}
 
     @property
@@ -71,7 +106,8 @@ class PatchTransformer(Model):
     @nn.nowrap
     def layers(self, train: bool) -> Stack:
         """The stack of blocks. `train` is passed to the routers and turns dropout on."""
-        return Stack(self.kinds, partial(self.make_block, train=train), self.remat, self.unroll)
+        make = partial(make_layer, self.make_block, self.mixture, 0, train)
+        return Stack(self.mixture.grouped(self.kinds), make, self.remat, self.unroll)
 
     @property
     def stack(self) -> Stack:
@@ -90,7 +126,9 @@ class PatchTransformer(Model):
         options |= {"context": context, "dropout": dropout, "implementation": self.attention}
         ffn = self.make_moe if kind.startswith("moe") else partial(self.make_mlp, dropout=dropout)
         make_attention = partial(Attention, **options)
-        return partial(TransformerBlock, self.norm, make_attention, ffn, train, self.dtype)
+        sizes = (self.hidden_size, self.adaln_rank, self.adaln_shared, self.dtype)
+        layers = (make_attention, ffn, partial(modulation, *sizes))
+        return partial(TransformerBlock, self.norm, *layers, train, self.dtype)
 
     @nn.nowrap
     def to_image(self, tokens: jax.Array, c: jax.Array, norm: str = "layernorm") -> jax.Array:

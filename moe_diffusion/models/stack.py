@@ -16,54 +16,41 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_diffusion.conditions import Field
+from moe_diffusion.models.recompute import REMAT, periods_at_once
 from moe_diffusion.moe.router import Router
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import platform
 
-_MOST_UNROLLED = {"cpu": 6, "cuda": 28, "gpu": 28}  # platform -> periods
 COLLECTIONS = ("params", "router_state", "losses", "metrics", "router_stats", "intermediates")
-# Operations whose results `cheap` keeps besides those of products: kernels, loops, sorts, moves of
-# rows between places or devices, and named values (the result of attention).
-_EXPENSIVE = frozenset(
-    ("pallas_call", "while", "scan", "cond", "sort", "top_k", "cumsum", "gather", "all_to_all")
-    + ("ragged_all_to_all", "reduce_scatter", "name")
-)
-
-
-def _is_expensive(primitive, *_, **params) -> bool:
-    """Whether `cheap` keeps an operation's result instead of computing it again.
-
-    It does not keep elementwise operations and the products of attention, which are the products
-    with two batch dimensions.
-    """
-    if primitive.name == "dot_general":
-        _, (batch_dimensions, _) = params["dimension_numbers"]
-        return len(batch_dimensions) < 2
-    return primitive.name in _EXPENSIVE
-
-
-REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "cheap": _is_expensive,
-}
-
+MEMBERS = "members"  # where the blocks of a `Group` lie, stacked
 Shape = jax.ShapeDtypeStruct
 Segments = tuple[tuple[tuple[Hashable, ...], int], ...]
 
 
+class Group(NamedTuple):
+    """The kind of a layer that has `size` blocks of one kind, of which a sample passes `active`."""
+
+    kind: Hashable
+    size: int
+    active: int
+
+
 class Block(NamedTuple):
-    """One layer of a model.
+    """One block of a model: a layer of its `Stack`, or a member of a layer that is a `Group`.
 
     Attributes:
-      path: of its parameters, like "layers_0/block_1"; layers that are scanned together share it.
-      index: its place on the leading axis of those parameters.
+      path: of its parameters, like "layers_0/block_1"; blocks that are stacked together share it.
+      index: its place on the leading axes of those parameters: the layer, and its place in a group.
       kind: its kind in the model's `Stack`.
+      share: of the samples that pass it, on average.
+      layer: its number among the layers of the stack.
     """
 
     path: str
-    index: int
+    index: tuple[int, ...]
     kind: Hashable
+    share: float
+    layer: int
 
 
 @dataclass(frozen=True)
@@ -94,13 +81,28 @@ class Stack:
         return layer_segments(self.kinds)
 
     def blocks(self) -> tuple[Block, ...]:
-        """Every layer in order."""
-        return tuple(
-            Block(f"layers_{segment}/block_{place}", repeat, kind)
+        """Every block in order."""
+        places = (
+            (f"layers_{segment}/block_{place}", repeat, kind)
             for segment, (period, repeats) in enumerate(self.segments)
             for repeat in range(repeats)
             for place, kind in enumerate(period)
         )
+        blocks: list[Block] = []
+        for layer, (path, repeat, kind) in enumerate(places):
+            if isinstance(kind, Group):
+                member = partial(Block, f"{path}/{MEMBERS}")
+                share = kind.active / kind.size
+                indices = [(repeat, i) for i in range(kind.size)]
+                blocks += [member(index, kind.kind, share, layer) for index in indices]
+            else:
+                blocks.append(Block(path, (repeat,), kind, 1.0, layer))
+        return tuple(blocks)
+
+    def number_of(self, block: int) -> int:
+        """Number of the layer with a block, which may also be the one after the last."""
+        blocks = self.blocks()
+        return blocks[block].layer if block < len(blocks) else len(self.kinds)
 
     def __call__(
         self,
@@ -195,22 +197,6 @@ def layer_segments(kinds: tuple[Hashable, ...]) -> Segments:
     return tuple(segments)
 
 
-def periods_at_once(repeats: int, remat: str, platform: str) -> int:
-    """How many periods one step of the scan holds by default: all of them, or one.
-
-    In a scan, XLA copies the saved values of every layer into and out of stacked arrays, and on CPU
-    the weights, too. On CPU this costs an eighth of a step of DSMoE-S. On a GPU it is a quarter of
-    the bytes that a step of DSMoE-L or DiT-XL moves. Unrolling avoids the copies, but makes the
-    program longer. So all periods are unrolled if there are at most 6, or 28 on GPUs, where minutes
-    of compiling matter less.
-
-    Two cases are never unrolled. If the backward pass computes something again, XLA:CPU would keep
-    it instead, outside of a loop. On TPU the stacked arrays need no filling.
-    """
-    most = _MOST_UNROLLED.get(platform, 1)
-    return repeats if remat == "none" and repeats <= most else 1
-
-
 _QUESTIONS = frozenset(("cond_spec", "null", "blocks", "is_stacked", "kind_of", "routers"))
 
 
@@ -255,13 +241,16 @@ class Network(nn.Module, kw_only=True):
 
     @nn.nowrap
     def blocks(self) -> tuple[Block, ...]:
-        """Every layer of the stack in order."""
+        """Every block of the stack in order."""
         return () if self.stack is None else self.stack.blocks()
 
     @nn.nowrap
-    def is_stacked(self, path: str) -> bool:
-        """Whether the leaf at a path, like "layers_0/block_1/adaLN/kernel", has a layer axis."""
-        return any(path.startswith(f"{block.path}/") for block in self.blocks())
+    def is_stacked(self, path: str) -> int:
+        """How many leading axes of layers the leaf at a path has, like "layers_0/block_1/bias".
+
+        One if it is stacked, and one more in a group of blocks.
+        """
+        return path.startswith("layers_") + (f"/{MEMBERS}/" in path)
 
     @nn.nowrap
     def kind_of(self, path: str) -> str:

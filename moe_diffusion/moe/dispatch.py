@@ -30,7 +30,13 @@ from moe_diffusion.kernels.tpu import tpu
 from moe_diffusion.moe import transport as transports
 from moe_diffusion.moe.routing import Routing, Work
 from moe_diffusion.moe.transport import AXIS, Run
-from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards, num_expert_shards, platform
+from moe_diffusion.parallel.mesh import (
+    batch_axes,
+    current_mesh,
+    num_batch_shards,
+    num_expert_shards,
+    platform,
+)
 from moe_diffusion.parallel.weights import gather, weight_specs
 
 # --- the backends --------------------------------------------------------------------------------
@@ -205,7 +211,7 @@ def dispatch(
     params = {name: value.astype(x.dtype) for name, value in params.items()}
     work, chosen = Work(x, routing, params, kind, capacity_factor, dropout), BACKENDS[name]
     dropped = transports.dropped_share(work, transport, chosen.drops)
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if current_mesh().size <= 1:
         return chosen.run(work), dropped
     if x.shape[0] % num_batch_shards():
         return _one_group_over_devices(chosen.run, work), dropped

@@ -53,6 +53,8 @@ class MoE(nn.Module):
 
     y = sum over chosen experts of weight * expert(x)  [+ shared(x)]  [+ x]
 
+    Without experts (num_experts = 0) or choices (top_k = 0) the shared expert is all there is.
+
     group (`router.group` in a config) says what a routing group is: the tokens of a `sample`, of a
     device's `shard` of the batch (what DiffMoE's code does), or of the whole `batch`. A sampler may
     divide a batch into pools instead of these two (`parallel.mesh.use_pools`). Token choice treats
@@ -61,6 +63,7 @@ class MoE(nn.Module):
     Sown: what the router returns, and the load of the experts as metrics (`load_max` and `load_min`
     relative to the mean, so 1 is balanced).
 
+    down_bias: whether the shared expert's last layer has a bias, if its others have.
     dropout: in training, of the hidden units of routed and shared experts; draws from the random
     stream "dropout".
     """
@@ -73,30 +76,35 @@ class MoE(nn.Module):
     backend: str | None = None
     transport: str | None = None
     capacity_factor: float = 1.25
+    down_bias: bool = True
     dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, is_null: jax.Array, train: bool) -> jax.Array:
         """x [B, S, D], is_null bool[B] (samples without a label) -> [B, S, D]."""
+        rate = self.dropout if train else 0.0
+        y = self._routed(x, is_null, train, rate)
+        if self.make_shared:
+            y += self.make_shared(name="shared", down_bias=self.down_bias, dropout=rate)(x)
+        return y + x if self.residual_input else y
+
+    def _routed(self, x: jax.Array, is_null: jax.Array, train: bool, rate: float) -> jax.Array:
+        """The sum over the chosen experts. rate: of dropout."""
         batch, tokens, width = x.shape
         shards, whole = num_pools(num_batch_shards()), num_pools(1)
         groups = {"sample": batch, "shard": shards, "batch": whole}[self.group]
         grouped = x.reshape(groups, -1, width)
         is_null = jnp.repeat(is_null, tokens).reshape(groups, -1)
         router, experts = self.make_router(name="router"), self.make_experts(name="experts")
-
-        rate = self.dropout if train else 0.0
+        if not (experts.num_experts and router.experts_per_token):
+            if experts.num_experts and self.is_initializing():  # the weights are there all the same
+                _ = router.logits(grouped), experts(width)
+            return jnp.zeros_like(x)
         dropout = Dropout(self.make_rng("dropout"), rate) if rate else None
         routing, aux = router(grouped, is_null, train)
         how = {"backend": self.backend, "transport": self.transport}
         how |= {"capacity_factor": self.capacity_factor, "kind": experts.kind, "dropout": dropout}
         y, dropped = dispatch(grouped, routing, experts(width), **how)
-        y = y.reshape(x.shape)
-        if self.make_shared:
-            y += self.make_shared(name="shared", dropout=rate)(x)
-        if self.residual_input:
-            y += x
-
         load = expert_load(routing, experts.num_experts)
         metrics = {"load_max": load.max() / load.mean(), "load_min": load.min() / load.mean()}
         if dropped is not None:
@@ -104,7 +112,7 @@ class MoE(nn.Module):
         _sow(self, "losses", aux.losses)
         _sow(self, "metrics", metrics | aux.metrics)
         _sow(router, "router_stats", aux.stats)
-        return y
+        return y.reshape(x.shape)
 
 
 def _sow(module: nn.Module, collection: str, values: dict[str, jax.Array]) -> None:

@@ -24,6 +24,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 # Preset -> its two axes; a key of the section `parallel` has the size of the first.
 _AXES_OF = {"fsdp": ("fsdp", "data"), "fsdp_ep": ("expert", "fsdp"), "tp": ("tensor", "data")}
 _POOLS = contextvars.ContextVar("pools", default=0)
+_ALONE = contextvars.ContextVar("alone", default=False)
+_NO_MESH = AbstractMesh((), ())
 
 
 def make_mesh(parallel_config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -57,18 +59,28 @@ def _ring(devices: Sequence[jax.Device]) -> int:
     return sides[-1] if is_torus else len(devices)
 
 
+def current_mesh() -> AbstractMesh:
+    """The mesh that is set, or one without axes, of one device. Works inside jit."""
+    return _NO_MESH if _ALONE.get() else jax.sharding.get_abstract_mesh()
+
+
+def alone() -> contextlib.AbstractContextManager[None]:
+    """Makes what is traced inside, in a shard_map, see a mesh of one device."""
+    return scoped(_ALONE, True)
+
+
 def batch_axes(mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
     """Axes over which dimension 0 of a batch is split, of `mesh` or of the mesh that is set.
 
     () where no mesh is set. Works inside jit.
     """
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    mesh = current_mesh() if mesh is None else mesh
     return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
 
 
 def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Number of parts into which a batch is split; 1 where no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    mesh = current_mesh() if mesh is None else mesh
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
@@ -106,7 +118,7 @@ def by_group(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 def num_expert_shards() -> int:
     """Number of devices that share the experts; 1 where no mesh is set."""
-    return jax.sharding.get_abstract_mesh().shape.get("expert", 1)
+    return current_mesh().shape.get("expert", 1)
 
 
 def platform() -> str:

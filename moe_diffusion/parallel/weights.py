@@ -10,12 +10,13 @@ only where `model.remat` is `none`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moe_diffusion.parallel.mesh import batch_axes, num_batch_shards
+from moe_diffusion.parallel.mesh import alone, batch_axes, current_mesh, num_batch_shards
 from moe_diffusion.parallel.rules import LogicalAxes, current_rules, spec_of
 
 Specs = dict[str, PartitionSpec]
@@ -25,7 +26,7 @@ def weight_specs(
     weights: Mapping[str, jax.Array], logical_axes: Mapping[str, LogicalAxes]
 ) -> Specs:
     """How weights lie on the mesh that is set, by the preset in use (`rules.use_preset`)."""
-    mesh, table = jax.sharding.get_abstract_mesh(), current_rules().params
+    mesh, table = current_mesh(), current_rules().params
     return {name: spec_of(x.shape, logical_axes[name], table, mesh) for name, x in weights.items()}
 
 
@@ -56,11 +57,30 @@ def with_whole_weights(
       weights: name -> array.
     """
     specs = weight_specs(weights, logical_axes)
-    if x.shape[0] % num_batch_shards() or not any(any(spec) for spec in specs.values()):
+    if not any(any(spec) for spec in specs.values()):
+        return function(x, weights)
+    return on_own_samples(function, x, weights, specs)
+
+
+def on_own_samples(function: Callable, x: Any, weights: dict, specs: Specs) -> Any:
+    """function(x, weights) on every device, with its part of dimension 0 and whole weights.
+
+    Where the devices do not divide dimension 0, XLA splits the work instead.
+
+    Args:
+      function: (x, weights) -> any tree of arrays, with the dimension 0 of x. What it traces sees
+        one device.
+      x: any tree of arrays with one dimension 0.
+      weights: name -> array.
+      specs: of `weight_specs`.
+    """
+    if jax.tree.leaves(x)[0].shape[0] % num_batch_shards() or current_mesh().size <= 1:
         return function(x, weights)
 
-    def on_device(x: jax.Array, weights: dict) -> jax.Array:
-        return function(x, gather(weights, specs))
+    def on_device(x: Any, weights: dict) -> Any:
+        weights = gather(weights, specs)
+        with alone():
+            return function(x, weights)
 
     row = PartitionSpec(batch_axes())
     split = jax.shard_map(on_device, in_specs=(row, specs), out_specs=row, check_vma=False)

@@ -26,10 +26,11 @@ from moe_diffusion.kernels.cpu.heap import make_room
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.progress import Progress
 from moe_diffusion.signals import StopSignal
 from moe_diffusion.training import warm_start
 from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
-from moe_diffusion.training.logging import MetricWriter, Progress
+from moe_diffusion.training.logging import MetricWriter
 from moe_diffusion.training.run import Run, on_every_device, prepare_run
 from moe_diffusion.training.state import TrainState, matches, whole
 from moe_diffusion.training.step import Frozen, Metrics, large_constants

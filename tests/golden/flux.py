@@ -12,7 +12,7 @@ from moe_diffusion.diffusion import samplers, solvers
 from moe_diffusion.interop.families import FAMILIES
 from moe_diffusion.interop.keymap import export_tree
 from moe_diffusion.models import blocks
-from moe_diffusion.models.flux import rope_angles
+from moe_diffusion.models.flux_blocks import rope_angles
 
 from . import probe
 

@@ -12,7 +12,8 @@ from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.models.parts import moe_pattern
-from moe_diffusion.models.stack import layer_segments, next_router_state, periods_at_once
+from moe_diffusion.models.recompute import periods_at_once
+from moe_diffusion.models.stack import layer_segments, next_router_state
 
 F, T = "dense", "moe"
 

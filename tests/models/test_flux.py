@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from moe_diffusion import config as configs
 from moe_diffusion.conditions import drop
 from moe_diffusion.errors import UserError
-from moe_diffusion.models import build, flux
+from moe_diffusion.models import build, flux_blocks
 from moe_diffusion.models.stack import abstract_inputs, abstract_weights
 
 TINY = {"hidden_size": 16, "depth": 1, "image_width": 4, "flux.single_depth": 2}
@@ -54,9 +54,9 @@ def test_angles_by_hand():
     The frequencies of the 4 channels that turn with the row are 1 and 10000^(-2/4) = 0.01; column 1
     turns the last pair by 1 and nothing else.
     """
-    angles = flux.rope_angles((1, 2), 4, (2, 4, 2))
+    angles = flux_blocks.rope_angles((1, 2), 4, (2, 4, 2))
     np.testing.assert_allclose(angles, [[0] * 4, [0] * 4, [0] * 4, [0, 0, 0, 1]])
-    angles = flux.rope_angles((3, 1), 3, (2, 4, 2))
+    angles = flux_blocks.rope_angles((3, 1), 3, (2, 4, 2))
     np.testing.assert_allclose(angles[2], [0, 2, 0.02, 0], rtol=1e-6)
 
 
@@ -180,7 +180,6 @@ def test_precision():
         ({"learn_sigma": True}, "set model.learn_sigma=False"),
         ({"norm": "rmsnorm"}, "set model.norm=layernorm"),
         ({"num_kv_heads": 1}, "set model.num_kv_heads=0"),
-        ({"router.name": "token_choice"}, "set model.router.name=dense"),
         ({"image_size": 9}, "patch_size = 2 does not divide model.image_size = 9"),
     ],
 )

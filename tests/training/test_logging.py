@@ -11,8 +11,9 @@ import pytest
 from clu import platform
 
 from moe_diffusion.errors import UserError
+from moe_diffusion.progress import Progress
 from moe_diffusion.training import logging
-from moe_diffusion.training.logging import MetricWriter, Progress
+from moe_diffusion.training.logging import MetricWriter
 from tests import cli
 from tests.full_disk import full_disk
 
@@ -100,7 +101,8 @@ def test_parameters_are_listed_with_their_shardings(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(logging, "is_main_process", lambda: False)
+    for module in ("progress", "training.logging"):
+        monkeypatch.setattr(f"moe_diffusion.{module}.is_main_process", lambda: False)
     writer = MetricWriter(tmp_path)
     writer.write_scalars(1, {"loss": 1.0})
     writer.write_setup({"seed": 1}, {"kernel": np.zeros(3)})
@@ -138,7 +140,7 @@ def test_without_a_terminal_progress_prints_lines(capsys, monkeypatch):
 def reports(monkeypatch, capsys, moments):
     """What Progress prints for 4 steps of 8 images, of ("update" or "report", seconds, ...)."""
     clock = [0.0]
-    monkeypatch.setattr(logging.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     progress = Progress(0, 4, batch_size=8)
     rates = []
     for name, clock[0], *args in moments:

@@ -20,7 +20,7 @@ class TokenChoice(Router):
         chosen = top-k of scores + bias, within the topk_group best of n_group groups of experts
         weight = scores of the chosen [/ their sum, if normalize and K > 1] * scale
 
-    top_k: K, experts per token.
+    top_k: K, experts per token; 0 = none, the shared expert alone.
     scores: softmax | sigmoid.
     normalize: the gates of a token sum to 1, if top_k > 1.
     scale: multiplies the gates.
@@ -33,6 +33,8 @@ class TokenChoice(Router):
       experts.
     topk_group: groups that a token may choose from. Experts of rejected groups score 0, not -inf
       (so in DSMoE's code: with a negative enough bias one of them can still be chosen).
+    balance_gates: the loss `balance` has the mean gates of the experts, as Dense2MoE writes it
+      (2510.09094, section 3.2), and not the mean scores, as GShard does.
     """
 
     top_k: int = 2
@@ -43,13 +45,14 @@ class TokenChoice(Router):
     bias_update_rate: float = 0.0
     n_group: int = 1
     topk_group: int = 1
+    balance_gates: bool = False
 
     provides = ("balance", "router_z")
     group_matters = False
     share = "top_k"
     choices = {"scores": ("softmax", "sigmoid")}
-    positive = ("top_k", "scale", "n_group", "topk_group")
-    not_negative = ("bias_update_rate",)
+    positive = ("scale", "n_group", "topk_group")
+    not_negative = ("top_k", "bias_update_rate")
 
     @classmethod
     def check(cls, config, num_experts, group_tokens):
@@ -81,8 +84,12 @@ class TokenChoice(Router):
         routing = by_token(expert, weight * self.scale)
 
         load = expert_load(routing, self.num_experts)
+        shares = scores
+        if self.balance_gates:
+            chosen = jax.nn.one_hot(expert, self.num_experts)
+            shares = jnp.einsum("gtk,gtke->gte", weight, chosen)
         asked = self.asked(
-            balance=lambda: balance(scores / scores.sum(-1, keepdims=True), load),
+            balance=lambda: balance(shares / shares.sum(-1, keepdims=True), load),
             router_z=lambda: router_z(logits),
         )
         return routing, Aux(asked, {}, {"bias": load} if self.bias_update_rate else {})
