@@ -180,6 +180,33 @@ DEFAULTS: dict[str, Any] = {
         "expert": 0,  # fsdp_ep: how many devices share the experts; 0 = all
         "tensor": 0,  # tp: how many devices share a sample; 0 = all
     },
+    # Dense2MoE: a dense teacher becomes this model, see dense2moe/ and docs/dense2moe.md
+    "distill": {
+        "teacher": "",  # workdir or converted folder of the dense model
+        "teacher_dtype": "auto",  # of its weights: auto (bfloat16 on TPU and GPU) | float32 | ...
+        # The teacher's blocks that become the student's: all | ranges like 0-3,15-56 | lite (those
+        # that change their input most) | even (evenly spaced ones, as in BK-SDM)
+        "blocks": ("all",),
+        "importance": "taylor",  # how hidden units are dealt to the experts: taylor | random
+        "importance_batches": 64,  # of data.batch_size samples
+        "adaln_init": "svd",  # of compressed modulation: svd | random
+        "adaln_stage": "shared",  # that trains it: shared | experts | both | none
+        "feature_weight": 1.0,  # lambda_feature of Eq. 10
+        # The stages: steps (0 leaves a stage out), learning rate, and what is trained of the model.
+        # shared: (a) the shared experts alone; experts: (b) all experts, the shared ones frozen;
+        # groups: (c) a Mixture of Blocks, one kind of blocks after the other
+        "shared": {"steps": 0, "learning_rate": 1e-4, "trainable": ("*/shared/*",)},
+        "experts": {
+            "steps": 0,
+            "learning_rate": 1e-4,
+            "trainable": ("*/experts/*", "*/router/*"),
+        },
+        "groups": {
+            "steps": 0,
+            "learning_rate": 1e-4,
+            "trainable": ("*/members/*", "*/block_router/*"),
+        },
+    },
     "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
 }
 

@@ -38,6 +38,10 @@ CHOICES = {
     "optim.decay_mask": ("all", "matrices"),
     "optim.accumulate_reduce": ("mean", "sum"),
     "ema.router_state": ("average", "copy", "live"),
+    "distill.teacher_dtype": ("auto", "float32", "bfloat16"),
+    "distill.importance": ("taylor", "random"),
+    "distill.adaln_init": ("svd", "random"),
+    "distill.adaln_stage": ("shared", "experts", "both", "none"),
     "parallel.preset": ("dp", "zero1", "fsdp", "fsdp_ep", "tp"),
 }
 
@@ -48,7 +52,8 @@ _POSITIVE = (
     *(f"model.moe.{k}" for k in ("hidden_size", "capacity_factor")),
     *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale", "time_shift")),
     *(f"sampling.{k}" for k in ("steps", "rtol", "atol", "sde_norm", "sde_last_step_size")),
-    *("data.batch_size", "optim.learning_rate"),
+    *("data.batch_size", "optim.learning_rate", "distill.importance_batches"),
+    *(f"distill.{k}.learning_rate" for k in ("shared", "experts", "groups")),
     *("optim.eps", "optim.accumulate", "train.num_steps", "train.log_every", "train.samples"),
     *("checkpoint.every", "checkpoint.keep_last"),
 )
@@ -56,7 +61,8 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("model.image_width", "model.unroll", "model.adaln_rank", "model.moe.num_experts"),
     *("model.num_kv_heads", "model.moe.shared_hidden_size", "model.moe.skip_first"),
-    *("sampling.cfg", "sampling.cfg_channels", "sampling.pool"),
+    *("sampling.cfg", "sampling.cfg_channels", "sampling.pool", "distill.feature_weight"),
+    *(f"distill.{k}.steps" for k in ("shared", "experts", "groups")),
     *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
     *("parallel.tensor", "optim.weight_decay", "optim.min_learning_rate"),
     *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),

@@ -124,6 +124,11 @@ def _ddpm(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
     return Objective(x_t, draws.t.astype(jnp.float32), errors)
 
 
+def objective(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
+    """What the network is asked about images [B, H, W, C] on `diffusion.path`."""
+    return (_ddpm if diffusion.path == "ddpm" else _flow)(image, draws, diffusion)
+
+
 def diffusion_loss(
     model: nn.Module,
     params: Any,
@@ -143,17 +148,17 @@ def diffusion_loss(
       The scalar loss, and the report of `with_router_losses`. The error of a flow is "mse"; DDPM
       has "mse" and "vb".
     """
-    objective = (_ddpm if diffusion.path == "ddpm" else _flow)(batch["image"], draws, diffusion)
+    asked = objective(batch["image"], draws, diffusion)
     output, collections = model.apply(
         {"params": params, "router_state": router_state},
-        objective.x_t,
-        objective.t,
+        asked.x_t,
+        asked.t,
         drop(model, cond_of(batch), draws.drop_uniform < diffusion.cond_dropout),
         True,
         rngs={} if draws.dropout is None else {"dropout": draws.dropout},
         mutable=["losses", "metrics", "router_stats"],
     )
-    return with_router_losses(objective.errors(output), collections, loss_weights)
+    return with_router_losses(asked.errors(output), collections, loss_weights)
 
 
 def with_router_losses(

@@ -1,0 +1,98 @@
+"""Takes models apart into blocks and puts blocks together again.
+
+The layers of two models are stacked in different ways: by kind, by runs of equal kinds, by groups.
+Here a block is a dict of its own arrays, so that it can move from one model to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from moe_diffusion.models.stack import Model, abstract_variables
+
+Tree = Any
+Weights = dict[str, jax.Array]  # path inside a block, like "image_mlp/up/kernel" -> array
+
+
+def split(model: Model, params: Tree) -> tuple[list[Weights], Weights]:
+    """The weights of each block in order, and path -> array of what belongs to no block."""
+    leaves, blocks = flatten_dict(params, sep="/"), model.blocks()
+    prefixes = tuple({f"{block.path}/" for block in blocks})
+    found = [
+        {
+            path.removeprefix(f"{block.path}/"): leaf[block.index]
+            for path, leaf in leaves.items()
+            if path.startswith(f"{block.path}/")
+        }
+        for block in blocks
+    ]
+    return found, {path: x for path, x in leaves.items() if not path.startswith(prefixes)}
+
+
+def join(model: Model, blocks: Sequence[Weights], rest: Weights) -> Tree:
+    """The params of `model` made of its blocks' weights and of the rest.
+
+    Raises KeyError where the model needs an array that is not there.
+    """
+    wanted, places = flatten_dict(abstract_variables(model)["params"], sep="/"), {}
+    for number, block in enumerate(model.blocks()):
+        places.setdefault(block.path, []).append((block.index, number))
+    params: dict[str, jax.Array] = {}
+    for path, shape in wanted.items():
+        owner = next((p for p in places if path.startswith(f"{p}/")), None)
+        if owner is None:
+            params[path] = rest[path]
+            continue
+        name = path.removeprefix(f"{owner}/")
+        parts = [blocks[number][name] for _, number in sorted(places[owner])]
+        params[path] = jnp.stack(parts).reshape(shape.shape)
+    return unflatten_dict(params, sep="/")
+
+
+def standing_for(student: Model, taken: Sequence[int], teacher: Model) -> list[int]:
+    """For each layer of the student, the last of the teacher's blocks that it stands for.
+
+    A group stands for all of its blocks (2510.09094, section 3.2), and a layer also for the blocks
+    that were left out behind it.
+
+    Args:
+      taken: for each block of the student, the number of the teacher's block that it was made of.
+    """
+    kinds = [_stream(block.kind) for block in teacher.blocks()]
+    last: dict[int, int] = {}
+    for number, block in enumerate(student.blocks()):
+        here = taken[number]
+        after = taken[number + 1] if number + 1 < len(taken) else len(kinds)
+        # Features of another kind have another shape.
+        last[block.layer] = max(i for i in range(here, after) if kinds[i] == kinds[here])
+    return [last[layer] for layer in sorted(last)]
+
+
+def _stream(kind: Any) -> str:
+    """The kind of a block without what stands in the place of its MLPs."""
+    return str(kind).removesuffix("moe").removesuffix("dense").rstrip("_")
+
+
+def ranges(numbers: Sequence[int]) -> tuple[str, ...]:
+    """(0, 1, 2, 5) -> ("0-2", "5"): numbers in ascending order as a config has them."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return tuple(f"{a}-{b}" if a < b else str(a) for a, b in found)
+
+
+def numbers(texts: Mapping | Sequence[str]) -> tuple[int, ...]:
+    """The inverse of `ranges`."""
+    found: list[int] = []
+    for text in texts:
+        first, _, last = str(text).partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
