@@ -20,8 +20,18 @@ from pathlib import Path
 from moe_diffusion import __version__, remote, shipped
 from moe_diffusion.errors import UserError
 
-COMMANDS = ("train", "sample", "evaluate", "demo", "prepare", "convert", "plan", "reproduce")
-COMMANDS += ("routing", "thresholds", "bench", "tune")
+COMMANDS = (
+    "train",
+    "distill",
+    "sample",
+    "evaluate",
+    "demo",
+    "prepare",
+    "convert",
+    "plan",
+    "reproduce",
+)
+COMMANDS += ("reproduce", "routing", "thresholds", "bench", "tune")
 _MODULE, _COMMAND = "python -m moe_diffusion.", "moe-diffusion "
 _WIDEST = 100  # columns of text
 _KEY = ("--config.", "--noconfig.")

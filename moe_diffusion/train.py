@@ -15,45 +15,65 @@ those of model.router in moe/routers/<router>.py.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
-def run(
-    spec: str, workdir: str, overrides: Sequence[str] = (), allow_change: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Trains the config `spec` (see `config.load`) in `workdir`.
+    from moe_diffusion.classes import Classes
+    from moe_diffusion.models.stack import Model
 
-    allow_change: keys that may differ from those of the run that is resumed.
 
-    Returns:
-      {"step": steps done, "num_steps": steps wanted, "workdir"}.
-    """
+@dataclasses.dataclass
+class Job:
+    """What training needs besides a loss: a config, its model, and data that fits both."""
+
+    config: ConfigDict
+    model: Model
+    source: Any
+    known: Classes
+    decode: Callable | None  # latents -> pictures
+
+    def open_iterator(self) -> Any:
+        """This process's part of the training batches."""
+        import jax
+
+        from moe_diffusion.data.pipeline import make_iterator
+
+        part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return make_iterator(self.source, self.config.data, seed=self.config.seed, **part)
+
+    def hooks(self, config: ConfigDict, model: Model, workdir: str) -> list[Callable]:
+        """What draws and judges images in the run of a config in a workdir."""
+        from moe_diffusion.evaluation.periodic import EvaluationHook
+        from moe_diffusion.sampling.hooks import SampleHook
+
+        hooks: list[Callable] = [SampleHook(config, model, workdir, self.source, self.decode)]
+        if config.train.eval_samples and config.train.sample_every:
+            hooks.append(EvaluationHook(config, model, self.source))
+        return hooks
+
+
+def open_job(spec: str, workdir: str, overrides: Sequence[str]) -> Job:
+    """Opens model and data of the config `spec` (see `config.load`) and tells what they are."""
     import jax
-    from etils import epath
 
     from moe_diffusion import classes, remote
     from moe_diffusion import config as configs
-    from moe_diffusion.data.pipeline import make_iterator
     from moe_diffusion.data.sources import open_source
-    from moe_diffusion.diffusion.objectives import make_loss
-    from moe_diffusion.evaluation.periodic import EvaluationHook
-    from moe_diffusion.figures.curves import read_metrics, training_picture
-    from moe_diffusion.figures.images import save_ornament
     from moe_diffusion.interop import autoencoder as autoencoders
     from moe_diffusion.models import build
     from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
     from moe_diffusion.parallel import distributed
     from moe_diffusion.planning.kernels import dispatch_line
-    from moe_diffusion.sampling.hooks import SampleHook
     from moe_diffusion.sampling.labels import untrained
-    from moe_diffusion.training.loop import train
 
     config = configs.load(spec, overrides)
     remote.check(workdir, "the workdir")
@@ -69,30 +89,46 @@ def run(
         print(*filter(None, [classes.table(known), untrained(model, known)]), sep="\n")
         print(table(parameter_counts(model), forward_flops(model)))
         print(dispatch_line(model, config.model, jax.default_backend()), flush=True)
-    with contextlib.ExitStack() as stack:
+    return Job(config, model, source, known, autoencoder.decode if autoencoder else None)
 
-        def open_iterator():
-            index, count = jax.process_index(), jax.process_count()
-            iterator = make_iterator(
-                source, config.data, seed=config.seed, process_index=index, process_count=count
-            )
-            return stack.enter_context(contextlib.closing(iterator))
 
-        decode = autoencoder.decode if autoencoder else None
-        hooks = [SampleHook(config, model, workdir, source, decode)]
-        if config.train.eval_samples and config.train.sample_every:
-            hooks.append(EvaluationHook(config, model, source))
-        loss_fn = make_loss(model, config)
-        options = {"hooks": hooks, "known": known, "allow_change": allow_change}
-        state = train(config, model, loss_fn, open_iterator, workdir, **options)
+def run(
+    spec: str, workdir: str, overrides: Sequence[str] = (), allow_change: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Trains the config `spec` (see `config.load`) in `workdir`.
+
+    allow_change: keys that may differ from those of the run that is resumed.
+
+    Returns:
+      {"step": steps done, "num_steps": steps wanted, "workdir"}.
+    """
+    from moe_diffusion.diffusion.objectives import make_loss
+    from moe_diffusion.parallel import distributed
+    from moe_diffusion.training.loop import train
+
+    job = open_job(spec, workdir, overrides)
+    config, model = job.config, job.model
+    options = {"hooks": job.hooks(config, model, workdir), "known": job.known}
+    options |= {"allow_change": allow_change}
+    state = train(config, model, make_loss(model, config), job.open_iterator, workdir, **options)
     if distributed.is_main_process():
-        metrics, curves = epath.Path(workdir) / "metrics.jsonl", None
-        if metrics.exists() and metrics.stat().length:
-            curves = save_ornament(
-                lambda: training_picture(read_metrics(metrics)), metrics.parent / "loss.png"
-            )
-        print(where_everything_lies(workdir, curves), flush=True)
+        print(where_everything_lies(workdir, loss_curves(workdir)), flush=True)
     return {"step": int(state.step), "num_steps": config.train.num_steps, "workdir": workdir}
+
+
+def loss_curves(workdir: str) -> Any:
+    """Draws loss.png of a run; returns its path, or None without metrics."""
+    from etils import epath
+
+    from moe_diffusion.figures.curves import read_metrics, training_picture
+    from moe_diffusion.figures.images import save_ornament
+
+    metrics = epath.Path(workdir) / "metrics.jsonl"
+    if not (metrics.exists() and metrics.stat().length):
+        return None
+    return save_ornament(
+        lambda: training_picture(read_metrics(metrics)), metrics.parent / "loss.png"
+    )
 
 
 def where_everything_lies(workdir: str, curves: Any) -> str:
@@ -124,6 +160,13 @@ def where_everything_lies(workdir: str, curves: Any) -> str:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("train", __doc__, remote=("workdir",))
+    run_command(parser, run, argv)
+
+
+def run_command(
+    parser: Parser, run: Callable[..., dict[str, Any]], argv: Sequence[str] | None
+) -> None:
+    """Adds the flags of a command that trains, parses them, and calls `run` with them."""
     add = partial(parser.add_argument, required=True)
     add(
         "--config",

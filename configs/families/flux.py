@@ -74,6 +74,40 @@ def tiny() -> ConfigDict:
     return config
 
 
+def digits_moe() -> ConfigDict:
+    """`digits` with experts at the ratios of FLUX.1-MoE, and the stages that make it of `digits`.
+
+    Of the four double blocks the first stays dense, as the first three of FLUX.1 do.
+    """
+    config = digits()
+    config.name = "digits_flux_moe"
+    width = config.model.hidden_size
+    config.model.moe.update(
+        num_experts=12,
+        hidden_size=width // 4,
+        mlp="gelu",
+        bias=True,
+        shared_hidden_size=width,
+        shared_mlp="gelu",
+        shared_bias=True,
+        interleave=False,
+        skip_first=1,
+    )
+    config.model.router.name = "token_choice"
+    config.model.router.update(top_k=2, normalize=True, balance_gates=True)
+    config.model.adaln_rank = 16
+    config.loss_weights.update(balance=1e-2, block_balance=1e-2)
+    config.data.batch_size = 64
+    config.optim.schedule, config.optim.warmup_steps = "cosine", 20
+    config.ema.decays = (0.99,)
+    config.train.sample_every, config.train.eval_samples = 0, 0
+    config.distill.teacher = "runs/digits_flux"
+    config.distill.importance_batches = 20
+    for stage in ("shared", "experts", "groups"):
+        config.distill[stage].update(steps=400, learning_rate=1e-3)
+    return config
+
+
 def digits() -> ConfigDict:
     """A narrow one with a text encoder of its own, on 8x8 digits with prompts."""
     config = configs.default()

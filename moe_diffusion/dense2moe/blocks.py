@@ -13,45 +13,56 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_diffusion.models.stack import Model, abstract_variables
+from moe_diffusion.models.stack import MEMBERS, Model, abstract_variables
 
 Tree = Any
 Weights = dict[str, jax.Array]  # path inside a block, like "image_mlp/up/kernel" -> array
 
 
 def split(model: Model, params: Tree) -> tuple[list[Weights], Weights]:
-    """The weights of each block in order, and path -> array of what belongs to no block."""
-    leaves, blocks = flatten_dict(params, sep="/"), model.blocks()
-    prefixes = tuple({f"{block.path}/" for block in blocks})
-    found = [
-        {
-            path.removeprefix(f"{block.path}/"): leaf[block.index]
-            for path, leaf in leaves.items()
-            if path.startswith(f"{block.path}/")
-        }
-        for block in blocks
-    ]
-    return found, {path: x for path, x in leaves.items() if not path.startswith(prefixes)}
+    """The weights of each block in order, and path -> array of what belongs to no block.
+
+    What belongs to a group of blocks, its router, goes with its first block, under "../".
+    """
+    rest, blocks = flatten_dict(params, sep="/"), [{} for _ in model.blocks()]
+    for place, owners in _places(model).items():
+        for path in [path for path in rest if path.startswith(place)]:
+            leaf = rest.pop(path)
+            for index, number, above in owners:
+                blocks[number][f"{above}{path.removeprefix(place)}"] = leaf[index]
+    return blocks, rest
 
 
 def join(model: Model, blocks: Sequence[Weights], rest: Weights) -> Tree:
-    """The params of `model` made of its blocks' weights and of the rest.
+    """The params of `model` made of its blocks' weights and of the rest; the inverse of `split`.
 
     Raises KeyError where the model needs an array that is not there.
     """
-    wanted, places = flatten_dict(abstract_variables(model)["params"], sep="/"), {}
-    for number, block in enumerate(model.blocks()):
-        places.setdefault(block.path, []).append((block.index, number))
-    params: dict[str, jax.Array] = {}
+    wanted = flatten_dict(abstract_variables(model)["params"], sep="/")
+    places, params = _places(model), {}
     for path, shape in wanted.items():
-        owner = next((p for p in places if path.startswith(f"{p}/")), None)
-        if owner is None:
+        place = next((place for place in places if path.startswith(place)), None)
+        if place is None:
             params[path] = rest[path]
             continue
-        name = path.removeprefix(f"{owner}/")
-        parts = [blocks[number][name] for _, number in sorted(places[owner])]
+        name = path.removeprefix(place)
+        parts = [blocks[number][f"{above}{name}"] for _, number, above in sorted(places[place])]
         params[path] = jnp.stack(parts).reshape(shape.shape)
     return unflatten_dict(params, sep="/")
+
+
+def _places(model: Model) -> dict[str, list[tuple[tuple[int, ...], int, str]]]:
+    """Beginning of a path -> (index, number of the block, what its names begin with) of each block.
+
+    The members of a group stand before the group, whose paths begin likewise.
+    """
+    places: dict[str, list[tuple[tuple[int, ...], int, str]]] = {}
+    for number, block in enumerate(model.blocks()):
+        places.setdefault(f"{block.path}/", []).append((block.index, number, ""))
+        group = block.path.removesuffix(MEMBERS)
+        if group != block.path and block.index[-1] == 0:
+            places.setdefault(group, []).append((block.index[:-1], number, "../"))
+    return places
 
 
 def standing_for(student: Model, taken: Sequence[int], teacher: Model) -> list[int]:

@@ -93,7 +93,7 @@ def train(
             return state
         key, first = jax.random.key(config.seed), next(iterator)
         check_fields(fields_of(first), model.cond_spec(), "the data")
-        place = partial(_to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
+        place = partial(to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
         held = Frozen(untrained, on_every_device(run.mesh, frozen))
         batch, train_step = place(first), run.step()
         traced = _checked(train_step.trace(state, batch, key, held))  # nothing is written yet
@@ -270,7 +270,7 @@ def _open_workdir(
     return writer
 
 
-def _to_device(batch: Any, mesh: Mesh, accumulate: int) -> Any:
+def to_device(batch: Any, mesh: Mesh, accumulate: int) -> Any:
     """This process's part [b, ...] of a batch becomes its part of [B, ...] or [A, B / A, ...].
 
     Micro-batch i takes every A-th image from the i-th on, cut on the host: no array moves between

@@ -225,7 +225,7 @@ def test_a_wrong_loss_does_not_claim_the_workdir(tmp_path):
 def test_micro_batches_are_cut_on_the_host(tmp_path):
     mesh = make_mesh(toy.make_config().parallel)
     batch = toy.make_batch(0, 32)
-    placed = loop._to_device(batch, mesh, accumulate=2)
+    placed = loop.to_device(batch, mesh, accumulate=2)
     assert placed["image"].shape == (2, 16, 4, 4, 1)
     np.testing.assert_array_equal(placed["image"][1], batch["image"][1::2])
     assert placed["label"].sharding.shard_shape((2, 16)) == (2, 2)

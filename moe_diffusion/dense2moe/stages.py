@@ -1,0 +1,344 @@
+"""The stages of Dense2MoE, one run of the training loop each (2510.09094, section 3.2, Figure 4).
+
+    student/    the teacher's weights in the student's model
+    shared/     (a) the shared experts alone, a pruned model
+    experts/    (b) the whole mixture of experts; the shared ones are frozen
+    groups1/    (c) a Mixture of Blocks in the blocks of the first kind that has groups
+    groups2/    (c) and in those of the next kind
+
+Each is a workdir: it can be sampled, judged and exported. A stage of 0 steps is left out. Each
+begins with the weights of the one before it. A folder that has what it should is not made again, so
+the same command goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from moe_diffusion import config as configs
+from moe_diffusion.checks import require
+from moe_diffusion.classes import NOTHING, Classes
+from moe_diffusion.config.defaults import COMPUTATION
+from moe_diffusion.dense2moe import convert, importance
+from moe_diffusion.dense2moe.blocks import numbers, ranges, standing_for
+from moe_diffusion.dense2moe.losses import make_distillation_loss
+from moe_diffusion.models import build
+from moe_diffusion.models.mixture_of_blocks import BALANCE, parse_groups
+from moe_diffusion.models.parts import compute_dtype
+from moe_diffusion.models.stack import Model, init_variables
+from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.parallel.mesh import num_batch_shards
+from moe_diffusion.sampling.load import load_config, load_workdir
+from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
+from moe_diffusion.training.loop import train
+from moe_diffusion.training.run import Run, prepare_run, shardings
+from moe_diffusion.training.state import TrainState
+
+Tree = Any
+SHARED, EXPERTS, GROUPS, STUDENT = "shared", "experts", "groups", "student"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+      name: of its folder.
+      kind: `shared`, `experts` or `groups`, the section of `distill` that it follows.
+      config: of its run.
+    """
+
+    name: str
+    kind: str
+    config: ConfigDict
+
+
+def stages(config: ConfigDict) -> list[Stage]:
+    """The stages of a distillation in order; those of 0 steps are left out."""
+    found, groups = [], parse_groups(config.model.mob.groups)
+    for kind in (SHARED, EXPERTS):
+        if config.distill[kind].steps:
+            found.append(Stage(kind, kind, _stage_config(config, kind, ())))
+    if not config.distill[GROUPS].steps:
+        return found
+    kinds = [str(block.kind) for block in build(ungrouped(config).model).blocks()]
+    streams = list(dict.fromkeys(kinds[first] for first, _ in groups))
+    for number, _ in enumerate(streams, 1):
+        upto = [group for group in groups if streams.index(kinds[group[0]]) < number]
+        stage_config = _stage_config(config, GROUPS, [f"{a}-{b - 1}" for a, b in upto])
+        found.append(Stage(f"{GROUPS}{number}", GROUPS, stage_config))
+    return found
+
+
+def ungrouped(config: ConfigDict) -> ConfigDict:
+    """The config without a Mixture of Blocks, all of whose parameters are trained."""
+    weights = {n: w for n, w in config.loss_weights.items() if n != BALANCE}
+    values = config.to_dict() | {"loss_weights": weights}
+    return configs.settle(values, ["model.mob.groups=none", "optim.trainable=*"])
+
+
+def has_experts(config: ConfigDict) -> bool:
+    """Whether the model has normal experts, not shared ones alone."""
+    return config.model.router.name != "dense" and config.model.moe.num_experts > 0
+
+
+def _stage_config(config: ConfigDict, kind: str, groups: Sequence[str]) -> ConfigDict:
+    """The config of a stage's run.
+
+    groups: `model.mob.groups` of its model.
+    """
+    section, trained = config.distill[kind], list(config.distill[kind].trainable)
+    when = {SHARED: (SHARED, "both"), EXPERTS: (EXPERTS, "both"), GROUPS: ()}[kind]
+    if config.model.adaln_rank and config.distill.adaln_stage in when:
+        trained += ["layers_*adaLN/*"] + ["adaLN_down/*"] * config.model.adaln_shared
+    values = config.to_dict()
+    values["name"] = f"{config.name}_{kind}"
+    values["model"]["mob"]["groups"] = tuple(groups) or ("none",)
+    values["train"]["num_steps"] = section.steps
+    values["optim"] |= {"learning_rate": section.learning_rate, "trainable": tuple(trained)}
+    routed = has_experts(config) and kind != SHARED
+    if has_experts(config) and kind == SHARED:
+        values["model"]["router"]["top_k"] = 0
+    values["loss_weights"] = {
+        name: weight
+        for name, weight in config.loss_weights.items()
+        if (groups if name == BALANCE else routed)
+    }
+    return configs.settle(values)
+
+
+# --- the teacher ---------------------------------------------------------------------------------
+
+
+def teacher_overrides(config: ConfigDict) -> tuple[str, ...]:
+    """How the teacher is built differently from its own config: for the student's images."""
+    keys = (*convert.SIZES, *(k for k in COMPUTATION if k.startswith("model.") and "moe" not in k))
+    flat = flatten_dict(config.to_dict(), sep=".")
+    return tuple(f"{key}={flat[key]}" for key in keys if key in flat)
+
+
+def load_teacher(config: ConfigDict, run: Run) -> tuple[ConfigDict, Model, Tree]:
+    """The teacher's config, its model and its params on the run's mesh.
+
+    Raises UserError if the student cannot be made of it; no weights have been read then.
+    """
+    folder = config.distill.teacher
+    check = lambda teacher, _: convert.check(config, teacher)  # noqa: E731
+    found, model, variables, _ = load_workdir(
+        folder,
+        teacher_overrides(config),
+        mesh=run.mesh,
+        preset=config.parallel.preset,
+        before=check,
+    )
+    dtype = compute_dtype(config.distill.teacher_dtype)
+    cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), donate_argnums=0)
+    with run.on_mesh():
+        return found, model, cast(variables["params"])
+
+
+def check(config: ConfigDict) -> list[Stage]:
+    """The stages; raises a UserError for what would fail later, before anything is computed."""
+    configs.validate_devices(config, jax.device_count())
+    require(
+        bool(config.distill.teacher),
+        "distill.teacher names no folder: --config.distill.teacher=runs/flux_dev",
+    )
+    require(
+        not has_experts(config) or config.model.router.name == "token_choice",
+        f"model.router.name = {config.model.router.name} has no top_k = 0, which the stage of the "
+        "shared experts needs: set model.router.name=token_choice",
+    )
+    convert.check(config, load_config(config.distill.teacher, teacher_overrides(config)))
+    found = stages(config)
+    require(
+        bool(found),
+        "distill has no stage with steps: set distill.shared.steps, distill.experts.steps or "
+        "distill.groups.steps",
+    )
+    for stage in found:
+        configs.validate(stage.config)
+        prepare_run(stage.config)  # its patterns match something
+    return found
+
+
+# --- the way -------------------------------------------------------------------------------------
+
+
+def distill(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    open_iterator: Callable[[], Any],
+    *,
+    hooks: Callable[[ConfigDict, Model, str], Sequence[Callable]] = lambda *_: (),
+    known: Classes = NOTHING,
+    allow_change: Sequence[str] = (),
+    tell: Callable[[str], None] = print,
+) -> str:
+    """Runs all stages that are not done; returns the folder of the last.
+
+    Args:
+      config: with a section `distill`; see `check`, which is called first.
+      open_iterator: makes a new iterator of training batches, see `training.loop.train`.
+      hooks: (config of a stage, model, its workdir) -> hooks of `train`.
+      known: the classes of the data.
+      allow_change: keys that may differ from those that the distillation began with.
+      tell: prints a line.
+    """
+    found, folder = check(config), epath.Path(workdir)
+    _claim(config, folder, allow_change)
+    run = prepare_run(ungrouped(config))
+    described, teacher, params = load_teacher(config, run)
+    taken = _student(config, described, teacher, params, run, folder, open_iterator)
+    before = folder / STUDENT
+    for stage in found:
+        at, steps = folder / stage.name, saved_steps(folder / stage.name)
+        tell(f"stage {stage.name}: {stage.config.train.num_steps:,} steps in {at}")
+        if not steps or steps[-1] < stage.config.train.num_steps:
+            values = stage.config.to_dict()
+            values["distill"]["blocks"] = ranges(taken)
+            start = load_config(at).init_from if steps else _start(stage.config, before, at)
+            settled = configs.settle(values | {"init_from": os.fspath(start)})
+            model = build(settled.model, losses=sorted(settled.loss_weights))
+            layers = features(stage.kind, model, teacher, taken)
+            weight = config.distill.feature_weight
+            loss = make_distillation_loss(teacher, model, settled, layers, weight)
+            options = {"hooks": hooks(settled, model, os.fspath(at)), "frozen": {"params": params}}
+            options |= {"known": known, "allow_change": allow_change}
+            state = train(settled, model, loss, open_iterator, os.fspath(at), **options)
+            if int(state.step) < settled.train.num_steps:  # stopped by a signal
+                return os.fspath(at)
+        before = at
+    return os.fspath(before)
+
+
+def features(kind: str, model: Model, teacher: Model, taken: Sequence[int]) -> dict[int, int]:
+    """Layer of the student -> layer of the teacher whose feature it shall have (Eq. 8).
+
+    In the stage `groups` these are the groups alone (group feature loss, section 3.2).
+    """
+    targets = standing_for(model, taken, teacher)
+    layers = range(len(targets))
+    if kind == GROUPS:
+        layers = sorted({block.layer for block in model.blocks() if block.share < 1})
+    return {layer: targets[layer] for layer in layers}
+
+
+def _claim(config: ConfigDict, folder: epath.Path, allow_change: Sequence[str]) -> None:
+    """Writes the config of the whole distillation; it must be the one that began here."""
+    path = folder / "config.json"
+    if path.exists():
+        configs.allowed_changes(configs.load_json(path), config, allow_change, folder)
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        configs.save_json(config, path)
+
+
+def _student(
+    config: ConfigDict,
+    described: ConfigDict,
+    teacher: Model,
+    params: Tree,
+    run: Run,
+    folder: epath.Path,
+    open_iterator: Callable[[], Any],
+) -> tuple[int, ...]:
+    """Makes folder/student; returns the teacher's blocks that the student is made of.
+
+    run: of the student's model without groups.
+    """
+    place, how = folder / STUDENT, config.distill
+    if (place / "config.json").exists():
+        return numbers(load_config(place).distill.blocks)
+    scores, taylor = None, how.importance == "taylor" and config.model.router.name != "dense"
+    if taylor or tuple(how.blocks) == ("lite",):
+        path, mark = folder / importance.FILE, importance.fingerprint(described, how.teacher)
+        scores = importance.load(path, mark) if path.exists() else importance.Importance(mark)
+        with run.on_mesh(), contextlib.closing(open_iterator()) as iterator:
+            plain = configs.settle(described.to_dict() | _drawn(config))
+            scores = importance.measure(plain, teacher, params, iterator, scores, path)
+    taken = convert.taken_blocks(config, teacher, run.model, scores and scores.changes)
+    blocks = teacher.blocks()
+
+    def units(number: int, name: str, size: int) -> np.ndarray:
+        rated = scores.units[f"{blocks[number].path}/{name}"] if taylor else None
+        own = None if rated is None else rated[blocks[number].index]
+        return convert.order_of(own, size, config.seed + number)
+
+    def make(params: Tree) -> Tree:
+        return convert.make_student(config, teacher, run.model, params, _new(run), units, taken)
+
+    with run.on_mesh():
+        made = jax.jit(make, out_shardings=shardings(run.variables["params"]))(params)
+    values = ungrouped(config).to_dict()
+    values["distill"]["blocks"] = ranges(taken)
+    save_weights(configs.settle(values), made, place)
+    return taken
+
+
+def _drawn(config: ConfigDict) -> dict[str, Any]:
+    """What a run draws and how: sections that the importance of the teacher's units shares."""
+    names = ("data", "diffusion", "distill", "seed")
+    return {name: config.to_dict()[name] for name in names}
+
+
+def _new(run: Run) -> Tree:
+    """The params of a new model, for use inside jit, where those that are not used cost nothing."""
+    key = jax.random.key(run.config.seed)
+    return nn.meta.unbox(init_variables(run.model, key, num_batch_shards()))["params"]
+
+
+def _start(config: ConfigDict, before: epath.Path, at: epath.Path) -> epath.Path:
+    """The folder whose weights a stage begins with: the one before, or its blocks in groups."""
+    if load_config(before).model.mob.groups == config.model.mob.groups:
+        return before
+    place = at / "start"
+    if (place / "config.json").exists():
+        return place
+    run = prepare_run(config)
+    preset = config.parallel.preset
+    _, old, variables, _ = load_workdir(before, mesh=run.mesh, preset=preset)
+
+    def make(params: Tree) -> Tree:
+        return convert.regroup(old, run.model, params, _new(run))
+
+    with run.on_mesh():
+        places = shardings(run.variables["params"])
+        params = jax.jit(make, out_shardings=places)(variables["params"])
+    save_weights(config, params, place)
+    return place
+
+
+def save_weights(config: ConfigDict, params: Tree, folder: epath.Path) -> None:
+    """Writes a folder like those of `convert`: weights without averages, and config.json last."""
+    values = config.to_dict()
+    values["ema"]["decays"], values["init_from"] = (), ""
+    values["checkpoint"]["asynchronous"] = False
+    plain = configs.settle(values)
+    if is_main_process() and folder.exists():
+        folder.rmtree()  # what a killed process left; whole folders have a config.json
+    _together(f"begin {folder.name}")
+    with contextlib.closing(Checkpointer(folder, plain.checkpoint)) as checkpoints:
+        checkpoints.save(0, TrainState(jnp.zeros([], jnp.int32), params, {}, {}, {}), {})
+    if is_main_process():
+        configs.save_json(plain, folder / "config.json")
+    _together(f"end {folder.name}")
+
+
+def _together(what: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
