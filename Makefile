@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
+SEEDS ?= 1
 PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile --prefer-binary
 # The first Python that is new enough; evaluated only when the environment is made.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GPU_PYTHON ?= python3
 OUT ?= runs/gpu-check
 
-.PHONY: install test test-slow test-all lint demo flux-demo bench gpu-check clean
+.PHONY: install test test-slow test-all lint demo flux-demo dense2moe-demo bench gpu-check clean
 
 install: $(STAMP)
 
@@ -46,6 +47,11 @@ demo: $(STAMP)
 
 flux-demo: $(STAMP)
 	$(BIN)/python -m moe_diffusion.demo --config configs/digits_flux.py --workdir runs/digits_flux
+
+# Its teacher is that of flux-demo, which is trained first unless it is there.
+dense2moe-demo: $(STAMP)
+	@test -e runs/digits_flux/digits.png || $(MAKE) flux-demo
+	$(BIN)/python -m moe_diffusion.distill_demo --teacher runs/digits_flux --workdir runs/dense2moe --seeds $(SEEDS)
 
 bench: $(STAMP)
 	$(BIN)/python -m moe_diffusion.bench suite --out docs/benchmarks/cpu.json

@@ -31,8 +31,10 @@ ROWS, COLUMNS = 20, 12  # of the picture, at most
 PROMPTS = 100  # of as many samples each
 
 
-def asked(config: ConfigDict, model: Model) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """What is drawn: the condition of `SAMPLES` images, the digit and the caption of each."""
+def asked(
+    config: ConfigDict, model: Model, num: int = SAMPLES
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """What is drawn: the condition of `num` images, the digit and the caption of each."""
     import numpy as np
 
     from moe_diffusion.digit_prompts import held_out_prompts
@@ -41,10 +43,10 @@ def asked(config: ConfigDict, model: Model) -> tuple[dict[str, np.ndarray], np.n
     from moe_diffusion.vocabulary import TOKENS
 
     if TOKENS not in model.cond_spec():
-        cond = default_conditions(model, SAMPLES)
+        cond = default_conditions(model, num)
         return cond, cond["label"], cond["label"]
     texts, digits = zip(*held_out_prompts(PROMPTS), strict=True)
-    texts, digits = (np.repeat(values, SAMPLES // PROMPTS) for values in (texts, digits))
+    texts, digits = (np.repeat(values, num // PROMPTS) for values in (texts, digits))
     return prompt_encoder(config, model)(texts.tolist()), digits, texts
 
 

@@ -5,6 +5,9 @@
   python -m moe_diffusion.plan --config configs/dsmoe_b.py --topology h100:8 --what sample \\
       --config.data.batch_size=64
 
+  python -m moe_diffusion.plan --config configs/flux_moe_l.py --topology v5p:4x4x4 \\
+      --what distill --stage experts
+
 It compiles the real training step or sampler, as on the chips, for each sharding preset in turn.
 Topologies: slices of TPU v4, v5e, v5p, v6e and tpu7x, GPUs a100, h100 or h200, or `local`, the
 devices of this machine. Any key of the config can be set as --config.<key>=<value>.
@@ -26,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="config file, as for train")
     add("--topology", required=True, metavar="CHIPS", help=f"{known()}, or local")
-    add("--what", choices=("train", "sample"), default="train",
-        help="the training step, or drawing data.batch_size images (%(default)s)")  # fmt: skip
+    add("--what", choices=("train", "distill", "sample"), default="train",
+        help="the training step, that of a stage of distill, or drawing data.batch_size images "
+        "(%(default)s)")  # fmt: skip
+    add("--stage", default="experts", help="of distill: shared, experts, groups1 (%(default)s)")
     add("--search-batch", action="store_true", help="find the largest batch on a chip that fits")
     add("--own-preset", action="store_true", help="leave the config's preset uncompared")
     add("--json", action="store_true", help="print one JSON object as last line")
@@ -35,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     from moe_diffusion import config as configs
+    from moe_diffusion.dense2moe.stage_configs import stage_named
     from moe_diffusion.planning.report import compare_presets, make_plan, search_batch, table
     from moe_diffusion.planning.topologies import describe
 
     config = configs.load(args.config, overrides)
+    if args.what == "distill":
+        config = stage_named(config, args.stage)
     if args.topology != "local":
         jax.config.update("jax_platforms", "cpu")  # compiling uses no accelerator of this machine
     topology = describe(args.topology)

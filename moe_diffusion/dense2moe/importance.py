@@ -163,20 +163,31 @@ def scores(
         return loss_fn(merge(dense, rest), {}, batch, rng)[0]
 
     loss, grads = jax.value_and_grad(loss_of)(dense)
-    weights = flatten_dict(dense, sep="/")
-    units: dict[str, jax.Array] = {}
-    for path, grad in flatten_dict(grads, sep="/").items():
-        mlp, layer, name = path.rsplit("/", 2)
-        if (layer, name) == ("down", "bias"):  # of no unit
-            continue
-        product = jnp.abs(grad.astype(jnp.float32) * weights[path])  # Eq. 6
-        # [layers, D, H], [layers, H] and, of the last matrix, [layers, H, D]
-        axis = {"down": -1}.get(layer, 1)
-        own = product if name == "bias" else product.sum(axis)
-        units[mlp] = units.get(mlp, 0.0) + own
+    units = unit_scores(flatten_dict(dense, sep="/"), flatten_dict(grads, sep="/"))
     draws = draw(rng, batch["image"].shape, config.diffusion)
     asked = objective(batch["image"], draws, config.diffusion)
     return units, changes(teacher, params, asked.x_t, asked.t, cond_of(batch)), loss
+
+
+def unit_scores(
+    weights: Mapping[str, jax.Array], grads: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Path of an MLP -> sum of |dL/dw w| over the weights of each unit (Eq. 6), f32[layers, H].
+
+    Args:
+      weights, grads: path -> array with a leading axis of layers, like "layers_0/block_0/mlp/up/
+        kernel" [layers, D, H]. The last bias belongs to no unit.
+    """
+    units: dict[str, jax.Array] = {}
+    for path, grad in grads.items():
+        mlp, layer, name = path.rsplit("/", 2)
+        if (layer, name) == ("down", "bias"):
+            continue
+        product = jnp.abs(grad.astype(jnp.float32) * weights[path])
+        if name == "kernel":  # [layers, H, D] of the last matrix, [layers, D, H] of the others
+            product = product.sum(-1 if layer == "down" else 1)
+        units[mlp] = units[mlp] + product if mlp in units else product
+    return units
 
 
 def changes(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -35,92 +34,53 @@ from moe_diffusion.config.defaults import COMPUTATION
 from moe_diffusion.dense2moe import convert, importance
 from moe_diffusion.dense2moe.blocks import numbers, ranges, standing_for
 from moe_diffusion.dense2moe.losses import make_distillation_loss
+from moe_diffusion.dense2moe.stage_configs import (
+    GROUPS,
+    SHARED,
+    Stage,
+    dense_of,
+    has_experts,
+    stages,
+    ungrouped,
+)
 from moe_diffusion.models import build
-from moe_diffusion.models.mixture_of_blocks import BALANCE, parse_groups
 from moe_diffusion.models.parts import compute_dtype
-from moe_diffusion.models.stack import Model, init_variables
+from moe_diffusion.models.stack import Model, abstract_weights, init_variables
+from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.parallel.mesh import num_batch_shards
 from moe_diffusion.sampling.load import load_config, load_workdir
 from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
 from moe_diffusion.training.loop import train
-from moe_diffusion.training.run import Run, prepare_run, shardings
+from moe_diffusion.training.run import Run, prepare_run, shardings, tracing_for
 from moe_diffusion.training.state import TrainState
 
 Tree = Any
-SHARED, EXPERTS, GROUPS, STUDENT = "shared", "experts", "groups", "student"
+STUDENT = "student"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage.
+def planned(config: ConfigDict, devices: Sequence[Any]) -> tuple[Run, Tree]:
+    """The run of a stage on devices that need not exist, and shapes of the frozen teacher.
 
-    Attributes:
-      name: of its folder.
-      kind: `shared`, `experts` or `groups`, the section of `distill` that it follows.
-      config: of its run.
+    config: of a stage (`Stage.config`); the teacher is `dense_of` it.
     """
-
-    name: str
-    kind: str
-    config: ConfigDict
-
-
-def stages(config: ConfigDict) -> list[Stage]:
-    """The stages of a distillation in order; those of 0 steps are left out."""
-    found, groups = [], parse_groups(config.model.mob.groups)
-    for kind in (SHARED, EXPERTS):
-        if config.distill[kind].steps:
-            found.append(Stage(kind, kind, _stage_config(config, kind, ())))
-    if not config.distill[GROUPS].steps:
-        return found
-    kinds = [str(block.kind) for block in build(ungrouped(config).model).blocks()]
-    streams = list(dict.fromkeys(kinds[first] for first, _ in groups))
-    for number, _ in enumerate(streams, 1):
-        upto = [group for group in groups if streams.index(kinds[group[0]]) < number]
-        stage_config = _stage_config(config, GROUPS, [f"{a}-{b - 1}" for a, b in upto])
-        found.append(Stage(f"{GROUPS}{number}", GROUPS, stage_config))
-    return found
-
-
-def ungrouped(config: ConfigDict) -> ConfigDict:
-    """The config without a Mixture of Blocks, all of whose parameters are trained."""
-    weights = {n: w for n, w in config.loss_weights.items() if n != BALANCE}
-    values = config.to_dict() | {"loss_weights": weights}
-    return configs.settle(values, ["model.mob.groups=none", "optim.trainable=*"])
-
-
-def has_experts(config: ConfigDict) -> bool:
-    """Whether the model has normal experts, not shared ones alone."""
-    return config.model.router.name != "dense" and config.model.moe.num_experts > 0
-
-
-def _stage_config(config: ConfigDict, kind: str, groups: Sequence[str]) -> ConfigDict:
-    """The config of a stage's run.
-
-    groups: `model.mob.groups` of its model.
-    """
-    section, trained = config.distill[kind], list(config.distill[kind].trainable)
-    when = {SHARED: (SHARED, "both"), EXPERTS: (EXPERTS, "both"), GROUPS: ()}[kind]
-    if config.model.adaln_rank and config.distill.adaln_stage in when:
-        trained += ["layers_*adaLN/*"] + ["adaLN_down/*"] * config.model.adaln_shared
-    values = config.to_dict()
-    values["name"] = f"{config.name}_{kind}"
-    values["model"]["mob"]["groups"] = tuple(groups) or ("none",)
-    values["train"]["num_steps"] = section.steps
-    values["optim"] |= {"learning_rate": section.learning_rate, "trainable": tuple(trained)}
-    routed = has_experts(config) and kind != SHARED
-    if has_experts(config) and kind == SHARED:
-        values["model"]["router"]["top_k"] = 0
-    values["loss_weights"] = {
-        name: weight
-        for name, weight in config.loss_weights.items()
-        if (groups if name == BALANCE else routed)
-    }
-    return configs.settle(values)
-
-
-# --- the teacher ---------------------------------------------------------------------------------
+    teacher = build(dense_of(config).model).clone(preset=config.parallel.preset)
+    model = build(config.model, losses=sorted(config.loss_weights))
+    kind = SHARED if config.model.mob.groups == ("none",) else GROUPS
+    layers = features(kind, model, teacher, range(len(teacher.blocks())))
+    weight = config.distill.feature_weight
+    loss = make_distillation_loss(teacher, model, config, layers, weight)
+    run = prepare_run(config, model, loss, devices)
+    with tracing_for(run.mesh, config.parallel.preset):
+        variables, axes = abstract_weights(teacher, num_batch_shards())
+    dtype = config.distill.teacher_dtype
+    dtype = jnp.dtype(config.model.dtype if dtype == "auto" else dtype)
+    shapes = jax.tree.map(lambda x: x.update(dtype=dtype), variables["params"])
+    places = rules.shardings_of(
+        run.mesh, rules.PRESETS[config.parallel.preset].params, shapes, axes
+    )
+    frozen = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)
+    return run, {"params": frozen}
 
 
 def teacher_overrides(config: ConfigDict) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Compiles the program that `train` or `sample` would run, for devices that need not exist.
+"""Compiles the program of `train`, `distill` or `sample` for devices that need not exist.
 
 Nothing is allocated: the arguments are shapes with shardings.
 """
@@ -16,12 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from moe_diffusion.conditions import IMAGE, cond_of
+from moe_diffusion.dense2moe import stages
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import first_line
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh, num_batch_shards
 from moe_diffusion.planning.memory import sharded_bytes
-from moe_diffusion.training.run import prepare_run, tracing_for
+from moe_diffusion.training.run import Run, prepare_run, tracing_for
 from moe_diffusion.training.step import Frozen
 
 
@@ -52,9 +53,12 @@ class OutOfMemory:
 def compile_program(
     config: ConfigDict, what: str, devices: Sequence[Any]
 ) -> Compiled | OutOfMemory:
-    """Compiles the "train" step or the "sample" loop of `config` for `devices`."""
+    """Compiles the "train" step, that of a stage of "distill", or the "sample" loop of `config`."""
     start = time.perf_counter()
-    lowered = lower_train(config, devices) if what == "train" else lower_sample(config, devices)
+    if what == "sample":
+        lowered = lower_sample(config, devices)
+    else:
+        lowered = lower_train(config, devices, what)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -66,13 +70,20 @@ def compile_program(
     return Compiled(compiled.as_text(), compiled.memory_analysis(), seconds)
 
 
-def lower_train(config: ConfigDict, devices: Sequence[Any]) -> Any:
+def prepare(config: ConfigDict, what: str, devices: Sequence[Any]) -> tuple[Run, Any]:
+    """The run that is planned, and shapes of what its loss is given: a teacher to "distill"."""
+    if what == "distill":
+        return stages.planned(config, devices)
+    return prepare_run(config, devices=devices), None
+
+
+def lower_train(config: ConfigDict, devices: Sequence[Any], what: str = "train") -> Any:
     """Lowers the training step of `training.loop` with its shardings."""
-    run, accumulate = prepare_run(config, devices=devices), config.optim.accumulate
+    (run, given), accumulate = prepare(config, what, devices), config.optim.accumulate
     lead = (accumulate,) if accumulate > 1 else ()
     batch = run.batch(*lead, config.data.batch_size // accumulate)
     with tracing_for(run.mesh, config.parallel.preset):
-        return run.step().lower(run.state, batch, _key(run.mesh), Frozen(run.untrained))
+        return run.step().lower(run.state, batch, _key(run.mesh), Frozen(run.untrained, given))
 
 
 def lower_sample(config: ConfigDict, devices: Sequence[Any]) -> Any:
@@ -93,12 +104,13 @@ def drawn_together(config: ConfigDict, devices: Sequence[Any]) -> int:
 def state_bytes(config: ConfigDict, what: str, devices: Sequence[Any]) -> int:
     """Bytes that the state alone takes on one device; every program for `config` needs more.
 
-    For "train" this is the training state and the gradients, for "sample" it is the weights.
+    For "train" this is the training state and the gradients, to "distill" also the teacher's
+    weights, for "sample" it is the weights.
     """
-    run = prepare_run(config, devices=devices)
+    run, given = prepare(config, what, devices)
     if what == "sample":
         return sharded_bytes((run.state.params, run.untrained))
-    return sharded_bytes((run.state, run.untrained, run.grads))
+    return sharded_bytes((run.state, run.untrained, run.grads, given))
 
 
 def needed_bytes(message: str) -> int | None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from moe_diffusion.dense2moe.stage_configs import dense_of
 from moe_diffusion.diffusion import ddpm
+from moe_diffusion.models import build
 from moe_diffusion.models.accounting import BACKWARD, forward_flops
 
 
 def flops_per_run(model: nn.Module, config: ConfigDict, what: str, chips: int) -> float | None:
     """FLOPs that one chip spends on a training step ("train") or on drawing a batch ("sample").
 
-    The `data.batch_size` images are split evenly over the chips. With model.remat = full the
-    forward pass counts twice, because the chip runs it twice.
+    A step of a stage of "distill" also computes the teacher once. The `data.batch_size` images are
+    split evenly over the chips. With model.remat = full the forward pass counts twice, because the
+    chip runs it twice.
 
     Returns:
       The FLOPs, or None if the sampler chooses its own steps.
@@ -24,7 +27,11 @@ def flops_per_run(model: nn.Module, config: ConfigDict, what: str, chips: int) -
         if evaluations is None:
             return None
         passes = evaluations
-    return passes * forward_flops(model, config.data.batch_size)["total"] / chips
+    flops = passes * forward_flops(model, config.data.batch_size)["total"]
+    if what == "distill":
+        teacher = build(dense_of(config).model)
+        flops += forward_flops(teacher, config.data.batch_size)["total"]
+    return flops / chips
 
 
 def network_evaluations(config: ConfigDict) -> float | None:

@@ -79,7 +79,7 @@ def dispatch_of(
     The program lists the Python files that its operations come from. A backend is in the program
     if one of its own files (`Backend.source`) is listed.
     """
-    wanted = backends_of(model, config, platform, train=what == "train")
+    wanted = backends_of(model, config, platform, train=what != "sample")
     if not wanted:
         return Dispatch(None, None, {})
     found = [

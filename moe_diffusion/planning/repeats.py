@@ -46,7 +46,7 @@ def repeats_of(
       {path of a module with a weight, or of an attention, with the kind of a layer in place of its
       number: factor}; None if the program or the sampler says too little.
     """
-    evaluations = 1 if what == "train" else network_evaluations(config)
+    evaluations = 1 if what != "sample" else network_evaluations(config)
     computed = [*_walk(program, program.entry, 1)]
     # XLA:CPU loses names of products, and on GPUs a library computes some.
     if evaluations is None or _hides_products(program) or not all(p.name for p in computed):

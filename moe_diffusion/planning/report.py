@@ -187,7 +187,7 @@ def compare_presets(plan: Plan, config: ConfigDict, say: Say) -> None:
         state = state_bytes(other, plan.what, plan.topology.devices)
         state *= plan.topology.devices_per_chip
         if plan.limit is not None and state > plan.limit:
-            alone = "for the state and gradients alone" if plan.what == "train" else "of weights"
+            alone = "for the state and gradients alone" if plan.what != "sample" else "of weights"
             where = _layout(other, plan.topology)
             plan.outcomes[preset] = Outcome(False, state, None, alone, layout=where)
             continue
@@ -209,7 +209,7 @@ def search_batch(plan: Plan, config: ConfigDict, say: Say) -> None:
             f"--search-batch needs a memory limit, and {plan.topology.devices[0].device_kind} has "
             "none: choose a TPU or GPU topology"
         )
-    accumulate = config.optim.accumulate if plan.what == "train" else 1
+    accumulate = config.optim.accumulate if plan.what != "sample" else 1
 
     def needed(images: int) -> int | None:
         size = images * len(plan.topology.devices) * accumulate
@@ -224,7 +224,7 @@ def search_batch(plan: Plan, config: ConfigDict, say: Say) -> None:
 def remedies(config: ConfigDict, what: str) -> list[str]:
     """What makes a run smaller, most effective first."""
     found = ["take more chips"]
-    if what == "train":
+    if what != "sample":
         if config.model.remat == "none":
             found.append("--config.model.remat=cheap")
         if config.model.remat != "full":
@@ -239,7 +239,7 @@ def remedies(config: ConfigDict, what: str) -> list[str]:
 
 def _per_chip(config: ConfigDict, what: str, topology: Topology) -> float:
     """Images on a chip at a time; a fraction where several chips share one."""
-    images = config.data.batch_size // (config.optim.accumulate if what == "train" else 1)
+    images = config.data.batch_size // (config.optim.accumulate if what != "sample" else 1)
     whole, rest = divmod(images, topology.num_chips)
     return images / topology.num_chips if rest else whole
 
