@@ -102,17 +102,19 @@ def rms(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(np.square(first - second).mean(1)).mean())
 
 
-def table(rows: Sequence[Row], score: str) -> str:
+def table(rows: Sequence[Row], scores: Sequence[str]) -> str:
     """The rows as lines of text.
 
-    score: the one of `Row.scores` that is shown.
+    scores: those of `Row.scores` that are shown.
     """
-    head = f"{'model':<26}{'total':>9}{'activated':>11}{'MFLOPs':>9}{'ms/image':>10}"
-    lines = [f"{head}{score.replace('_', ' '):>18}{'distance':>10}"]
+    head = f"{'model':<24}{'total':>9}{'activated':>11}{'MFLOPs':>9}{'ms/image':>10}"
+    head += "".join(f"{name.replace('_', ' '):>18}" for name in scores)
+    lines = [f"{head}{'distance':>10}"]
     for row in rows:
         numbers = f"{row.total / 1e6:>8.3f}M{row.activated / 1e6:>10.3f}M{row.flops / 1e6:>9.2f}"
-        numbers += f"{1e3 * row.seconds:>10.2f}{row.scores[score]:>18.3f}{row.distance:>10.4f}"
-        lines.append(f"{row.name:<26}{numbers}")
+        numbers += f"{1e3 * row.seconds:>10.2f}"
+        numbers += "".join(f"{row.scores[name]:>18.3f}" for name in scores)
+        lines.append(f"{row.name:<24}{numbers}{row.distance:>10.4f}")
     return "\n".join(lines)
 
 
@@ -129,13 +131,13 @@ def mean_rows(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, An
     return found
 
 
-def mean_table(rows: Sequence[Mapping[str, Any]], score: str) -> str:
-    """The rows of `mean_rows` as lines of text: mean (lowest to highest)."""
-    lines = [f"{'mean over seeds':<26}{score.replace('_', ' '):>26}{'distance':>28}"]
+def mean_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Some values of the rows of `mean_rows` as lines of text: mean (lowest to highest)."""
+    heads = "".join(f"{name.replace('_', ' '):>28}" for name in names)
+    lines = [f"{'mean over seeds':<24}{heads}"]
     for row in rows:
-        told = [
-            f"{row[name]:.3f} ({row['from_to'][name][0]:.3f} to {row['from_to'][name][1]:.3f})"
-            for name in (score, "distance")
-        ]
-        lines.append(f"{row['name']:<26}{told[0]:>26}{told[1]:>28}")
+        told = (
+            f"{row[n]:.4f} ({row['from_to'][n][0]:.4f}-{row['from_to'][n][1]:.4f})" for n in names
+        )
+        lines.append(f"{row['name']:<24}" + "".join(f"{text:>28}" for text in told))
     return "\n".join(lines)
