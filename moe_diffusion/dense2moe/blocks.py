@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_diffusion.models.stack import MEMBERS, Model, abstract_variables
+from moe_diffusion.models.stack import MEMBERS, Model, abstract_weights
+from moe_diffusion.parallel.mesh import num_batch_shards
 
 Tree = Any
 Weights = dict[str, jax.Array]  # path inside a block, like "image_mlp/up/kernel" -> array
@@ -38,7 +39,8 @@ def join(model: Model, blocks: Sequence[Weights], rest: Weights) -> Tree:
 
     Raises KeyError where the model needs an array that is not there.
     """
-    wanted = flatten_dict(abstract_variables(model)["params"], sep="/")
+    shapes, _ = abstract_weights(model, num_batch_shards())
+    wanted = flatten_dict(shapes["params"], sep="/")
     places, params = _places(model), {}
     for path, shape in wanted.items():
         place = next((place for place in places if path.startswith(place)), None)
