@@ -104,7 +104,7 @@ def digits_moe() -> ConfigDict:
     config.distill.teacher = "runs/digits_flux"
     config.distill.importance_batches = 20
     for stage in ("shared", "experts", "groups"):
-        config.distill[stage].update(steps=400, learning_rate=1e-3)
+        config.distill[stage].update(steps=300, learning_rate=1e-3)
     return config
 
 
