@@ -20,8 +20,9 @@ GROUPS = {"l": ("none",), "m": ("1-3",), "s": ("1-3", "4-8", "9-13")}
 def get_config(arg: str | None = None) -> ConfigDict:
     level = parse_arg(arg, level="l", choices={"level": tuple(GROUPS)}).level
     config = digits_moe()
-    config.name += f"_{level}"
+    config.name = f"digits_flux_moe_{level}"
     config.model.mob.groups = GROUPS[level]
-    if level == "l":
-        del config.loss_weights["block_balance"]
+    config.loss_weights.balance = 1e-2
+    if level != "l":
+        config.loss_weights.block_balance = 1e-2
     return config

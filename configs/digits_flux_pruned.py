@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families.flux import digits, digits_moe
+from configs.families.flux import digits, digits_moe, staged
 from moe_diffusion.config import parse_arg
 
 HIDDEN = {"l": 104, "m": 32}  # units of an MLP; a teacher's has 256
@@ -27,15 +27,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg, how="mlp", match="l", choices={"how": ("mlp", "depth"), "match": ("l", "m")}
     )
     how, match = chosen.how, chosen.match
-    config = digits_moe()
     if how == "mlp":
+        config = digits_moe()
         config.model.moe.update(num_experts=0, shared_hidden_size=HIDDEN[match])
         config.model.router.top_k = 0
     else:
-        config.model = digits().model
+        config = staged(digits())
         config.model.depth, config.model.flux.single_depth = DEPTH[match]
         config.distill.blocks, config.distill.shared.trainable = ("lite",), ("*",)
-    config.loss_weights.clear()
     config.name = f"digits_flux_{how}_{match}"
     config.distill.shared.steps *= STAGES[match]
     config.distill.experts.steps = config.distill.groups.steps = 0

@@ -75,12 +75,11 @@ def tiny() -> ConfigDict:
 
 
 def digits_moe() -> ConfigDict:
-    """`digits` with experts at the ratios of FLUX.1-MoE, and the stages that make it of `digits`.
+    """`digits` with experts at the ratios of FLUX.1-MoE, to be distilled.
 
     Of the four double blocks the first stays dense, as the first three of FLUX.1 do.
     """
-    config = digits()
-    config.name = "digits_flux_moe"
+    config = staged(digits())
     width = config.model.hidden_size
     config.model.moe.update(
         num_experts=12,
@@ -96,9 +95,13 @@ def digits_moe() -> ConfigDict:
     config.model.router.name = "token_choice"
     config.model.router.update(top_k=2, normalize=True, balance_gates=True)
     config.model.adaln_rank = 16
-    config.loss_weights.update(balance=1e-2, block_balance=1e-2)
+    return config
+
+
+def staged(config: ConfigDict) -> ConfigDict:
+    """`digits`, or something made of it, with the training of the stages of `distill`."""
     config.data.batch_size = 64
-    config.optim.schedule, config.optim.warmup_steps = "cosine", 20
+    config.optim.warmup_steps = 20
     config.ema.decays = (0.99,)
     config.train.sample_every, config.train.eval_samples = 0, 0
     config.distill.teacher = "runs/digits_flux"
