@@ -23,6 +23,7 @@ _OPENINGS = ("", "a", "the", "one", "draw a", "show me a", "a picture of the", "
 _ADJECTIVES = ("", "handwritten", "small", "sketched")
 _NOUNS = ("", "digit", "number", "figure")
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_NUMERALS = tuple("0123456789")
 _ENDINGS = ("", ", written by hand", "in black ink", "on white paper", "with a pen")
 
 
@@ -52,6 +53,17 @@ def held_out_prompts(number: int) -> list[tuple[str, int]]:
         for digit in range(10)
         for i in range(each)
     ]
+
+
+def digit_of(prompt: str) -> str | None:
+    """The digit that a prompt asks for, like "7": its last numeral or number word, if it has one.
+
+    "one handwritten seven" asks for a seven.
+    """
+    named = [word for word in split_words(prompt) if word in _WORDS or word in _NUMERALS]
+    if not named:
+        return None
+    return named[-1] if named[-1] in _NUMERALS else str(_WORDS.index(named[-1]))
 
 
 LONGEST = max(len(split_words(text)) for held_out in (False, True) for text in prompts(8, held_out))

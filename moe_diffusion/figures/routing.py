@@ -97,7 +97,7 @@ def experts_picture(stats: Stats) -> Image.Image:
     return draw()
 
 
-def experts_over_time_picture(stats: Stats, blocks: Sequence[int]) -> Image.Image:
+def experts_over_time_picture(stats: Stats, blocks: Sequence[int | str]) -> Image.Image:
     """The capacity of every expert over time, a panel for each of the chosen blocks.
 
     Up to 16 experts are lines, more are a heat map. DiffMoE (2503.14487), Figure 12.
@@ -142,7 +142,7 @@ def experts_over_time_picture(stats: Stats, blocks: Sequence[int]) -> Image.Imag
     return draw()
 
 
-def experts_by_class_picture(stats: Stats, blocks: Sequence[int]) -> Image.Image:
+def experts_by_class_picture(stats: Stats, blocks: Sequence[int | str]) -> Image.Image:
     """How many experts each class uses in every layer, and which, in the chosen blocks.
 
     The left panel is DSMoE (2512.01252), Figure 2, top.
@@ -180,7 +180,7 @@ def experts_by_class_picture(stats: Stats, blocks: Sequence[int]) -> Image.Image
 
 
 def tokens_picture(
-    stats: Stats, blocks: Sequence[int], images: np.ndarray, captions: Sequence[str] | None
+    stats: Stats, blocks: Sequence[int | str], images: np.ndarray, captions: Sequence[str] | None
 ) -> Image.Image:
     """The drawn images, and beside them which expert has the largest weight in each token.
 
@@ -191,7 +191,7 @@ def tokens_picture(
       captions: of the images.
     """
     tokens, num_experts = stats["tokens"], stats["num_experts"]
-    places, times = _places(stats, blocks), tokens["times"]
+    places, times = _places(tokens, blocks), tokens["times"]
     strongest = np.asarray(tokens["strongest"])[:, places]  # [images, blocks, times, rows, columns]
     used = np.asarray(tokens["used"])[:, places]
     varies = int(used.min() != used.max())
@@ -237,8 +237,8 @@ def _conditional(stats: Stats) -> tuple[Stats, str]:
     return stats, ""
 
 
-def _places(stats: Stats, blocks: Sequence[int]) -> list[int]:
-    """Where the chosen blocks stand on an axis of layers."""
+def _places(stats: Stats, blocks: Sequence[int | str]) -> list[int]:
+    """Where the chosen layers stand on an axis of layers; stats: all, or those of tokens."""
     return [stats["blocks"].index(block) for block in blocks]
 
 
