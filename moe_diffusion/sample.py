@@ -6,6 +6,7 @@
   python -m moe_diffusion.sample --workdir runs/digits --labels 3,7 --num 32 --out grid.png \\
       --images singles/ --npz samples.npz --config.model.router.top_k=1
   python -m moe_diffusion.sample --workdir runs/digits --num-per-class 5 --trajectory film.gif
+  python -m moe_diffusion.sample --workdir runs/student --top-k 0,1,2,4 --teacher runs/teacher
   python -m moe_diffusion.sample --workdir runs/flux_dev --text-encoders FLUX.1-dev/ \\
       --vae FLUX.1-dev/ --prompt "a red fox in the snow" --size 1024 --steps 28 --guidance 3.5
 
@@ -65,6 +66,18 @@ def save_grid(
     save_png(grid, path, fields)
 
 
+def check_columns(args: argparse.Namespace) -> None:
+    """Raises a UserError for outputs that a picture of columns does not have."""
+    if args.teacher and args.top_k is None:
+        raise UserError("--teacher is a column beside those of --top-k: give --top-k, too")
+    if args.teacher or "," in (args.top_k or ""):
+        for flag in ("images", "npz", "stats", "trajectory"):
+            if getattr(args, flag):
+                raise UserError(
+                    f"--{flag} is for one value of --top-k: columns are drawn into --out alone"
+                )
+
+
 def check_places(args: argparse.Namespace) -> None:
     """Raises a UserError for an output that would be lost, mixed with others or replace others."""
     film = args.trajectory and Path(args.trajectory).suffix.lower()
@@ -78,6 +91,7 @@ def check_places(args: argparse.Namespace) -> None:
     }
     run = Path(args.workdir)
     read = [run / "config.json", run / "checkpoints", args.vae, args.prompts, args.text_encoders]
+    read.append(args.teacher and Path(args.teacher) / "config.json")
     check_outputs(outputs, read)
     if args.images:
         check_empty("--images", args.images)
@@ -85,6 +99,15 @@ def check_places(args: argparse.Namespace) -> None:
         for flag, (path, _) in outputs.items():
             if path and folder in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise UserError(f"{flag} lies in the folder of --images: choose another place")
+
+
+def tell_columns(
+    args: argparse.Namespace, num: int, values: Sequence[int], note: Mapping[str, object]
+) -> None:
+    """Prints what `save_columns` drew."""
+    print(f"{num} images in each column: {args.out}")
+    if args.json:
+        print(json.dumps({"num": num, "out": args.out, "top_k": values, **note}))
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -96,6 +119,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--npz", help="file for the images as an array in [-1, 1]")
     add("--stats", help="JSON file for how experts were used, and a picture (.png) beside it")
     add("--trajectory", help="film of the first images as they come to be: .gif, or .png, a strip")
+    add(
+        "--top-k",
+        metavar="K",
+        help="experts that each token chooses, in place of the run's; 0 is "
+        "none, the shared expert alone; several, like 0,1,2,4, are columns of one picture",
+    )
+    add("--teacher", help="with --top-k: workdir of a run that draws a first column")  # fmt: skip
     return parser.parse_with_overrides(argv)
 
 
@@ -103,16 +133,24 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse(argv)
     flags.check_flags(args)
+    check_columns(args)
     check_places(args)
     from moe_diffusion.diffusion.samplers import make_sampler
     from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
     from moe_diffusion.figures.images import save_pngs
-    from moe_diffusion.sampling import bound, notes
+    from moe_diffusion.sampling import bound, notes, top_k
     from moe_diffusion.sampling.conditions import captions
     from moe_diffusion.sampling.film import COLUMNS, FRAMES, draw_film, save_film
     from moe_diffusion.sampling.generate import generate, pool_of
+    from moe_diffusion.sampling.load import load_config
 
+    values = top_k.parse(args.top_k)
+    if values:
+        top_k.check(load_config(args.workdir, tuple(overrides)), values)
+        overrides.append(f"{top_k.KEY}={values[0]}")
     run = flags.open_run(args, overrides)
+    if len(values) > 1 or args.teacher:
+        return tell_columns(args, top_k.save_columns(run, args, values), values, run.note)
     config, model, variables, note, known, autoencoder, prompted, mesh = run
     cond = flags.conditions(run, args)
     num = len(next(iter(cond.values())))
@@ -133,11 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     decode = autoencoder.decode if autoencoder else None
     images = decode(images) if decode else images
-    title = f"{config.name}, step {note['step']}, ema {note['ema']}, cfg {sampling.cfg:g}, "
-    title += f"{sampling.sampler} {sampling.steps}"
     fields = notes.settings_text(config, note, args.seed, images.shape[1:3], cond)
-    if notes.GUIDANCE in fields:
-        title += f", guidance {fields[notes.GUIDANCE]}"
+    title = notes.title_of(config, fields, *[notes.TOP_K] * len(values))
     texts, saves = prompted.texts if prompted else captions(model, cond, known), []
     kind = "prompt" if prompted else "label"
     if args.npz:
@@ -169,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         depends = sampling.to_dict() | {"pool": pool, "dropped": dropped}
         asked = {"prompts": prompted.prompts} if prompted else {}
+        asked |= {"top_k": values} if values else {}
         print(json.dumps({"num": num, "out": args.out, **asked, **note, **depends}))
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from moe_diffusion import __version__
 from moe_diffusion.sampling.prompts import GUIDANCE
 
+TOP_K = "top_k"  # experts that a token chooses, of a model in which it does
 _SAID = ("sampler", "steps", "cfg")  # keys of the section `sampling`
 Text = dict[str, str]
 
@@ -33,8 +34,23 @@ def settings_text(
     scales = np.unique(np.asarray(cond.get(GUIDANCE, ())))
     if len(scales) == 1:
         fields[GUIDANCE] = f"{scales[0]:g}"
+    if TOP_K in config.model.router:
+        fields[TOP_K] = config.model.router[TOP_K]
     fields |= {"size": f"{pixels[0]}x{pixels[1]}", "model": config.name, **note}
     return {name: str(value) for name, value in (fields | {"version": __version__}).items()}
+
+
+def title_of(config: ConfigDict, fields: Mapping[str, str], *more: str) -> str:
+    """The line above a picture: model, checkpoint, guidance and sampler.
+
+    Args:
+      fields: of `settings_text`.
+      more: fields that the line also tells.
+    """
+    parts = [config.name, f"step {fields['step']}", f"ema {fields['ema']}"]
+    parts += [f"cfg {config.sampling.cfg:g}", f"{fields['sampler']} {fields['steps']}"]
+    told = [name for name in (GUIDANCE, *more) if name in fields]
+    return ", ".join([*parts, *(f"{name.replace('_', '-')} {fields[name]}" for name in told)])
 
 
 def image_texts(settings: Text, subjects: Sequence[str] | None, kind: str, num: int) -> list[Text]:
