@@ -87,21 +87,23 @@ def groups_picture(stats: Stats) -> Image.Image:
         height_ratios=heights,
         width_ratios=sizes,
     )
-    for row, (key, label) in zip(grid, rows, strict=True):
+    for place, (key, label) in enumerate(rows):
+        row = grid[place]
         for axes, (name, group) in zip(row, groups.items(), strict=True):
             found = group[key]
             named = _conditional(found) if isinstance(found, Mapping) else None
             values = np.asarray(found if named is None else list(named.values()))
             heat = axes.imshow(values, "Blues", aspect="auto", vmin=0, vmax=1, interpolation=None)
             label_some(axes.set_xticks, list(map(str, group["blocks"])))
-            axes.set_title(f"blocks {name}", fontsize=10)
+            if not place:
+                axes.set_title(f"group {name}", fontsize=10)
             texts = [f"{t:.3g}" for t in stats["times"]] if named is None else map(_short, named)
             label_some(axes.set_yticks, list(texts), most=_MOST_ROWS if named else 8)
         row[0].set_ylabel(_TIME if label == "time" else label)
     for axes in grid[-1]:
         axes.set_xlabel("block")
     figure.colorbar(heat, ax=grid, label="share of samples that pass the block", aspect=40)
-    figure.suptitle("Blocks that are passed")
+    figure.suptitle("Blocks of each group that samples pass")
     return draw()
 
 

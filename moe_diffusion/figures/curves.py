@@ -126,25 +126,34 @@ def read_metrics(path: Path) -> dict[str, dict[int, float]]:
 
 
 def comparison_picture(
-    curves: Mapping[str, Mapping[int, float]], metric: str, title: str
+    curves: Mapping[str, Mapping[int, float]], metric: str, title: str, after: int | None = None
 ) -> Image.Image:
     """One curve for each run over the steps of training.
 
     Args:
       curves: label of a run -> {step: value}. With more than 40 values, a running mean is drawn.
       metric: name of the values.
+      after: the first step of a second panel, which shows the later steps alone, enlarged
+        (Dense2MoE, 2510.09094, Figure 5); None for none.
     """
-    figure, draw = new_figure(7, 4.2)
-    axes = figure.subplots()
+    whole = after is None
+    figure, draw = new_figure(7 if whole else 11, 4.2)
+    left, *others = figure.subplots(1, 1 if whole else 2, squeeze=False)[0]
     for label, values in curves.items():
         steps = np.array(sorted(values))
         _, middle, mean = _running_mean(steps, np.array([values[step] for step in steps]))
-        axes.plot(middle, mean, marker="o" if len(mean) < 12 else None, markersize=4, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel(metric)
-    axes.set_title(title, fontsize=10, wrap=True)
-    axes.legend(frameon=False, fontsize=8)
-    make_plain(axes)
+        marker = "o" if len(mean) < 12 else None
+        for axes, first in ((left, -1), *((axes, after) for axes in others)):
+            late = middle >= first
+            axes.plot(middle[late], mean[late], marker=marker, markersize=4, label=label)
+    for axes in (left, *others):
+        axes.set_xlabel("step")
+        make_plain(axes)
+    left.set_ylabel(metric)
+    left.set_title(title, fontsize=10, wrap=True)
+    left.legend(frameon=False, fontsize=8)
+    for axes in others:
+        axes.set_title(f"from step {after:,} on", fontsize=10)
     return draw()
 
 

@@ -81,6 +81,9 @@ def save_columns(run: OpenRun, args: Namespace, values: Sequence[int]) -> int:
     rows = few_enough(num, (images.shape[2], images.shape[3] * len(columns)))
     texts = prompted.texts if prompted else captions(model, cond, known)
     fields = notes.settings_text(config, note, args.seed, images.shape[2:4], cond)
+    if texts:
+        kind = "prompt" if prompted else "label"
+        fields = {kind: "\n".join(dict.fromkeys(texts)), **fields}
     fields[notes.TOP_K] = ", ".join(map(str, values))
     if args.teacher:
         fields["teacher"] = args.teacher

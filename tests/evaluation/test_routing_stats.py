@@ -18,13 +18,9 @@ from moe_diffusion import config as configs
 from moe_diffusion.conditions import Field
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation.routing_stats import (
-    RoutingObserver,
-    expert_counts,
-    observe,
-    save_stats,
-    token_maps,
-)
+from moe_diffusion.evaluation.categories import Categories
+from moe_diffusion.evaluation.observed import expert_counts, observe, token_maps
+from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
 from moe_diffusion.evaluation.runs import RunImages, with_threshold
 from moe_diffusion.figures.routing import experts_picture
 from moe_diffusion.models import abstract_variables, build
@@ -178,6 +174,8 @@ def test_maps_leave_out_the_class_tokens_of_jit():
 class SignRouter(Router):
     """A token v uses expert 0 if v < 0, expert 1 if v > 0, and both if |v| = 3; weight |v|."""
 
+    capacity: float = 1.0
+
     def __call__(self, x, is_null=None, train=False):
         value = x[..., 0]
         wanted = jnp.stack([(value < 0) | (abs(value) == 3), (value > 0) | (value == -3)], -1)
@@ -275,6 +273,34 @@ def test_averages_worked_by_hand():
         [[[0, 1, -1], [-1, 1, 1]], [[1, 0, -1], [-1, 0, 0]]],
     ]
     assert np.array(tokens["used"])[0, :, :, 0].tolist() == [[[1, 1, 2], [1, 1, 1]]] * 2
+
+
+def test_images_and_tokens_worked_by_hand():
+    """What is seen of layer 1 by image and by token, and how much both layers change their input.
+
+    Of prompts, categories take the place of labels. Layer 1 sees the negatives: time 0 {0} {0}
+    {0, 1} and {1} {0} {}; time 1 {0} {0} {0} and {} {0} {0}. Each layer turns v into -v, a change
+    of 4 v^2: at time 0 the images' means are 4 (1 + 1 + 9) / 3 and 4 (1 + 1 + 0) / 3, at time 1
+    4 (4 + 4 + 16) / 3 and 4 (0 + 4 + 1) / 3.
+    """
+    observer = RoutingObserver(SignModel(), looked_into=[1])
+    sorts = Categories("prompt", ("animals", "food", "people"), np.array([2, 0]), ())
+    sampler = observer.watch(sign_sampler(observer), 2, sorts)
+    sampler({}, PIXELS, np.array([0, 1]))
+    stats = observer.stats()
+    close = partial(np.testing.assert_allclose, rtol=1e-6)
+    assert stats["looked_into"] == [1] and stats["class_of_image"] == ["people", "animals"]
+    close(stats["selection_by_image"], [[[1, 1 / 6], [1 / 2, 1 / 6]]])
+    close(stats["selection_by_token"], [[[2 / 4, 1 / 4], [4 / 4, 0], [3 / 4, 1 / 4]]])
+    assert list(stats["selection_by_class"]) == ["animals", "people"]
+    close(stats["selection_by_class"]["people"], [[1 / 6, 1], [1, 1 / 6]])
+
+    assert stats["layers"] == [0, 1] and "groups" not in stats
+    changes = 4 / 3 * np.array([[11, 2], [24, 5]])  # [times][images]
+    close(stats["block_mse"], [changes.mean()] * 2)
+    close(stats["block_mse_by_time"], changes.mean(1)[:, None] * [1, 1])
+    close(stats["block_mse_by_class"]["people"], [changes[:, 0].mean()] * 2)
+    close(stats["block_mse_by_class"]["animals"], [changes[:, 1].mean()] * 2)
 
 
 def test_repetitions_that_fill_a_batch_do_not_count():
