@@ -69,7 +69,10 @@ def hours(item: Item) -> tuple[float, float]:
         number = int(found[1]) if (found := re.search(r"--num (\d+)", text)) else 50_000
         gammas = text.partition("--gammas ")[2].split(" ")[0].count(",") + 1
         flops, share, _, _ = _cost(item.model)
-        sampling += gammas * number * 500 * flops / (share * TF32) / 3600
+        passes = 500  # 250 steps of Heun, as the papers' class-conditional models
+        if "flux" in item.model:
+            passes = _passes(configs.load(item.model).sampling.to_dict(), 1.0)
+        sampling += gammas * number * passes * flops / (share * TF32) / 3600
     return training, sampling
 
 

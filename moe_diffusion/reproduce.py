@@ -20,6 +20,8 @@ from pathlib import Path
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError, check_writable
 
+_GIVEN = ("run", "vaes", "inception", "reference", "prompts", "tiny")  # flags that are `Options`
+
 
 def show_all() -> None:
     """Prints the name and the title of every item."""
@@ -43,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--vaes", default="", help="folder with sd-vae-ft-mse and sd-vae-ft-ema")
     add("--inception", default="", help="weights of the FID Inception")
     add("--reference", default="", help="images, features or statistics to compare with")
+    add(
+        "--prompts",
+        default="",
+        help="file of prompts, for items whose images are drawn for some (those of the run's data)",
+    )
     add("--tiny", action="store_true", help="everything small, to try the command")
     add("--dry_run", action="store_true", help="print the commands only")
     add("--json", action="store_true", help="print one JSON object as last line")
@@ -59,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     item = find(args.name)
     out = Path(args.out or Path(args.runs) / args.name)
-    given = {key: getattr(args, key) for key in ("run", "vaes", "inception", "reference", "tiny")}
+    given = {key: getattr(args, key) for key in _GIVEN}
     options = Options(out=out, runs=Path(args.runs), overrides=tuple(overrides), **given)
     check(item, options)
     if args.dry_run:

@@ -23,6 +23,7 @@ class Options:
 
     out: folder of the results. runs: folder of what is trained.
     run: a trained run, for items that need one.
+    prompts: a file of them, for items whose images are drawn for prompts.
     vaes: folder that holds the autoencoders under their names, like sd-vae-ft-mse.
     tiny: shrink models, data, training and evaluations until everything ends within minutes.
     overrides: texts "--config.<key>=<value>" for every command.
@@ -34,6 +35,7 @@ class Options:
     vaes: str = ""
     inception: str = ""
     reference: str = ""
+    prompts: str = ""
     tiny: bool = False
     overrides: tuple[str, ...] = ()
 
@@ -108,8 +110,10 @@ def judging(item: Item, options: Options) -> list[Step]:
     for text in item.commands:
         words, known = [], protocol_of(text)
         for word in shlex.split(text):
-            plain = word.format(run=options.run, out=options.out, files="")
-            words += files(options, known) if word == "{files}" else [plain]
+            plain = word.format(run=options.run, out=options.out, files="", prompts="")
+            asked = ["--prompts", options.prompts] if options.prompts else []
+            given = {"{files}": files(options, known), "{prompts}": asked}
+            words += given.get(word, [plain])
         steps.append(Step((*words, *options.overrides)))
     if options.tiny:
         steps = [dataclasses.replace(step, argv=quick(step.argv)) for step in steps]

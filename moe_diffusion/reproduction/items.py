@@ -44,8 +44,8 @@ class Item:
     rows: the lines of a table.
     curves: pictures over the steps of training, of CURVES, with a curve for each row.
     commands: command lines that make the item of a run, without "python -m moe_diffusion.".
-      {run}, {out} and {files} stand for the run, the folder of results, and the flags --vae,
-      --inception and --reference.
+      {run}, {out}, {files} and {prompts} stand for the run, the folder of results, the flags --vae,
+      --inception and --reference, and the flag --prompts if the user gave it.
     model: config of the paper's run, where the user must name one.
     counts: the table counts the parameters of the rows' configs; nothing is trained. They are
       counted in this unit, "10^6" or "2^20", as the paper's.

@@ -65,4 +65,9 @@ def shrink(config: ConfigDict) -> tuple[str, ...]:
     if model.architecture == "jit":
         small = {"bottleneck": 8, "in_context_start": 1, "in_context_tokens": 2}
         values |= {f"model.jit.{key}": value for key, value in small.items()}
+    if model.architecture == "flux":
+        small = {"single_depth": 2, "rope_axes": "(4,6,6)", "text_tokens": 8, "text_width": 16}
+        small |= {"pooled_width": 8}
+        values |= {f"model.flux.{key}": value for key, value in small.items()}
+        values |= {"model.mob.groups": "('none',)", "model.adaln_rank": min(8, model.adaln_rank)}
     return tuple(f"--config.{key}={value}" for key, value in values.items())
