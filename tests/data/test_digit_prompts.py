@@ -11,7 +11,14 @@ import pytest
 from moe_diffusion.conditions import Field
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.data.sources import Digits, check_fits, open_images
-from moe_diffusion.digit_prompts import _ENDINGS, _OPENINGS, LONGEST, held_out_prompts, prompts
+from moe_diffusion.digit_prompts import (
+    _ENDINGS,
+    _OPENINGS,
+    LONGEST,
+    digit_of,
+    held_out_prompts,
+    prompts,
+)
 from moe_diffusion.errors import UserError
 from moe_diffusion.vocabulary import TOKENS, VOCABULARIES, split_words
 
@@ -112,3 +119,10 @@ def test_a_model_that_reads_too_little_or_nothing():
         check_fits(source, "digits_prompts", (8, 8, 1), {"label": Field((), "int32", 10)})
     with pytest.raises(UserError, match="data.split='val' is unknown"):
         open_images("digits_prompts", (8, 8, 1), "val")
+
+
+def test_the_digit_that_a_prompt_asks_for():
+    for digit in range(10):
+        every = prompts(digit) + prompts(digit, held_out=True)
+        assert {digit_of(text) for text in every} == {str(digit)}
+    assert digit_of("one handwritten seven") == "7" and digit_of("a fox") is None

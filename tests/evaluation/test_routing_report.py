@@ -100,6 +100,7 @@ def test_a_folder_of_everything_and_then_of_less(tmp_path):
     assert (folder / "experts.png").read_text() == "another"
 
 
+@pytest.mark.slow
 def test_a_model_without_labels(tmp_path):
     stats = {name: value for name, value in make_stats().items() if "class" not in name}
     stats["class_of_image"] = []

@@ -11,7 +11,7 @@ from moe_diffusion.digit_prompts import prompts
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.sampling.conditions import captions
-from moe_diffusion.sampling.prompts import prompt_encoder
+from moe_diffusion.sampling.prompts import prompt_encoder, read_categories, read_prompts
 from moe_diffusion.vocabulary import TOKENS
 
 
@@ -50,3 +50,34 @@ def test_what_the_demonstration_asks_for():
         assert set(texts[digits == digit]) <= set(prompts(digit, held_out=True))
     cond, digits, names = demo.asked(*loaded("configs/digits.py"))
     assert cond["label"] is digits is names and np.bincount(digits).tolist() == [100] * 10
+
+
+def test_prompts_with_categories(tmp_path):
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_text("a fox\n\n a cat \n")
+    assert read_prompts(plain) == ["a fox", "a cat"] and read_categories(plain) == {}
+    lines.write_text(
+        '{"prompt": "a fox", "category": "animals"}\n\n{"prompt": "a cup"}\n'
+        '{"prompt": " a fox ", "id": 3}\n'
+    )
+    assert read_prompts(lines) == ["a fox", "a cup", "a fox"]
+    assert read_categories(lines) == {"a fox": "animals"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a fox", "line 2 of .* is no JSON object: write {"),
+        ('["a fox"]', "line 2 of .* is no JSON object"),
+        ('{"text": "a fox"}', "line 2 of .* lacks prompt"),
+        ('{"prompt": 3}', "line 2 of .*: prompt is 3, not text"),
+        ('{"prompt": "a", "category": ["b"]}', "line 2 of .*: category is"),
+        ('{"prompt": " "}', "line 2 of .*: prompt is empty"),
+        ('{"prompt": "a cup", "category": "food"}', "in the categories 'things' and 'food'"),
+    ],
+)
+def test_lines_that_are_no_prompts(line, message, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a cup", "category": "things"}\n' + line)
+    with pytest.raises(UserError, match=message):
+        read_categories(path)
