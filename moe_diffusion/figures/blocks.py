@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from moe_diffusion.figures.canvas import label_some, make_plain, new_figure
+from moe_diffusion.figures.routing import NETWORK_TIME, kind_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +21,6 @@ Stats = Mapping[str, Any]
 _MOST_NAMED = 12  # lines that a legend names
 _MOST_ROWS = 25  # names beside the rows of a heat map
 _LONGEST = 24  # letters of a name
-_TIME = "time (0 = noise, 1 = image)"
-_KINDS = {"class": "class", "prompt": "category of prompts"}
 
 
 def blocks_picture(stats: Stats) -> Image.Image:
@@ -37,7 +36,7 @@ def blocks_picture(stats: Stats) -> Image.Image:
     classes = _conditional(stats.get("block_mse_by_class", {}))
     several = len(classes) > 1
     wide = min(max(3.6, 0.22 * len(names)), 9)
-    figure, draw = new_figure((2 if several else 1) * wide + 1.6, 4)
+    figure, draw = new_figure((2 if several else 1) * wide + 1.6, 4.2)
     *left, right = figure.subplots(1, 2 if several else 1, sharey=True, squeeze=False)[0]
     few = len(classes) <= _MOST_NAMED
     ramp = colormaps["tab20" if few else "turbo"]
@@ -46,16 +45,18 @@ def blocks_picture(stats: Stats) -> Image.Image:
             colour = ramp(place if few else place / len(classes))
             _line(axes, values, color=colour, linewidth=1, label=_short(name))
         _line(axes, mean, color="black", linewidth=2, label="average")
-        axes.set_title(f"by {_kind(stats)}", fontsize=10)
+        axes.set_title(f"by {kind_of(stats)}", fontsize=10)
         if few:
-            axes.legend(frameon=False, fontsize=7, ncols=2)
+            entries = axes.get_legend_handles_labels()
+            place = {"loc": "outside lower center", "ncols": int(1.7 * wide)}
+            figure.legend(*entries, frameon=False, fontsize=8, **place)
     times = stats["times"]
     span = Normalize(min(times), max(max(times), min(times) + 1e-6))
     for time, values in zip(times, stats["block_mse_by_time"], strict=True):
         _line(right, values, color=colormaps["viridis"](span(time)), linewidth=1)
     _line(right, mean, color="black", linewidth=2)
     right.set_title("by time", fontsize=10)
-    figure.colorbar(_scale("viridis", span), ax=right, label=_TIME)
+    figure.colorbar(_scale("viridis", span), ax=right, label=NETWORK_TIME)
     for axes in (*left, right):
         axes.set_yscale("log")
         axes.set_xlabel("block")
@@ -74,7 +75,7 @@ def groups_picture(stats: Stats) -> Image.Image:
     """
     groups = stats["groups"]
     classes = len(_conditional(next(iter(groups.values())).get("share_by_class", {})))
-    rows = [("share_by_class", _kind(stats))] * (classes > 1) + [("share_by_time", "time")]
+    rows = [("share_by_class", kind_of(stats))] * (classes > 1) + [("share_by_time", "time")]
     heights = [min(max(1.6, 0.16 * n), 6) for n in [classes] * (classes > 1) + [12]]
     sizes = [len(group["blocks"]) for group in groups.values()]
     width = sum(max(1.5, 0.36 * size) for size in sizes) + 2.6
@@ -99,7 +100,7 @@ def groups_picture(stats: Stats) -> Image.Image:
                 axes.set_title(f"group {name}", fontsize=10)
             texts = [f"{t:.3g}" for t in stats["times"]] if named is None else map(_short, named)
             label_some(axes.set_yticks, list(texts), most=_MOST_ROWS if named else 8)
-        row[0].set_ylabel(_TIME if label == "time" else label)
+        row[0].set_ylabel(NETWORK_TIME if label == "time" else label)
     for axes in grid[-1]:
         axes.set_xlabel("block")
     figure.colorbar(heat, ax=grid, label="share of samples that pass the block", aspect=40)
@@ -129,12 +130,12 @@ def selection_picture(stats: Stats) -> Image.Image:
         by_time = np.asarray(shown["selection_by_time"][place])
         by_token = np.asarray(stats["selection_by_token"][row])
         values = by_image, by_time, by_token
-        labels = f"image, by {_kind(stats)}" if names else "image", _TIME, "token"
+        labels = f"image, by {kind_of(stats)}" if names else "image", NETWORK_TIME, "token"
         for axes, heat, label in zip(grid[row], values, labels, strict=True):
             image = axes.imshow(heat, "viridis", aspect="auto", interpolation="nearest", vmin=0)
             figure.colorbar(image, ax=axes, aspect=25)
             axes.set_ylabel(label)
-            label_some(axes.set_xticks, list(map(str, range(experts))))
+            label_some(axes.set_xticks, list(map(str, range(experts))), most=8)
             axes.set_xlabel("expert")
         if names:
             _separate(grid[row, 0], [names[i] for i in order])
@@ -182,10 +183,6 @@ def _scale(name: str, span: Any) -> Any:
 def _conditional(by_class: Mapping[str, Any]) -> dict[str, Any]:
     """Without the row of "no condition", unless it is the only one."""
     return {name: v for name, v in by_class.items() if name != "null"} or dict(by_class)
-
-
-def _kind(stats: Stats) -> str:
-    return _KINDS[stats.get("class_kind", "class")]
 
 
 def _short(name: str) -> str:

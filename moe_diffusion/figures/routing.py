@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 Stats = Mapping[str, Any]
 _MOST_LINES = 16  # experts; more are a heat map
-_MOST_NUMBERS = 24  # experts whose numbers are written into the cells
+_MOST_NUMBERS = 24  # experts, and layers, whose numbers are written into the cells
 _LOAD = "load (1 = as much as the average expert)"
-_NETWORK_TIME = "time (0 = noise, 1 = image)"
+NETWORK_TIME = "time (0 = noise, 1 = image)"
 
 
 def capacity_picture(stats: Stats) -> Image.Image:
@@ -32,11 +32,12 @@ def capacity_picture(stats: Stats) -> Image.Image:
     above, *others = figure.subplots(
         2 if per_class else 1, 1, height_ratios=[3, 2] if per_class else None, squeeze=False
     ).flat
-    heat = _heat(above, stats["per_layer_and_time"], cmap="viridis")
+    low, high = _range(stats["per_layer_and_time"])
+    heat = _heat(above, stats["per_layer_and_time"], cmap="viridis", vmin=low, vmax=high)
     figure.colorbar(heat, ax=above, label="experts per token")
     label_some(above.set_yticks, _texts(stats["blocks"]))
     label_some(above.set_xticks, _texts(stats["times"]))
-    above.set_xlabel(_NETWORK_TIME)
+    above.set_xlabel(NETWORK_TIME)
     above.set_ylabel("block")
     above.set_title(f"experts per token (C_infer), on average {stats['c_infer_avg']:.3f}")
     for below in others:
@@ -45,8 +46,11 @@ def capacity_picture(stats: Stats) -> Image.Image:
         below.plot(values, "o", color=BLUE, markersize=6 if len(names) <= 60 else 2)
         below.axhline(stats["c_infer_avg"], color=RED, linewidth=1)
         below.margins(x=0.02)
+        if _range(values) != (min(values), max(values)):
+            below.set_ylim(_range(values))
         label_some(below.set_xticks, names)
-        below.set_xlabel("class, from easy to hard (null: no label; red: the average)")
+        what = f"{kind_of(stats)}, from easy to hard (null: no condition; red: the average)"
+        below.set_xlabel(what)
         below.set_ylabel("experts per token")
         make_plain(below, grid="y")
     return draw()
@@ -72,8 +76,8 @@ def experts_picture(stats: Stats) -> Image.Image:
         axes.set_title(title, fontsize=10)
         axes.set_ylabel(label)
         label_some(axes.set_yticks, _texts(range(num_experts)))
-        label_some(axes.set_xticks, blocks)
-    if num_experts <= _MOST_NUMBERS:
+        _name_blocks(axes, blocks)
+    if num_experts <= _MOST_NUMBERS and len(blocks) <= _MOST_NUMBERS:
         _write_numbers(ranked, order, heat)
         ranked.set_title("sorted in each layer (in the cells: numbers of experts)", fontsize=10)
     figure.colorbar(heat, ax=(number, ranked), label=_LOAD, aspect=40)
@@ -91,7 +95,7 @@ def experts_picture(stats: Stats) -> Image.Image:
         axes.set_xlim(-0.5, len(blocks) - 0.5)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("block")
-        label_some(axes.set_xticks, blocks)
+        _name_blocks(axes, blocks)
         make_plain(axes, grid="y")
     figure.suptitle(f"Use of the {num_experts} experts by layer{note}")
     return draw()
@@ -127,7 +131,7 @@ def experts_over_time_picture(stats: Stats, blocks: Sequence[int | str]) -> Imag
             label_some(axes.set_yticks, _texts(range(num_experts)))
             label_some(axes.set_xticks, _texts(shown["times"]), most=6)
         axes.set_title(f"block {block}", fontsize=10)
-        axes.set_xlabel(_NETWORK_TIME)
+        axes.set_xlabel(NETWORK_TIME)
     if lines:
         panels[0].set_ylabel("capacity (experts x share of tokens)")
         handles, labels = panels[0].get_legend_handles_labels()
@@ -160,7 +164,7 @@ def experts_by_class_picture(stats: Stats, blocks: Sequence[int | str]) -> Image
     ):
         values = [stats[key][name] for name in names]
         heat = _heat(axes, values, upside_down=True, cmap="viridis", vmin=0, vmax=num_experts)
-        label_some(axes.set_xticks, layers, most=6)
+        _name_blocks(axes, layers, most=6)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("block")
     figure.colorbar(heat, ax=panels[:2], label="experts", aspect=40)
@@ -173,9 +177,9 @@ def experts_by_class_picture(stats: Stats, blocks: Sequence[int | str]) -> Image
         axes.set_title(f"block {block}", fontsize=10)
         axes.set_xlabel("expert")
     figure.colorbar(heat, ax=panels[2:], label=_LOAD, aspect=40)
-    panels[0].set_ylabel("class")
+    panels[0].set_ylabel(kind_of(stats))
     label_some(panels[0].set_yticks, names, most=25)
-    figure.suptitle("Experts by class: how many (left), and which (right)")
+    figure.suptitle(f"Experts by {kind_of(stats)}: how many (left), and which (right)")
     return draw()
 
 
@@ -230,6 +234,17 @@ def tokens_picture(
     return draw()
 
 
+def kind_of(stats: Stats) -> str:
+    """What the classes of `stats` are, for people."""
+    return {"prompt": "category of prompts"}.get(stats.get("class_kind"), "class")
+
+
+def _range(values: Any) -> tuple[float, float]:
+    """The range of colours or of an axis: that of the values, but wide where they are all alike."""
+    low, high = float(np.min(values)), float(np.max(values))
+    return (low, high) if high - low > 1e-4 else (low - 0.5, high + 0.5)
+
+
 def _conditional(stats: Stats) -> tuple[Stats, str]:
     """The tables of the conditional evaluations if there are others, and a note for the title."""
     if "conditional" in stats:
@@ -244,6 +259,11 @@ def _places(stats: Stats, blocks: Sequence[int | str]) -> list[int]:
 
 def _texts(values: Sequence[Any]) -> list[str]:
     return [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+
+
+def _name_blocks(axes: Axes, blocks: Sequence[str], most: int = 12) -> None:
+    """Names below the layers; fewer if they have the names of streams, which are long."""
+    label_some(axes.set_xticks, blocks, most // 2 if any(" " in name for name in blocks) else most)
 
 
 def _between(low: float, value: float, high: float) -> float:

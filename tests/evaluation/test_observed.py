@@ -1,4 +1,4 @@
-"""What is heard inside a model: layers and their names, changes of blocks, chosen blocks, tokens."""
+"""What is heard inside a model: layers and their names, changes, chosen blocks, tokens."""
 
 from __future__ import annotations
 
