@@ -25,6 +25,9 @@ from moe_diffusion.models import stack
 # DDP, torch.compile, JiT's Denoiser, Lightning, ema_pytorch (its average and its live weights)
 WRAPPERS = ("module.", "_orig_mod.", "net.", "model.", "ema_model.", "online_model.")
 Abstract = Mapping[str, Any]  # path of a leaf, like "params/final/linear/bias" -> array or shape
+# Part of the path of a leaf -> what a model has with it, which few layouts know.
+_PARTS = {"/moe/": "experts", "_moe/": "experts", "adaLN/down/": "compressed adaLN"}
+_PARTS |= {"adaLN_down/": "shared compression of adaLN", "/block_router/": "groups of blocks"}
 
 
 class Entry(NamedTuple):
@@ -93,11 +96,7 @@ def _places(
     row: Row, model: nn.Module, leaves: Abstract
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(PyTorch's key, our path, index of layer, member and expert) wherever the row holds."""
-    blocks = [("", ())]
-    if "{i}" in row.torch:
-        chosen = (b for b in model.blocks() if row.kind in (None, b.kind))
-        blocks = [(block.path, block.index) for block in chosen]
-    for i, (block, index) in enumerate(blocks):
+    for i, (block, index) in enumerate(_blocks(row, model)):
         path = row.ours.format(block=block)
         needed = not row.needs or row.needs.format(block=block) in leaves
         if path not in leaves or not needed:
@@ -105,10 +104,22 @@ def _places(
         if row.unless and row.unless.format(block=block) in leaves:
             continue
         if "{e}" not in row.torch:
-            yield row.torch.format(i=i), path, index
+            yield row.torch.format(i=i, g=i), path, index
             continue
         for e in range(leaves[path].shape[len(index)]):
             yield row.torch.format(i=i, e=e), path, (*index, e)
+
+
+def _blocks(row: Row, model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """(path, index) of all that the row's {i} or {g} counts; one of nothing if it has neither."""
+    kinds = (row.kind,) if isinstance(row.kind, str) else row.kind
+    chosen = [block for block in model.blocks() if not kinds or block.kind in kinds]
+    if "{i}" in row.torch:
+        return [(block.path, block.index) for block in chosen]
+    if "{g}" in row.torch:  # a group is where its first member is
+        firsts = [block for block in chosen if block.index[1:] == (0,)]
+        return [(b.path.removesuffix(f"/{stack.MEMBERS}"), b.index[:1]) for b in firsts]
+    return [("", ())]
 
 
 def _lengths(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,8 +161,15 @@ def entries_by_leaf(family: Family, model: nn.Module, leaves: Abstract) -> dict[
         if not group or sum(size(entry.ours) for entry in group) != size(leaves[path].shape)
     )
     if nameless:
+        known = [row.ours for row in family.rows]
+        absent = {
+            what: None
+            for part, what in _PARTS.items()
+            if any(part in path for path in nameless) and not any(part in path for path in known)
+        }
+        why = f": its published layout has no {' and no '.join(absent)}" if absent else ""
         raise UserError(
-            f"the PyTorch family '{family.name}' has no name for {listed(nameless)}; "
+            f"the PyTorch family '{family.name}' has no name for {listed(nameless)}{why}; "
             "use the family that this model was built for"
         )
     return groups
