@@ -25,9 +25,6 @@ from moe_diffusion.models import stack
 # DDP, torch.compile, JiT's Denoiser, Lightning, ema_pytorch (its average and its live weights)
 WRAPPERS = ("module.", "_orig_mod.", "net.", "model.", "ema_model.", "online_model.")
 Abstract = Mapping[str, Any]  # path of a leaf, like "params/final/linear/bias" -> array or shape
-# Part of the path of a leaf -> what a model has with it, which few layouts know.
-_PARTS = {"/moe/": "experts", "_moe/": "experts", "adaLN/down/": "compressed adaLN"}
-_PARTS |= {"adaLN_down/": "shared compression of adaLN", "/block_router/": "groups of blocks"}
 
 
 class Entry(NamedTuple):
@@ -161,12 +158,7 @@ def entries_by_leaf(family: Family, model: nn.Module, leaves: Abstract) -> dict[
         if not group or sum(size(entry.ours) for entry in group) != size(leaves[path].shape)
     )
     if nameless:
-        known = [row.ours for row in family.rows]
-        absent = {
-            what: None
-            for part, what in _PARTS.items()
-            if any(part in path for path in nameless) and not any(part in path for path in known)
-        }
+        absent = family.lacks(nameless)
         why = f": its published layout has no {' and no '.join(absent)}" if absent else ""
         raise UserError(
             f"the PyTorch family '{family.name}' has no name for {listed(nameless)}{why}; "

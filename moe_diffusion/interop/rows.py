@@ -6,7 +6,7 @@ same bits. `keymap` reads the rows in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +105,11 @@ class Constant(NamedTuple):
     kind: str = "moe"
 
 
+# Part of the path of a leaf -> what a model has with it, which few layouts know.
+_PARTS = {"/moe/": "experts", "_moe/": "experts", "adaLN/down/": "compressed adaLN"}
+_PARTS |= {"adaLN_down/": "shared compression of adaLN", "/block_router/": "groups of blocks"}
+
+
 class Family(NamedTuple):
     """The names that one PyTorch code base gives to its tensors and its hyperparameters.
 
@@ -131,3 +136,12 @@ class Family(NamedTuple):
     asked: tuple[str, ...] = ()
     subfolder: str = ""
     hparams: Callable[[ConfigDict], dict[str, Any]] | None = None
+
+    def lacks(self, paths: Sequence[str]) -> list[str]:
+        """What models with leaves at these paths have, like "experts", and no row is about."""
+        found = {
+            what: None
+            for part, what in _PARTS.items()
+            if any(part in path for path in paths) and not any(part in r.ours for r in self.rows)
+        }
+        return list(found)
