@@ -109,14 +109,14 @@ def _places(
 
 def _blocks(row: Row, model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     """(path, index) of all that the row's {i} or {g} counts; one of nothing if it has neither."""
+    if "{i}" not in row.torch and "{g}" not in row.torch:
+        return [("", ())]
     kinds = (row.kind,) if isinstance(row.kind, str) else row.kind
     chosen = [block for block in model.blocks() if not kinds or block.kind in kinds]
     if "{i}" in row.torch:
         return [(block.path, block.index) for block in chosen]
-    if "{g}" in row.torch:  # a group is where its first member is
-        firsts = [block for block in chosen if block.index[1:] == (0,)]
-        return [(b.path.removesuffix(f"/{stack.MEMBERS}"), b.index[:1]) for b in firsts]
-    return [("", ())]
+    firsts = [block for block in chosen if block.index[1:] == (0,)]  # a group's first members
+    return [(block.path.removesuffix(f"/{stack.MEMBERS}"), block.index[:1]) for block in firsts]
 
 
 def _lengths(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
