@@ -39,6 +39,7 @@ FAMILIES = (
     "jitmoe",
     "flux",
     "flux_diffusers",
+    "flux_moe",
 )
 DTYPES = ("file", "float32", "bfloat16", "float16")
 _IMPORT_ONLY = ("weights", "hparams", "config", "dtype", "lora", "lora_scale")

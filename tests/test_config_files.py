@@ -8,6 +8,7 @@ import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion import shipped
+from moe_diffusion.dense2moe import convert
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import parameter_counts
@@ -57,7 +58,14 @@ FLUX = [
     "configs/hyper_flux.py",
     "configs/digits_flux.py",
 ]
+DENSE2MOE = [
+    *(f"configs/dit_xl_moe.py:objective={objective}" for objective in ("ddpm", "flow")),
+    "configs/sit_xl_moe.py",
+    "configs/sit_xl_moe.py:skip_first=3,adaln_rank=96,groups=4-6+7-9,active=2",
+    *(f"configs/digits_moe.py:size={size}" for size in ("tiny", "small")),
+]
 SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
+SPECS += DENSE2MOE
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -133,6 +141,46 @@ def test_promoe_training_settings():
         *("logit_normal", 0.0, 1.0),
     )
     assert (config.sampling.sampler, config.sampling.steps) == ("euler", 250)
+
+
+def test_ratios_of_dense2moe():
+    """2510.09094, section 4.1, at width 1152: 1 + 12 * 0.25 of 4, of which 1 + 2 * 0.25 work.
+
+    Of DiT-XL/2's 674.83M every block drops 10 of 12 experts of 288 hidden units, with two matrices
+    and two biases each, and has 11 more output biases and a gate than an MLP of the same width:
+    the output bias of the MLP is that of the shared expert.
+    """
+    model = configs.load("configs/dit_xl_moe.py").model
+    moe, width = model.moe, model.hidden_size
+    assert (width, moe.shared_hidden_size, moe.num_experts, moe.hidden_size) == (
+        1152,
+        1152,
+        12,
+        288,
+    )
+    assert moe.shared_hidden_size + 12 * moe.hidden_size == width * model.mlp_ratio
+    router = model.router
+    assert (router.top_k, router.scores, router.normalize) == (2, "softmax", True)
+    assert router.balance_gates and model.moe.skip_first == 0 and not model.moe.interleave
+    dense = parameter_counts(build(configs.load("configs/dit_xl.py").model))["total"].total
+    total = parameter_counts(build(model))["total"]
+    assert total.total - dense == 28 * (12 * 1152 + 12 * 1152)
+    assert total.total - total.activated == 28 * 10 * (2 * 1152 * 288 + 288 + 1152)
+
+
+def test_a_student_is_made_of_its_teacher():
+    """The configs of DiT, SiT and digits differ in experts, adaLN and groups alone."""
+    for student, teacher in (
+        ("dit_xl_moe", "dit_xl"),
+        ("dit_xl_moe:objective=flow", "dit_xl:objective=flow"),
+        ("sit_xl_moe:skip_first=3,adaln_rank=96,groups=4-6+7-9,active=2", "sit_xl"),
+        ("digits_moe:size=small,groups=3-5", "digits:router=dense,size=small"),
+    ):
+        config = configs.load(student)
+        convert.check(config, configs.load(teacher))
+        stages = [config.distill[name].steps for name in ("shared", "experts", "groups")]
+        assert (stages[2] > 0) == ("groups" in student) and all(stages[:2])
+        assert config.train.num_steps == sum(stages)
 
 
 def test_published_objectives_of_dit_moe():

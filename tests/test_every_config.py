@@ -52,6 +52,10 @@ SLOW = [
     ["flux_schnell.py"],
     ["flux_tiny.py"],
     ["digits_flux.py"],
+    ["dit_xl_moe.py"],
+    ["dit_xl_moe.py:objective=flow", "sit_xl_moe.py"],
+    ["digits_moe.py"],
+    ["digits_moe.py:groups=0-1,adaln_rank=4"],
 ]
 FIRST = [specs[0] for specs in QUICK]
 OTHERS = [spec for specs in QUICK + SLOW for spec in specs if spec not in FIRST]

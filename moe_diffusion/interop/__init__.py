@@ -93,16 +93,21 @@ def save_torch(
     variables: Mapping[str, Any],
     path: str | os.PathLike,
     family: str | None = None,
+    hparams: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a `.safetensors` file that the authors' code loads; see `export_state_dict`."""
-    files.write_state_dict(export_state_dict(variables, model, family), path)
+    """Writes a `.safetensors` file that the authors' code loads; see `export_state_dict`.
+
+    hparams: hyperparameters for its header, where `convert` finds those of family flux_moe.
+    """
+    files.write_state_dict(export_state_dict(variables, model, family), path, hparams)
 
 
 def family_of(model: nn.Module) -> str:
     """The family of a model, by the model's class, its router and the router's selection bias."""
     router = next(iter(model.routers().values()), None)
     if isinstance(model, Flux):
-        return "flux"
+        experts = any(block.kind.endswith("_moe") for block in model.blocks())
+        return "flux_moe" if experts or model.adaln_rank or model.mixture.groups else "flux"
     if isinstance(model, JiT):
         return "jit" if router is None else "jitmoe"
     if router is None:

@@ -1,9 +1,9 @@
 """Finds out what model a weight file holds: its hyperparameters and its family.
 
-Hyperparameters come from a file that the user names, else from one beside the weights, else from
-the training arguments in the weight file itself. The shapes of the tensors fill in what these leave
-out. For DiT and SiT the shapes alone are enough; the other families have hyperparameters that no
-shape shows.
+Hyperparameters come from a file that the user names, else from the header of an export of ours,
+else from a file beside the weights, else from the training arguments in the weight file itself. The
+shapes of the tensors fill in what these leave out. For DiT and SiT the shapes alone are enough; the
+other families have hyperparameters that no shape shows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_diffusion.interop import files, keymap, tensors
 from moe_diffusion.interop.families import FAMILIES
 from moe_diffusion.interop.places import INDEX
 from moe_diffusion.interop.rows import Family
-from moe_diffusion.reading import read_table
+from moe_diffusion.reading import read_table, table_of
 
 _PLAIN = (".yaml", ".yml")
 _HPARAMS = "hyperparameter file"
@@ -48,6 +48,14 @@ def hyperparameters(
     told = from_shapes(family, weights.state)
     if isinstance(given, Mapping):
         return merge(told, given), "the arguments"
+    if not given and family.hparams and weights.hparams is not None:
+        own = table_of(weights.hparams)
+        if own is None:
+            raise UserError(
+                f"the hyperparameters in the header of {path} are no table in JSON: pass --hparams "
+                "file.json"
+            )
+        return merge(told, own), f"the header of {path.name}"
     source = Path(given) if given else _beside(path)
     if source is not None:
         given = read_hparams(source)
@@ -211,4 +219,4 @@ def _templates(family: Family) -> dict[str, str]:
 
 def _template(key: str) -> str:
     """A key with "#" in place of the numbers of its block and its expert."""
-    return re.sub(r"(?<=\.)(\d+|\{[ie]\})(?=\.|$)", "#", keymap.bare(key))
+    return re.sub(r"(?<=\.)(\d+|\{[ieg]\})(?=\.|$)", "#", keymap.bare(key))

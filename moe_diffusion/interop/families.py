@@ -8,8 +8,9 @@ from typing import Any
 import ml_collections
 
 from moe_diffusion import config as config_lib
+from moe_diffusion.config.defaults import COMPUTATION
 from moe_diffusion.errors import UserError, explained
-from moe_diffusion.interop import dit, dit_moe, flux, jit, promoe
+from moe_diffusion.interop import dit, dit_moe, flux, flux_moe, jit, promoe
 from moe_diffusion.interop.rows import Family
 
 FAMILIES: dict[str, Family] = {
@@ -18,7 +19,12 @@ FAMILIES: dict[str, Family] = {
     **promoe.FAMILIES,
     **jit.FAMILIES,
     **flux.FAMILIES,
+    **flux_moe.FAMILIES,
 }
+# No weight depends on these keys either, and hyperparameters do not have them.
+_FREE = (*COMPUTATION, "model.image_size", "model.image_width", "model.param_dtype")
+_FREE += ("model.flux.text_tokens", "model.flux.text_dtype", "model.num_classes")
+_FREE += ("model.router.kernel_init", "model.router.group", "model.router.balance_gates")
 
 
 def family(name: str) -> Family:
@@ -48,3 +54,26 @@ def config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.C
 def model_config_from_torch(name: str, hparams: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """The `model` section of `config_from_torch`."""
     return config_from_torch(name, hparams).model
+
+
+def torch_from_config(name: str, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+    """The hyperparameters that an export of a config's model needs beside its weights.
+
+    Returns:
+      What `config_from_torch` makes that model of; None if the family's files have none.
+
+    Raises:
+      UserError: the family cannot say what the model is.
+    """
+    chosen = family(name)
+    if chosen.hparams is None:
+        return None
+    hparams = chosen.hparams(config.model)
+    again = config.copy_and_resolve_references()
+    again.model = model_config_from_torch(name, hparams)
+    free = _FREE if again.model.router.name != "dense" else (*_FREE, "model.moe.", "model.router.")
+    changes = [c for c in config_lib.differences(again, config) if not c.key.startswith(free)]
+    if changes:
+        texts = [f"{c.key} = {c.new} (it has {c.old})" for c in changes]
+        raise UserError(f"family {name} has no model with {', '.join(texts)}: it cannot be written")
+    return hparams

@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ AVERAGES = ("ema", "ema_model_state_dict", "model_ema1", "model_ema", "ema_state
 LIVE = ("model", "model_state_dict", "state_dict", "module")
 # Names of an average begin so where one state dict holds it beside the live weights.
 AVERAGED = "ema_model."
+HPARAMS = "hyperparameters"  # in the header of a .safetensors file: a table, as JSON
 
 
 class Weights(NamedTuple):
@@ -47,11 +48,13 @@ class Weights(NamedTuple):
       state: tensor name -> numpy array.
       entry: name of this state dict, if the file holds several; None if the file is just one.
       args: arguments of the training script, if the file holds them under "args".
+      hparams: hyperparameters as JSON, if a `.safetensors` file has them in its header.
     """
 
     state: Lazy
     entry: str | None = None
     args: dict[str, Any] | None = None
+    hparams: str | None = None
 
 
 def of_safetensors(*paths: str | os.PathLike) -> Lazy:
@@ -124,8 +127,18 @@ def open_weights(path: str | os.PathLike, weights: str | None = None) -> Weights
         opened = _pick(path, _unpickled(path), weights)
     else:
         with explained(f"{path} is damaged or no safetensors file", "fetch it again"):
-            opened = Weights(of_safetensors(*paths))
+            opened = Weights(of_safetensors(*paths), hparams=_hparams(paths))
     return _split(path, opened, weights)
+
+
+def _hparams(paths: Sequence[Path]) -> str | None:
+    """The hyperparameters in the header of a `.safetensors` file, or of one of its shards."""
+    for path in paths:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(HPARAMS)
+        if text is not None:
+            return text
+    return None
 
 
 def _unpickled(path: Path) -> Any:
@@ -215,16 +228,26 @@ def _lazy(state: Mapping[str, Any]) -> Lazy:
     return Lazy(specs, lambda key: state[key].read())
 
 
-def write_state_dict(state: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Writes a `.safetensors` file; a file at `path` is replaced only by a complete one."""
+def write_state_dict(
+    state: Mapping[str, np.ndarray],
+    path: str | os.PathLike,
+    hparams: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a `.safetensors` file; a file at `path` is replaced only by a complete one.
+
+    hparams: goes into its header.
+    """
     state = {key: np.asarray(tensor) for key, tensor in state.items()}
-    with safetensors_writer(path, {k: Spec(v.shape, v.dtype) for k, v in state.items()}) as write:
+    specs = {key: Spec(tensor.shape, tensor.dtype) for key, tensor in state.items()}
+    with safetensors_writer(path, specs, hparams) as write:
         for key, tensor in state.items():
             write(key, tensor)
 
 
 @contextlib.contextmanager
-def safetensors_writer(path: str | os.PathLike, specs: Mapping[str, Spec]) -> Iterator[Any]:
+def safetensors_writer(
+    path: str | os.PathLike, specs: Mapping[str, Spec], hparams: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
     """Writes a `.safetensors` file part by part; a file at `path` is replaced only by a whole one.
 
     It yields write(key, array, axis=0, start=0): `array` is the part of tensor `key` that begins at
@@ -232,11 +255,13 @@ def safetensors_writer(path: str | os.PathLike, specs: Mapping[str, Spec]) -> It
 
     Args:
       specs: name -> shape and dtype of all tensors.
+      hparams: hyperparameters for the header, see `Weights`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path.name}: weights are written as .safetensors")
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    told = {} if hparams is None else {HPARAMS: json.dumps(hparams)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **told}}
     end = 0
     for key, (shape, dtype) in specs.items():
         begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize

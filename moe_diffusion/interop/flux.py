@@ -98,7 +98,7 @@ def _native_stream(torch: str, ours: str) -> tuple[Row, ...]:
 
 
 _SINGLE = "single_blocks.{i}"
-_NATIVE = (
+NATIVE = (
     *linear("img_in", "params/patch_embed", PACKED_IN),
     *linear("txt_in", "params/text_embed"),
     *_embed("time_in", "time_embed", "in_layer", "out_layer"),
@@ -182,7 +182,7 @@ _DIFFUSERS = (
 _THETA = 10_000
 _COUNT = Key((int,), least=1, most=1 << 20)
 _AXIS = Key((int,), least=2, most=1 << 12)
-_PARAMS = {
+PARAMS = {
     "in_channels": _COUNT,
     "out_channels": Key((int, type(None)), None, least=1, most=1 << 20),  # null: as in_channels
     "vec_in_dim": _COUNT,
@@ -209,7 +209,7 @@ _RENAMED = {
     "axes_dim": "axes_dims_rope",
     "guidance_embed": "guidance_embeds",
 }
-_CONFIG_JSON = {new: _PARAMS[old] for old, new in _RENAMED.items()}
+_CONFIG_JSON = {new: PARAMS[old] for old, new in _RENAMED.items()}
 _CONFIG_JSON |= {"attention_head_dim": _COUNT, "patch_size": Key((int,), 1)}
 # Published head width -> how its channels are shared by the three positions; shapes do not show it.
 _AXES = {128: (16, 56, 56)}
@@ -227,7 +227,7 @@ def configure(hparams: Mapping[str, Any], config: ml_collections.ConfigDict) -> 
     Raises:
       UserError: a key is unknown or lacking, a value cannot be, or an option is unknown here.
     """
-    h = fill("FluxParams", _PARAMS, hparams)
+    h = fill("FluxParams", PARAMS, hparams)
     channels, out = h["in_channels"], h["out_channels"] or h["in_channels"]
     for wrong, text in (
         (channels != out, f"in_channels {channels} is not out_channels {out}: an image condition"),
@@ -316,10 +316,10 @@ def _from_shapes(shapes: Shapes, embedders: tuple[str, ...], scale: str) -> dict
 FAMILIES = {
     "flux": Family(
         "flux",
-        _NATIVE,
+        NATIVE,
         configure=configure,
         from_shapes=from_shapes,
-        asked=tuple(without_default(_PARAMS)),
+        asked=tuple(without_default(PARAMS)),
     ),
     "flux_diffusers": Family(
         "flux_diffusers",

@@ -93,11 +93,7 @@ def _places(
     row: Row, model: nn.Module, leaves: Abstract
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(PyTorch's key, our path, index of layer, member and expert) wherever the row holds."""
-    blocks = [("", ())]
-    if "{i}" in row.torch:
-        chosen = (b for b in model.blocks() if row.kind in (None, b.kind))
-        blocks = [(block.path, block.index) for block in chosen]
-    for i, (block, index) in enumerate(blocks):
+    for i, (block, index) in enumerate(_blocks(row, model)):
         path = row.ours.format(block=block)
         needed = not row.needs or row.needs.format(block=block) in leaves
         if path not in leaves or not needed:
@@ -105,10 +101,22 @@ def _places(
         if row.unless and row.unless.format(block=block) in leaves:
             continue
         if "{e}" not in row.torch:
-            yield row.torch.format(i=i), path, index
+            yield row.torch.format(i=i, g=i), path, index
             continue
         for e in range(leaves[path].shape[len(index)]):
             yield row.torch.format(i=i, e=e), path, (*index, e)
+
+
+def _blocks(row: Row, model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """(path, index) of all that the row's {i} or {g} counts; one of nothing if it has neither."""
+    if "{i}" not in row.torch and "{g}" not in row.torch:
+        return [("", ())]
+    kinds = (row.kind,) if isinstance(row.kind, str) else row.kind
+    chosen = [block for block in model.blocks() if not kinds or block.kind in kinds]
+    if "{i}" in row.torch:
+        return [(block.path, block.index) for block in chosen]
+    firsts = [block for block in chosen if block.index[1:] == (0,)]  # a group's first members
+    return [(block.path.removesuffix(f"/{stack.MEMBERS}"), block.index[:1]) for block in firsts]
 
 
 def _lengths(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -150,8 +158,10 @@ def entries_by_leaf(family: Family, model: nn.Module, leaves: Abstract) -> dict[
         if not group or sum(size(entry.ours) for entry in group) != size(leaves[path].shape)
     )
     if nameless:
+        absent = family.lacks(nameless)
+        why = f": its published layout has no {' and no '.join(absent)}" if absent else ""
         raise UserError(
-            f"the PyTorch family '{family.name}' has no name for {listed(nameless)}; "
+            f"the PyTorch family '{family.name}' has no name for {listed(nameless)}{why}; "
             "use the family that this model was built for"
         )
     return groups

@@ -6,7 +6,7 @@ same bits. `keymap` reads the rows in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,14 +69,17 @@ class Row(NamedTuple):
     """One line of a key map.
 
     Attributes:
-      torch: PyTorch's key; {i} runs over the blocks, {e} over the experts.
-      ours: path of our leaf, collection first; {block} is `layers_<segment>/block_<j>`.
+      torch: PyTorch's key; {i} runs over the blocks, {e} over the experts, and {g}, in the place of
+        {i}, over the groups of blocks.
+      ours: path of our leaf, collection first; {block} is `layers_<segment>/block_<j>`, with
+        `/members` below it for the blocks of a group.
       layout: see `Layout`.
       needs, unless: path of a leaf that must or must not exist for the row to hold.
       part: which part of our leaf the row is about; None is all of it.
       along: axis of PyTorch's tensor along which it joins several of our leaves. All rows of that
         key have the same `along`, and their parts lie on it in the order of the table.
-      kind: {i} counts only the blocks of this kind; None counts all.
+      kind: {i} counts only the blocks of this kind or these kinds, {g} only their groups; None
+        counts all.
     """
 
     torch: str
@@ -86,7 +89,7 @@ class Row(NamedTuple):
     unless: str | None = None
     part: Slice | None = None
     along: int | None = None
-    kind: str | None = None
+    kind: str | tuple[str, ...] | None = None
 
 
 class Constant(NamedTuple):
@@ -102,6 +105,11 @@ class Constant(NamedTuple):
     kind: str = "moe"
 
 
+# Part of the path of a leaf -> what a model has with it, which few layouts know.
+_PARTS = {"/moe/": "experts", "_moe/": "experts", "adaLN/down/": "compressed adaLN"}
+_PARTS |= {"adaLN_down/": "shared compression of adaLN", "/block_router/": "groups of blocks"}
+
+
 class Family(NamedTuple):
     """The names that one PyTorch code base gives to its tensors and its hyperparameters.
 
@@ -115,6 +123,8 @@ class Family(NamedTuple):
         there is only a state dict, its shapes must show them.
       subfolder: the one that holds the weights, if they are published as a folder of several
         networks.
+      hparams: the section `model` of a config -> the hyperparameters that `configure` makes it of.
+        An export then writes them into its file. None if the authors keep them elsewhere.
     """
 
     name: str
@@ -125,3 +135,13 @@ class Family(NamedTuple):
     from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] = lambda shapes: {}
     asked: tuple[str, ...] = ()
     subfolder: str = ""
+    hparams: Callable[[ConfigDict], dict[str, Any]] | None = None
+
+    def lacks(self, paths: Sequence[str]) -> list[str]:
+        """What models with leaves at these paths have, like "experts", and no row is about."""
+        found = {
+            what: None
+            for part, what in _PARTS.items()
+            if any(part in path for path in paths) and not any(part in r.ours for r in self.rows)
+        }
+        return list(found)

@@ -168,7 +168,8 @@ def export_file(
       {"family", "input", "output", "step", "ema", "tensors", "bytes"}
 
     Raises:
-      UserError: there is no such checkpoint, or the family has no names for this model.
+      UserError: there is no such checkpoint, or the family has no names or hyperparameters for
+        this model.
     """
     chosen, described = families.family(family), Path(workdir) / "config.json"
     if not described.is_file():
@@ -176,6 +177,7 @@ def export_file(
     config = configs.load_json(described)
     if ema is None:
         ema = first_average(config) or "none"
+    hparams = families.torch_from_config(family, config)
     model = models.build(config.model)
     check_writable(Path(path).parent)
     with StoredWeights(workdir, ema=None if ema == "none" else ema) as stored:
@@ -192,7 +194,7 @@ def export_file(
         fixed = keymap.constants(chosen, model)
         specs |= {key: Spec(value.shape, value.dtype) for key, value in fixed.items()}
         with (
-            files.safetensors_writer(path, specs) as write,
+            files.safetensors_writer(path, specs, hparams) as write,
             tqdm(total=len(flat), unit="tensor", desc="export", disable=not progress) as bar,
         ):
             for key, value in fixed.items():

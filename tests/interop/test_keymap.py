@@ -90,7 +90,7 @@ def test_layouts_by_hand():
     conv = params["patch_embed"]["kernel"].reshape(2, 2, 4, 16)  # row, column, channel, width
     np.testing.assert_array_equal(state["x_embedder.proj.weight"][5, 3, 0, 1], conv[0, 1, 3, 5])
     # Blocks are dense, MoE, dense: a scanned pair does not fit, block 2 is a segment of its own.
-    (g, r, _), (h, s, _) = model.blocks()[1:]
+    (g, r), (h, s) = ((block.path, *block.index) for block in model.blocks()[1:])
     qkv = params[h.split("/")[0]][h.split("/")[1]]["attn"]["qkv"]["kernel"][s]  # [D, 3, heads, hd]
     np.testing.assert_array_equal(
         state["blocks.2.attn.qkv.weight"][16 + 8 + 5],

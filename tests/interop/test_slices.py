@@ -27,11 +27,11 @@ from moe_diffusion.training.checkpoint import StoredWeights
 
 WIDTH, HEADS, HEAD_DIM, HIDDEN = 6, 2, 3, 10
 BLOCKS = (
-    Block("layers_0/block_0", 0, "double"),
-    Block("layers_0/block_1", 0, "single"),
-    Block("layers_0/block_0", 1, "double"),
-    Block("layers_0/block_1", 1, "single"),
-    Block("last", None, "single"),  # a layer of its own, without an axis of layers
+    Block("layers_0/block_0", (0,), "double", 1.0, 0),
+    Block("layers_0/block_1", (0,), "single", 1.0, 1),
+    Block("layers_0/block_0", (1,), "double", 1.0, 2),
+    Block("layers_0/block_1", (1,), "single", 1.0, 3),
+    Block("last", (), "single", 1.0, 4),  # a layer of its own, without an axis of layers
 )
 MODEL = SimpleNamespace(num_heads=HEADS, blocks=lambda: BLOCKS)
 DOUBLE, SINGLE = "double_blocks.{i}", "single_blocks.{i}"

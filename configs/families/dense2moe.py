@@ -1,0 +1,67 @@
+"""Class-conditional DiTs as a Mixture of Experts and of Blocks (Dense2MoE, arXiv 2510.09094)."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from moe_diffusion.config import parse_arg
+
+# Arguments of the config files, with their defaults.
+ARGS = {"skip_first": 0, "adaln_rank": 0, "groups": "none", "active": 1}
+
+
+def experts(config: ConfigDict, arg: ConfigDict, steps: int, learning_rate: float) -> ConfigDict:
+    """Gives a dense DiT experts at the paper's ratios, and the stages that make them of its MLPs.
+
+    Of a hidden layer 4 times as wide as the model the shared expert takes 1, each of 12 normal
+    experts 0.25, and a token meets two of these: 1 + 2 * 0.25 of 4 (section 4.1). The gates of a
+    token sum to 1 (Eq. 3).
+
+    Args:
+      arg: has `ARGS`. groups are written like 4-6+7-9.
+      steps: of every stage. With groups there is a third one.
+    """
+    model = config.model
+    model.moe.update(
+        num_experts=12,
+        hidden_size=model.hidden_size // 4,
+        mlp=model.mlp,
+        bias=model.mlp_bias,
+        shared_hidden_size=model.hidden_size,
+        shared_mlp=model.mlp,
+        shared_bias=model.mlp_bias,
+        interleave=False,
+        skip_first=arg.skip_first,
+    )
+    model.router.name = "token_choice"
+    model.router.update(top_k=2, scores="softmax", normalize=True, balance_gates=True)
+    model.adaln_rank = arg.adaln_rank
+    model.mob.groups, model.mob.active = tuple(arg.groups.split("+")), arg.active
+    config.loss_weights.balance = 1e-2
+    stages = ["shared", "experts"]
+    if arg.adaln_rank:
+        config.name += f"_rank{arg.adaln_rank}"
+    if arg.groups != "none":
+        config.name += f"_mob{arg.active}"
+        config.loss_weights.block_balance = 1e-2
+        stages.append("groups")
+    for stage in stages:  # of distill.teacher, which the command names
+        config.distill[stage].update(steps=steps, learning_rate=learning_rate)
+    # `train` with this config trains the same model from scratch, for as many steps.
+    config.train.num_steps = steps * len(stages)
+    return config
+
+
+def xl_moe(config: ConfigDict, arg: ConfigDict) -> ConfigDict:
+    """Experts in DiT-XL/2 or SiT-XL/2.
+
+    The paper keeps the first 3 of FLUX.1's 57 blocks dense and tells no steps; its Figure 5 has
+    40,000. In these models all 28 blocks get experts by default.
+    """
+    config.name = config.name.replace("_xl", "_xl_moe")
+    return experts(config, arg, steps=40_000, learning_rate=1e-4)
+
+
+def parse(arg: str | None, **options) -> ConfigDict:
+    """The argument of a config file; see `config.parse_arg` and `ARGS`."""
+    return parse_arg(arg, **ARGS, **options)
