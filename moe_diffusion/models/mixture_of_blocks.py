@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values, require
@@ -41,9 +40,9 @@ from moe_diffusion.parallel.weights import Specs, on_own_samples, weight_specs
 Tree = Any
 BALANCE = "block_balance"  # the loss of a group's router, and its key in `loss_weights`
 _REPORTED = ("losses", "metrics")
-_WEIGHTS = "weights of a block"
-# The slices are cut out again in the backward pass; kept, they would be a block a sample.
-_KEEP = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
+# What the backward pass does again: it cuts the weights of a block out of the stack and casts them.
+# Kept, they would be a block a sample.
+_CUTS = frozenset(("dynamic_slice", "squeeze", "reshape", "transpose", "convert_element_type"))
 
 
 @dataclass(frozen=True)
@@ -270,16 +269,11 @@ class BlockGroup(nn.Module):
         block, together = self.make(parent=None), self.options.select == "run"
         wanted = [name for name in _REPORTED if self.is_mutable_collection(name)]
 
-        def one_sample(weights: dict, sample: Tree) -> Tree:
+        def one_sample(weights: dict, sums: dict, sample: Tree) -> tuple[dict, Tree]:
             (first, broadcast), blocks, p = sample
             carry, found = first, []
             for k in range(self.active):
-                own = {
-                    path: checkpoint_name(
-                        lax.dynamic_index_in_dim(w, blocks[k], 0, False), _WEIGHTS
-                    )
-                    for path, w in weights.items()
-                }
+                own, sums = _cut(weights, sums, blocks[k])
                 variables = {"params": unflatten_dict(own, sep="/")}
                 new, sown = block.apply(variables, carry, *broadcast, mutable=wanted)
                 if p is not None and not together:
@@ -288,11 +282,12 @@ class BlockGroup(nn.Module):
                 found.append(sown)
             if p is not None and together:
                 carry = _straight_through(carry, first, p[0])
-            return carry, _by_name(found)
+            return sums, (carry, _by_name(found))
 
         def all_samples(samples: Tree, weights: dict) -> Tree:
-            step = jax.checkpoint(partial(one_sample, weights), policy=_KEEP, prevent_cse=False)
-            return lax.scan(lambda _, sample: (None, step(sample)), None, samples)[1]
+            stack = lax.stop_gradient(weights)
+            step = jax.checkpoint(partial(one_sample, stack), policy=_keeps, prevent_cse=False)
+            return lax.scan(step, weights, samples)[1]
 
         one_by_one = jax.tree.map(lambda x: x[:, None], (carry, broadcast))
         specs = {} if current_mesh().size <= 1 else self._specs(block, weights, carry, broadcast)
@@ -309,6 +304,36 @@ class BlockGroup(nn.Module):
         with alone():
             axes = flatten_dict(nn.get_partition_spec(jax.eval_shape(init)), sep="/")
         return weight_specs(weights, {path: (None, *axes[path]) for path in weights})
+
+
+def _keeps(primitive, *_, **params) -> bool:
+    """The policy of `jax.checkpoint` for a sample: all but `_CUTS`."""
+    return primitive.name not in _CUTS
+
+
+def _cut(weights: dict, sums: dict, number: jax.Array) -> tuple[dict, dict]:
+    """Block `number` of stacked weights, and `sums` as they are.
+
+    sums: the weights once more, which the loop carries. Their gradient is that of the weights: each
+    cut adds that of its block to it, in place. A slice by itself would add a whole stack of zeros.
+    """
+    own = {path: lax.dynamic_index_in_dim(w, number, 0, False) for path, w in weights.items()}
+    return own, sums
+
+
+def _cut_forward(weights: dict, sums: dict, number: jax.Array) -> tuple:
+    return _cut.fun(weights, sums, number), number
+
+
+def _cut_backward(number: jax.Array, gradients: tuple[dict, dict]) -> tuple[None, dict, None]:
+    own, sums = gradients
+    add = {path: lax.dynamic_index_in_dim(s, number, 0) + own[path] for path, s in sums.items()}
+    put = partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
+    return None, {path: put(s, add[path]) for path, s in sums.items()}, None
+
+
+_cut = jax.custom_vjp(_cut)
+_cut.defvjp(_cut_forward, _cut_backward)
 
 
 def _straight_through(new: Tree, old: Tree, p: jax.Array) -> Tree:
