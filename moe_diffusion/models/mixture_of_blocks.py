@@ -4,9 +4,9 @@ Consecutive blocks of one kind form a group. Of its m blocks a sample passes kap
 and skips the others (Eq. 4). The router sees the tokens and the condition (Eq. 5).
 
 How blocks are skipped with static shapes: the weights of a group's blocks are stacked. A loop goes
-over the samples of a device, slices the weights of a sample's blocks out of the stack, and applies
-them to that sample alone. So the work is that of kappa blocks, whatever the router picks. Each
-device reads whole weights of the group, as it does for any layer.
+over the samples of a device, cuts the weights of a sample's blocks out of the stack (cuts.py), and
+applies them to that sample alone. So the work is that of kappa blocks, whatever the router picks.
+Each device reads whole weights of the group, as it does for any layer.
 
 How the router learns: the choice itself has no gradient. In training a chosen block's result is
 
@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values, require
 from moe_diffusion.models.adaln import vector
+from moe_diffusion.models.cuts import one_by_one
 from moe_diffusion.models.stack import COLLECTIONS, MEMBERS, Group
 from moe_diffusion.moe.router import balance, exact_matmul
 from moe_diffusion.parallel.mesh import alone, by_group, current_mesh
@@ -40,9 +41,6 @@ from moe_diffusion.parallel.weights import Specs, on_own_samples, weight_specs
 Tree = Any
 BALANCE = "block_balance"  # the loss of a group's router, and its key in `loss_weights`
 _REPORTED = ("losses", "metrics")
-# What the backward pass does again: it cuts the weights of a block out of the stack and casts them.
-# Kept, they would be a block a sample.
-_CUTS = frozenset(("dynamic_slice", "squeeze", "reshape", "transpose", "convert_element_type"))
 
 
 @dataclass(frozen=True)
@@ -269,12 +267,11 @@ class BlockGroup(nn.Module):
         block, together = self.make(parent=None), self.options.select == "run"
         wanted = [name for name in _REPORTED if self.is_mutable_collection(name)]
 
-        def one_sample(weights: dict, sums: dict, sample: Tree) -> tuple[dict, Tree]:
+        def one_sample(cut: Callable, sample: Tree) -> Tree:
             (first, broadcast), blocks, p = sample
             carry, found = first, []
             for k in range(self.active):
-                own, sums = _cut(weights, sums, blocks[k])
-                variables = {"params": unflatten_dict(own, sep="/")}
+                variables = {"params": unflatten_dict(cut(blocks[k]), sep="/")}
                 new, sown = block.apply(variables, carry, *broadcast, mutable=wanted)
                 if p is not None and not together:
                     new = _straight_through(new, carry, p[k])
@@ -282,16 +279,12 @@ class BlockGroup(nn.Module):
                 found.append(sown)
             if p is not None and together:
                 carry = _straight_through(carry, first, p[0])
-            return sums, (carry, _by_name(found))
+            return carry, _by_name(found)
 
-        def all_samples(samples: Tree, weights: dict) -> Tree:
-            stack = lax.stop_gradient(weights)
-            step = jax.checkpoint(partial(one_sample, stack), policy=_keeps, prevent_cse=False)
-            return lax.scan(step, weights, samples)[1]
-
-        one_by_one = jax.tree.map(lambda x: x[:, None], (carry, broadcast))
+        batches_of_one = jax.tree.map(lambda x: x[:, None], (carry, broadcast))
         specs = {} if current_mesh().size <= 1 else self._specs(block, weights, carry, broadcast)
-        carry, reports = on_own_samples(all_samples, (one_by_one, blocks, p), weights, specs)
+        loop, samples = partial(one_by_one, one_sample), (batches_of_one, blocks, p)
+        carry, reports = on_own_samples(loop, samples, weights, specs)
         reports = {name: {} for name in _REPORTED} | jax.tree.map(jnp.mean, reports)
         return jax.tree.map(lambda x: x[:, 0], carry), reports
 
@@ -304,36 +297,6 @@ class BlockGroup(nn.Module):
         with alone():
             axes = flatten_dict(nn.get_partition_spec(jax.eval_shape(init)), sep="/")
         return weight_specs(weights, {path: (None, *axes[path]) for path in weights})
-
-
-def _keeps(primitive, *_, **params) -> bool:
-    """The policy of `jax.checkpoint` for a sample: all but `_CUTS`."""
-    return primitive.name not in _CUTS
-
-
-def _cut(weights: dict, sums: dict, number: jax.Array) -> tuple[dict, dict]:
-    """Block `number` of stacked weights, and `sums` as they are.
-
-    sums: the weights once more, which the loop carries. Their gradient is that of the weights: each
-    cut adds that of its block to it, in place. A slice by itself would add a whole stack of zeros.
-    """
-    own = {path: lax.dynamic_index_in_dim(w, number, 0, False) for path, w in weights.items()}
-    return own, sums
-
-
-def _cut_forward(weights: dict, sums: dict, number: jax.Array) -> tuple:
-    return _cut.fun(weights, sums, number), number
-
-
-def _cut_backward(number: jax.Array, gradients: tuple[dict, dict]) -> tuple[None, dict, None]:
-    own, sums = gradients
-    add = {path: lax.dynamic_index_in_dim(s, number, 0) + own[path] for path, s in sums.items()}
-    put = partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
-    return None, {path: put(s, add[path]) for path, s in sums.items()}, None
-
-
-_cut = jax.custom_vjp(_cut)
-_cut.defvjp(_cut_forward, _cut_backward)
 
 
 def _straight_through(new: Tree, old: Tree, p: jax.Array) -> Tree:
