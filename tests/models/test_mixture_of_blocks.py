@@ -9,13 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_diffusion import config as configs
-from moe_diffusion.errors import UserError
-from moe_diffusion.models import build
 from moe_diffusion.models.mixture_of_blocks import BlockGroup, BlockRouter, Mixture
-from moe_diffusion.models.stack import MEMBERS, abstract_inputs, abstract_weights
+from moe_diffusion.models.stack import MEMBERS
 
 # --- Eq. 5: the router ---------------------------------------------------------------------------
 
@@ -31,7 +27,9 @@ def probabilities(w_x, streams=(IMAGE, TEXT), **options):
     return router.apply({"params": params}, tuple(map(jnp.asarray, streams)), jnp.asarray(Y))[0]
 
 
-@pytest.mark.parametrize(("alpha", "gates"), [(0.0, (1, 2, 0)), (0.5, (2.5, 3, 2)), (1.0, (4, 4, 4))])
+@pytest.mark.parametrize(
+    ("alpha", "gates"), [(0.0, (1, 2, 0)), (0.5, (2.5, 3, 2)), (1.0, (4, 4, 4))]
+)
 def test_the_router_weighs_tokens_and_condition(alpha, gates):
     """The mean of all three tokens is ((1 + 3 + 2) / 3, (0 + 2 + 4) / 3) = (2, 2)."""
     p = probabilities([[1.0, 0.0, 2.0], [1.0, 2.0, 0.0]], alpha=alpha)
@@ -49,8 +47,8 @@ def test_the_router_may_see_two_means_side_by_side():
 
 
 def test_the_router_may_see_normalised_vectors():
-    """(2, 1, 2, 4) has mean 2.25 and variance (2 * 0.0625 + 1.5625 + 3.0625) / 4 = 1.1875; y = (1, 3)
-    becomes (-1, 1), and y W_y = (-1, 2, 0)."""
+    """(2, 1, 2, 4) has mean 2.25 and variance (2 * 0.0625 + 1.5625 + 3.0625) / 4 = 1.1875;
+    y = (1, 3) becomes (-1, 1), and y W_y = (-1, 2, 0)."""
     w_x = [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     p = probabilities(w_x, pool="channels", normalize=True, alpha=0.5)
     x = np.array([-1.25, 0, 1.75]) / np.sqrt(1.1875)
