@@ -98,7 +98,7 @@ class MoE(nn.Module):
         router, experts = self.make_router(name="router"), self.make_experts(name="experts")
         if not (experts.num_experts and router.experts_per_token):
             if experts.num_experts and self.is_initializing():  # the weights are there all the same
-                _ = router.logits(grouped), experts(width)
+                _ = router(grouped, is_null, train), experts(width)
             return jnp.zeros_like(x)
         dropout = Dropout(self.make_rng("dropout"), rate) if rate else None
         routing, aux = router(grouped, is_null, train)
