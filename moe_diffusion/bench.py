@@ -1,7 +1,8 @@
-"""Measures what the dispatch of tokens, a whole training step and a sampler cost.
+"""Measures what the dispatch of tokens, sparse blocks, a whole training step and a sampler cost.
 
   python -m moe_diffusion.bench dispatch --shape 384,768,16,2 --tokens 4096 --json
   python -m moe_diffusion.bench dispatch --routing zipf --compare
+  python -m moe_diffusion.bench sparsity --tokens 512 --out sparsity.json
   python -m moe_diffusion.bench train --config configs/dsmoe_s.py --config.data.batch_size=8
   python -m moe_diffusion.bench sample --config configs/dsmoe_s.py --config.data.batch_size=4
   python -m moe_diffusion.bench suite --out docs/benchmarks/cpu.json
@@ -9,7 +10,9 @@
 dispatch measures rho, the time of an MoE layer (route, gather, experts, combine) divided by the
 time of a dense MLP over as many rows (tokens * K). Both are SwiGLU. They run in turn, forward and
 forward + backward, and the medians count. Without --shape it measures all shapes that the project
-reports. train and sample measure a real training step and a real sampler on generated images.
+reports. sparsity measures Dense2MoE's parts in turn with those of FLUX.1: experts with an MLP, a
+block with experts with one without, one of five blocks with all. train and sample measure a real
+training step and a real sampler on generated images.
 suite measures all of this, sized for this device.
 """
 
@@ -26,17 +29,19 @@ from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
 from moe_diffusion.writing import check_outputs
 
-# The names in `benchmarks.dispatch.ROUTINGS` and `moe.dispatch.BACKENDS`.
+# The names in `benchmarks.dispatch.ROUTINGS`, `benchmarks.sparsity.CASES`, `moe.dispatch.BACKENDS`.
 ROUTINGS = ("uniform", "zipf")
+CASES = ("ffn", "double", "single", "double-group", "single-group")
 BACKENDS = ("cpu", "tpu", "slots", "gpu", "blocked", "reference", "ragged_dot")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     parser = Parser("bench", __doc__)
-    parser.add_argument("what", choices=("dispatch", "train", "sample", "suite"))
+    parser.add_argument("what", choices=("dispatch", "sparsity", "train", "sample", "suite"))
     add = parser.add_argument
     add("--shape", action="append", help="dispatch: D,H,E,K; may be given again (all)")
-    add("--tokens", type=int, default=4096, help="dispatch: T (%(default)s)")
+    add("--tokens", type=int, help="dispatch: T (4096); sparsity: text and image (512)")
+    add("--case", action="append", choices=CASES, help="sparsity; may be given again (all)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--routing", default="uniform", choices=ROUTINGS, help="dispatch (%(default)s)")
     add("--backend", choices=BACKENDS, help="dispatch: instead of the platform's")
@@ -54,19 +59,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse(argv)
     from moe_diffusion.benchmarks import report
     from moe_diffusion.benchmarks.dispatch import SHAPES, bench_dispatch, parse_shape
+    from moe_diffusion.benchmarks.sparsity import bench_sparsity
     from moe_diffusion.benchmarks.steps import bench_sample, bench_train
     from moe_diffusion.benchmarks.timing import environment, gemm_flops
     from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 
     check_outputs({"--out": (args.out, ".json")})
     keep_freed_memory()
+    usual = {"sparsity": 512}.get(args.what, 4096)
+    tokens = usual if args.tokens is None else args.tokens
     if args.what == "suite":
         measurements = report.suite(args.repeats)
     elif args.what == "dispatch":
         shapes = [parse_shape(text) for text in args.shape or ()] or SHAPES
         measure = partial(
             bench_dispatch,
-            tokens=args.tokens,
+            tokens=tokens,
             dtype=args.dtype,
             backend=args.backend,
             routing=args.routing,
@@ -74,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             compare=args.compare,
         )
         measurements = report.measured("dispatch", shapes, measure)
+    elif args.what == "sparsity":
+        options = {"tokens": tokens, "dtype": args.dtype, "repeats": args.repeats}
+        measure = partial(bench_sparsity, **options)
+        measurements = report.measured("sparsity", args.case or CASES, measure)
     else:
         measure = {"train": bench_train, "sample": bench_sample}[args.what]
         measure = partial(measure, overrides=overrides, repeats=args.repeats)

@@ -13,6 +13,7 @@ import pytest
 
 import moe_diffusion
 from moe_diffusion import bench, cli, convert, prepare, shipped
+from moe_diffusion.benchmarks import sparsity
 from moe_diffusion.benchmarks.dispatch import ROUTINGS
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import protocol
@@ -109,6 +110,7 @@ except SystemExit:
 
 def test_names_that_flags_choose_from_are_those_of_the_code():
     assert bench.ROUTINGS == ROUTINGS and bench.BACKENDS == tuple(BACKENDS)
+    assert bench.CASES == tuple(sparsity.CASES)
     assert prepare.TEXT_LENGTH == TEXT_LENGTH and set(flags.PRESETS) <= set(PRESETS)
     assert convert.FAMILIES == tuple(FAMILIES) and convert.DTYPES == DTYPES
     assert all(protocol.load(name) for name in shipped.protocols())

@@ -27,7 +27,72 @@ def changed(changes: dict) -> ConfigDict:
 EXPERT_CHOICE = {"model.router.name": "expert_choice"}
 DIFFMOE = {"model.router.name": "diffmoe"}
 RACE = {"model.router.name": "expert_race"}
+ALL = {"model.moe.interleave": False}
+MOB = ALL | {"model.mob.groups": ("2-4", "6-7")}
 BAD_COMBINATIONS = [
+    (
+        ALL | {"model.mob.groups": ("2-4", "4-6")},
+        "model.mob.groups = 4-6 overlaps the group before it, which ends at block 4, or stands "
+        "before it: name groups from the first to the last",
+    ),
+    (ALL | {"model.mob.groups": ("4-6", "1-2")}, "groups = 1-2 overlaps the group before it"),
+    (
+        {"model.mob.groups": ("10-12",)},
+        "model.mob.groups = 10-12 leaves the model, whose blocks are 0-11",
+    ),
+    (
+        ALL | {"model.mob.groups": ("0-1",), "model.moe.skip_first": 1},
+        "model.mob.groups = 0-1 has blocks of several kinds, dense and moe: group blocks of one "
+        "kind",
+    ),
+    (
+        MOB | {"model.mob.active": 3},
+        "model.mob.active = 3 exceeds the 2 blocks of the group 6-7: lower it or widen the group",
+    ),
+    (MOB | {"model.mob.active": 0}, "model.mob.active = 0 must be positive"),
+    (MOB | {"model.mob.select": "best"}, "model.mob.select = 'best' is unknown; choose topk | run"),
+    (
+        MOB | {"model.mob.pool": "max"},
+        "model.mob.pool = 'max' is unknown; choose tokens |",
+    ),
+    (MOB | {"model.mob.alpha": 1.5}, "model.mob.alpha = 1.5 must lie between 0 and 1"),
+    *(
+        (
+            {"model.mob.groups": (text,)},
+            f"model.mob.groups = {text!r} is no range of at least two blocks: write first-last, "
+            "like 4-6",
+        )
+        for text in ("4", "4-4", "6-4", "-1-3", "a-b", "1-2-3", "", "1.5-3")
+    ),
+    (
+        MOB | {"model.moe.dropout": 0.1},
+        "model.moe.dropout = 0.1 has no random stream in the blocks of model.mob.groups: set it to "
+        "0, or model.mob.groups=none",
+    ),
+    (
+        MOB | {"model.router.name": "expert_choice", "model.router.group": "batch"},
+        "model.router.group = batch routes tokens of several samples together, and in the blocks "
+        "of model.mob.groups a sample is alone: set model.router.group=sample",
+    ),
+    (
+        {"model.adaln_shared": True},
+        "model.adaln_shared = True has no compression to share: set model.adaln_rank, like 256, or "
+        "model.adaln_shared=false",
+    ),
+    ({"model.adaln_rank": -1}, "model.adaln_rank = -1 must be zero or positive"),
+    (
+        MOB | {"model.architecture": "jit"},
+        "model.mob.groups = ('2-4', '6-7') is for model.architecture = dit and flux: set it to "
+        "('none',)",
+    ),
+    (
+        {"model.architecture": "jit", "model.adaln_rank": 8},
+        "model.adaln_rank = 8 is for model.architecture = dit and flux: set it to 0",
+    ),
+    (
+        {"loss_weights.block_balance": 0.01},
+        "loss_weights.block_balance is no loss of model.router.name",
+    ),
     ({"model.patch_size": 3}, "model.patch_size = 3 does not divide model.image_size = 32"),
     ({"model.num_heads": 5}, "model.num_heads = 5 does not divide model.hidden_size = 384"),
     ({"model.num_kv_heads": 4}, "model.num_kv_heads = 4 does not divide model.num_heads = 6"),

@@ -33,6 +33,8 @@ def validate(config: ConfigDict) -> None:
     router = routers.find(config.model.router.name)
     if router:
         _check_moe(config.model)
+        if parse_groups(config.model.mob.groups):
+            _check_grouped(router, config.model)
         samples = {"sample": 1, "batch": _micro_batch(config), "shard": None}
         _check_router(router, config.model, samples[config.model.router.group])
     require(
@@ -126,6 +128,11 @@ def _check_transformer(model: ConfigDict) -> None:
         f"model.hidden_size = {model.hidden_size}, beyond {1 << 28:,} values of a sample: take "
         "larger patches or a smaller image",
     )
+    require(
+        model.adaln_rank > 0 or not model.adaln_shared,
+        "model.adaln_shared = True has no compression to share: set model.adaln_rank, like 256, or "
+        "model.adaln_shared=false",
+    )
     head_size = model.hidden_size // model.num_heads
     # One sine-cosine pair needs two channels; two axes need twice as many.
     for positions, name, size, step in (
@@ -180,6 +187,20 @@ def _check_moe(model: ConfigDict) -> None:
         moe.dropout == 0 or moe.backend not in ("cpu", "tpu", "gpu", "ragged_dot"),
         f"model.moe.backend = {moe.backend} cannot do model.moe.dropout = {moe.dropout}: choose "
         "auto, blocked or slots, or set model.moe.dropout=0",
+    )
+
+
+def _check_grouped(router: type[Router], model: ConfigDict) -> None:
+    """Checks experts in groups of blocks, where a sample is alone (mixture_of_blocks.py)."""
+    require(
+        model.moe.dropout == 0,
+        f"model.moe.dropout = {model.moe.dropout} has no random stream in the blocks of "
+        "model.mob.groups: set it to 0, or model.mob.groups=none",
+    )
+    require(
+        model.router.group == "sample" or not router.group_matters,
+        f"model.router.group = {model.router.group} routes tokens of several samples together, and "
+        "in the blocks of model.mob.groups a sample is alone: set model.router.group=sample",
     )
 
 

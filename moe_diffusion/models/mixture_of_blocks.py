@@ -4,9 +4,9 @@ Consecutive blocks of one kind form a group. Of its m blocks a sample passes kap
 and skips the others (Eq. 4). The router sees the tokens and the condition (Eq. 5).
 
 How blocks are skipped with static shapes: the weights of a group's blocks are stacked. A loop goes
-over the samples of a device, slices the weights of a sample's blocks out of the stack, and applies
-them to that sample alone. So the work is that of kappa blocks, whatever the router picks. Each
-device reads whole weights of the group, as it does for any layer.
+over the samples of a device, cuts the weights of a sample's blocks out of the stack (cuts.py), and
+applies them to that sample alone. So the work is that of kappa blocks, whatever the router picks.
+Each device reads whole weights of the group, as it does for any layer.
 
 How the router learns: the choice itself has no gradient. In training a chosen block's result is
 
@@ -28,11 +28,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from moe_diffusion.checks import check_values, require
 from moe_diffusion.models.adaln import vector
+from moe_diffusion.models.cuts import one_by_one
 from moe_diffusion.models.stack import COLLECTIONS, MEMBERS, Group
 from moe_diffusion.moe.router import balance, exact_matmul
 from moe_diffusion.parallel.mesh import alone, by_group, current_mesh
@@ -41,9 +41,6 @@ from moe_diffusion.parallel.weights import Specs, on_own_samples, weight_specs
 Tree = Any
 BALANCE = "block_balance"  # the loss of a group's router, and its key in `loss_weights`
 _REPORTED = ("losses", "metrics")
-_WEIGHTS = "weights of a block"
-# The slices are cut out again in the backward pass; kept, they would be a block a sample.
-_KEEP = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -270,17 +267,11 @@ class BlockGroup(nn.Module):
         block, together = self.make(parent=None), self.options.select == "run"
         wanted = [name for name in _REPORTED if self.is_mutable_collection(name)]
 
-        def one_sample(weights: dict, sample: Tree) -> Tree:
+        def one_sample(cut: Callable, sample: Tree) -> Tree:
             (first, broadcast), blocks, p = sample
             carry, found = first, []
             for k in range(self.active):
-                own = {
-                    path: checkpoint_name(
-                        lax.dynamic_index_in_dim(w, blocks[k], 0, False), _WEIGHTS
-                    )
-                    for path, w in weights.items()
-                }
-                variables = {"params": unflatten_dict(own, sep="/")}
+                variables = {"params": unflatten_dict(cut(blocks[k]), sep="/")}
                 new, sown = block.apply(variables, carry, *broadcast, mutable=wanted)
                 if p is not None and not together:
                     new = _straight_through(new, carry, p[k])
@@ -290,13 +281,10 @@ class BlockGroup(nn.Module):
                 carry = _straight_through(carry, first, p[0])
             return carry, _by_name(found)
 
-        def all_samples(samples: Tree, weights: dict) -> Tree:
-            step = jax.checkpoint(partial(one_sample, weights), policy=_KEEP, prevent_cse=False)
-            return lax.scan(lambda _, sample: (None, step(sample)), None, samples)[1]
-
-        one_by_one = jax.tree.map(lambda x: x[:, None], (carry, broadcast))
+        batches_of_one = jax.tree.map(lambda x: x[:, None], (carry, broadcast))
         specs = {} if current_mesh().size <= 1 else self._specs(block, weights, carry, broadcast)
-        carry, reports = on_own_samples(all_samples, (one_by_one, blocks, p), weights, specs)
+        loop, samples = partial(one_by_one, one_sample), (batches_of_one, blocks, p)
+        carry, reports = on_own_samples(loop, samples, weights, specs)
         reports = {name: {} for name in _REPORTED} | jax.tree.map(jnp.mean, reports)
         return jax.tree.map(lambda x: x[:, 0], carry), reports
 

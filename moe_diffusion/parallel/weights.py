@@ -75,7 +75,8 @@ def on_own_samples(function: Callable, x: Any, weights: dict, specs: Specs) -> A
       specs: of `weight_specs`.
     """
     if jax.tree.leaves(x)[0].shape[0] % num_batch_shards() or current_mesh().size <= 1:
-        return function(x, weights)
+        with alone():
+            return function(x, weights)
 
     def on_device(x: Any, weights: dict) -> Any:
         weights = gather(weights, specs)

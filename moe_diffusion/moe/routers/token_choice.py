@@ -23,6 +23,8 @@ class TokenChoice(Router):
     top_k: K, experts per token; 0 = none, the shared expert alone.
     scores: softmax | sigmoid.
     normalize: the gates of a token sum to 1, if top_k > 1.
+    normalize_one: they do if top_k = 1, too (2510.09094, Eq. 3). Such a gate is 1 and teaches the
+      router nothing; it is for models that were trained with more experts.
     scale: multiplies the gates.
     selection_bias: a bias is added to the scores for the choice only, never to the gates
       (DeepSeek-V3, 2412.19437, Eq. 16).
@@ -40,6 +42,7 @@ class TokenChoice(Router):
     top_k: int = 2
     scores: str = "softmax"
     normalize: bool = False
+    normalize_one: bool = False
     scale: float = 1.0
     selection_bias: bool = False
     bias_update_rate: float = 0.0
@@ -79,7 +82,7 @@ class TokenChoice(Router):
         scores = gates(logits, self.scores)
         expert = top_experts(self._choice(lax.stop_gradient(scores)), self.top_k)
         weight = jnp.take_along_axis(scores, expert, axis=-1)
-        if self.normalize and self.top_k > 1:
+        if self.normalize and self.top_k > 1 - self.normalize_one:
             weight /= weight.sum(-1, keepdims=True) + 1e-20
         routing = by_token(expert, weight * self.scale)
 
