@@ -133,10 +133,24 @@ def test_counts_are_those_of_the_paper():
     assert "1,981.70 (1981.7)" in row
 
 
+def test_figure_2_of_dense2moe(tmp_path, capsys):
+    """A table and a picture of bars, without any training."""
+    reproduce.main(["dense2moe_figure2", "--out", str(tmp_path), "--json"])
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [Path(file).name for file in made["files"]] == ["table.md", "parameters.png"]
+    head, _, *rows = [x for x in (tmp_path / "table.md").read_text().splitlines() if x[:1] == "|"]
+    (row,) = [line for line in rows if line.startswith("| FLUX.1-MoE-M ")]
+    cells = dict(zip(*([c.strip() for c in x.split("|")[1:-1]] for x in (head, row)), strict=True))
+    assert cells["activated, 10^6"] == "4,269.23 (4010)" and cells["total"] == "9,007.87"
+    assert cells["FLOPs an image, 10^12"] == "42.21 (35.7)"
+    parts = [float(v.replace(",", "")) for k, v in cells.items() if k.endswith(", activated")]
+    assert sum(parts) == pytest.approx(4269.23, abs=0.05)
+
+
 def test_what_is_refused(tmp_path, capfd):
     refused = lambda *args: cli.refused(capfd, reproduce.main, args)  # noqa: E731
     assert "did you mean dsmoe_table5" in refused("dsmoe_tabel5")
-    assert "cannot be made yet: FLUX" in refused("dense2moe_table1")
+    assert "cannot be made yet: trained weights" in refused("dense2moe_table2")
     assert "name its workdir as --run" in refused("diffmoe_figure6")
     assert "give --inception and --reference" in refused("dsmoe_table5")
     assert "name a table or figure" in refused()
@@ -187,6 +201,8 @@ def test_every_command_runs(name, shared, tmp_path, monkeypatch, capsys):
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["name"] == name
     expected = {f"{curve}.png" for curve in item.curves}
+    if item.bars:
+        expected.add("parameters.png")
     if any(row.protocol for row in item.rows) or item.counts:
         expected.add("table.md")
     assert {Path(file).name for file in made["files"]} == expected
