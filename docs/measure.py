@@ -24,11 +24,14 @@ class Entry:
 @functools.cache
 def measure(spec: str, *overrides: str) -> Entry:
     """Counts and FLOPs of a config, without its weights."""
-    model = build(configs.load(spec, overrides).model)
+    config = configs.load(spec, overrides)
     family = Path(spec.partition(":")[0]).stem.rpartition("_")[0] or Path(spec).stem
-    return Entry(
-        family,
-        parameter_counts(model),
-        forward_flops(model)["total"],
-        model.grid[0] * model.grid[1],
-    )
+    key = repr(config.model.to_dict())
+    if key not in _MEASURED:  # some configs differ in training alone
+        model = build(config.model)
+        flops = forward_flops(model)["total"]
+        _MEASURED[key] = parameter_counts(model), flops, model.grid[0] * model.grid[1]
+    return Entry(family, *_MEASURED[key])
+
+
+_MEASURED: dict[str, tuple[dict[str, Count], float, int]] = {}  # section `model` -> what it has

@@ -112,7 +112,8 @@ def small(spec: str) -> configs.ConfigDict:
     if model.adaln_rank:
         sizes["model.adaln_rank"] = 4
     config = configs.load(f"configs/{spec}", [f"{key}={value}" for key, value in sizes.items()])
-    config.sampling.update(configs.default().sampling)  # no part of a step either
+    for section in ("sampling", "distill"):  # no part of a step either
+        config[section].update(configs.load("digits")[section])
     return config
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moe_diffusion import config as configs
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts
-from moe_diffusion.models.stack import Model
 from moe_diffusion.reproduction.commands import Options, judging
 from moe_diffusion.reproduction.items import Item, Row
 
@@ -50,7 +50,7 @@ UNITS = {"10^6": 10**6, "2^20": 2**20}
 
 def counts(item: Item) -> dict[str, dict[str, Count]]:
     """Label of a row -> parameters of its config by kind of module."""
-    return {row.label: parameter_counts(_model(row)) for row in item.rows}
+    return {row.label: _cost(row.config)[0] for row in item.rows}
 
 
 def counted(item: Item) -> str:
@@ -70,13 +70,16 @@ def counted(item: Item) -> str:
         ours = {k: (c.activated if item.bars else c.total) / unit for k, c in model.items()}
         ours |= {"activated": model["total"].activated / unit, "total": model["total"].total / unit}
         if "tflops" in head:
-            ours["tflops"] = forward_flops(_model(row))["total"] / 1e12
+            ours["tflops"] = _cost(row.config)[1] / 1e12
         lines.append([row.label, *(_cell(ours.get(c), row.published.get(c)) for c in head)])
     return _page(item, ["model", *head.values()], lines)
 
 
-def _model(row: Row) -> Model:
-    return build(configs.load(row.config).model)
+@functools.lru_cache(maxsize=64)  # a table and its picture ask for the same
+def _cost(spec: str) -> tuple[dict[str, Count], float]:
+    """Parameters of a config by kind of module, and FLOPs of an image."""
+    model = build(configs.load(spec).model)
+    return parameter_counts(model), forward_flops(model)["total"]
 
 
 def _by_guidance(results: list[dict[str, Any]], many: bool) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ from moe_diffusion.evaluation import inception, protocol
 from moe_diffusion.reproduction import tables
 from moe_diffusion.reproduction.commands import Options, judging, training
 from moe_diffusion.reproduction.items import Item, Row, find, papers
+from moe_diffusion.reproduction.run import make
 from moe_diffusion.reproduction.tiny import shrink
 from tests import cli
 from tests.golden.inception import recipe
@@ -133,18 +135,21 @@ def test_counts_are_those_of_the_paper():
     assert "1,981.70 (1981.7)" in row
 
 
-def test_figure_2_of_dense2moe(tmp_path, capsys):
-    """A table and a picture of bars, without any training."""
-    reproduce.main(["dense2moe_figure2", "--out", str(tmp_path), "--json"])
-    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_figure_2_of_dense2moe(tmp_path):
+    """A table and a picture of bars, without any training; here of two models."""
+    item = find("dense2moe_figure2")
+    rows = tuple(row for row in item.rows if row.label in ("FLUX.1-MoE-M", "FLUX-Mini"))
+    made = make(dataclasses.replace(item, rows=rows), options(tmp_path))
     assert [Path(file).name for file in made["files"]] == ["table.md", "parameters.png"]
-    head, _, *rows = [x for x in (tmp_path / "table.md").read_text().splitlines() if x[:1] == "|"]
-    (row,) = [line for line in rows if line.startswith("| FLUX.1-MoE-M ")]
-    cells = dict(zip(*([c.strip() for c in x.split("|")[1:-1]] for x in (head, row)), strict=True))
+    text = (tmp_path / "out" / "table.md").read_text()
+    head, _, row, mini = [line.split(" | ") for line in text.splitlines() if line[:1] == "|"]
+    cells = dict(zip(head, row, strict=True))
     assert cells["activated, 10^6"] == "4,269.23 (4010)" and cells["total"] == "9,007.87"
     assert cells["FLOPs an image, 10^12"] == "42.21 (35.7)"
-    parts = [float(v.replace(",", "")) for k, v in cells.items() if k.endswith(", activated")]
-    assert sum(parts) == pytest.approx(4269.23, abs=0.05)
+    assert mini[1] == "3,179.20 (3180)"
+    found = [v.strip(" |").replace(",", "") for k, v in cells.items() if "activated" in k]
+    assert sum(map(float, found[1:])) == pytest.approx(4269.23, abs=0.05)
+    assert np.std(np.asarray(Image.open(made["files"][1]))) > 1
 
 
 def test_what_is_refused(tmp_path, capfd):
