@@ -8,18 +8,14 @@ Run it when a config changes or a new one comes: a test fails while docs/models.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from docs import pages
+from docs import dense2moe_counts, pages
+from docs.measure import measure
 from docs.published import PUBLISHED, VARIANTS, Published
-from moe_diffusion import config as configs
 from moe_diffusion import shipped
 from moe_diffusion.cli import exits_on_user_error
-from moe_diffusion.models import build
-from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts
+from moe_diffusion.models.accounting import Count
 
 BEGIN = "<!-- begin: written by docs.generate_models -->"
 COLUMNS = (
@@ -33,29 +29,6 @@ COLUMNS = (
     "G multiply-adds",
     "paper's Gflops",
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a config comes to: counts by kind, FLOPs of a forward pass, patches of an image."""
-
-    family: str
-    counts: dict[str, Count]
-    flops: float
-    tokens: int
-
-
-@functools.cache
-def measure(spec: str, *overrides: str) -> Entry:
-    """Counts and FLOPs of a config, without its weights."""
-    model = build(configs.load(spec, overrides).model)
-    family = Path(spec.partition(":")[0]).stem.rpartition("_")[0] or Path(spec).stem
-    return Entry(
-        family,
-        parameter_counts(model),
-        forward_flops(model)["total"],
-        model.grid[0] * model.grid[1],
-    )
 
 
 def specs() -> list[str]:
@@ -104,9 +77,14 @@ def table() -> str:
     return "\n".join([*head, *map(row, sorted(specs(), key=place))])
 
 
+def content() -> str:
+    """The table of all models, and that of Dense2MoE."""
+    return "\n\n".join([table(), "### Dense2MoE", dense2moe_counts.table()])
+
+
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    pages.main("generate_models", __doc__, BEGIN, table, argv)
+    pages.main("generate_models", __doc__, BEGIN, content, argv)
 
 
 if __name__ == "__main__":

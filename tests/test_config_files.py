@@ -57,6 +57,19 @@ FLUX = [
     *(f"configs/flux_{name}.py" for name in ("dev", "schnell", "tiny")),
     "configs/hyper_flux.py",
     "configs/digits_flux.py",
+    *(f"configs/{name}.py" for name in ("flux_lite", "flux_mini")),
+]
+FLUX += [f"configs/flux_moe_{size}.py" for size in ("l", "m", "s", "xs")]
+FLUX += [f"configs/hyper_flux_moe_{size}.py" for size in ("l", "xs")]
+FLUX += [
+    f"configs/flux_moe_ablation.py:variant={variant}"
+    for table in (
+        ("pruned1.5", "pruned2", "moe1.5"),
+        ("depth9_38", "depth9_26", "mob9_38", "mob9_26"),
+        ("1s12e2a", "0.5s14e4a", "random_split", "joint"),
+        ("groups4x3", "groups2x6", "groups1x12"),
+    )
+    for variant in table
 ]
 DENSE2MOE = [
     *(f"configs/dit_xl_moe.py:objective={objective}" for objective in ("ddpm", "flow")),

@@ -50,6 +50,13 @@ SLOW = [
     ["tcdit_l.py:objective=ddpm"],
     [f"ecdit_{size}.py:predictor=true" for size in "sbl"],
     ["flux_schnell.py"],
+    ["flux_lite.py", "flux_mini.py", "flux_moe_ablation.py:variant=depth9_38"],
+    ["flux_moe_l.py", "hyper_flux_moe_l.py"],
+    ["flux_moe_s.py", "flux_moe_m.py", "flux_moe_xs.py", "hyper_flux_moe_xs.py"],
+    ["flux_moe_ablation.py:variant=0.5s14e4a"],
+    ["flux_moe_ablation.py:variant=pruned2"],
+    ["flux_moe_ablation.py:variant=mob9_26"],
+    ["flux_moe_ablation.py:variant=groups1x12"],
     ["flux_tiny.py"],
     ["digits_flux.py"],
     ["dit_xl_moe.py"],
@@ -101,8 +108,16 @@ def small(spec: str) -> configs.ConfigDict:
         sizes["model.num_kv_heads"] = 1
     if model.architecture == "flux":
         sizes["model.patch_size"] = model.patch_size  # it has no other
+    if tuple(model.mob.groups) != ("none",):  # a group has blocks of one kind
+        sizes |= {"model.mob.groups": ("0-1", "2-3"), "model.moe.skip_first": 0}
+        sizes["model.mob.active"] = min(2, model.mob.active)
+    elif model.architecture == "flux":
+        sizes["model.moe.skip_first"] = min(2, model.moe.skip_first)
+    if model.adaln_rank:
+        sizes["model.adaln_rank"] = 4
     config = configs.load(f"configs/{spec}", [f"{key}={value}" for key, value in sizes.items()])
-    config.sampling.update(configs.default().sampling)  # no part of a step either
+    for section in ("sampling", "distill"):  # no part of a step either
+        config[section].update(configs.load("digits")[section])
     return config
 
 

@@ -48,7 +48,9 @@ class Item:
       --inception and --reference, and the flag --prompts if the user gave it.
     model: config of the paper's run, where the user must name one.
     counts: the table counts the parameters of the rows' configs; nothing is trained. They are
-      counted in this unit, "10^6" or "2^20", as the paper's.
+      counted in this unit, "10^6" or "2^20", as the paper's. Where a row has "tflops" of the paper,
+      the FLOPs of an image in 10^12 are counted, too.
+    bars: with `counts`: draws the activated parameters by kind of module.
     note: what a reader must know, like what the paper leaves open.
     missing: what the library lacks for it; then there is no command.
     """
@@ -60,6 +62,7 @@ class Item:
     commands: tuple[str, ...] = ()
     model: str = ""
     counts: str = ""
+    bars: bool = False
     note: str = ""
     missing: str = ""
 

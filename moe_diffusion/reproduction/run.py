@@ -12,6 +12,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.curves import comparison_picture, read_losses
 from moe_diffusion.figures.images import save_png
+from moe_diffusion.figures.parameters import parameters_picture
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.reading import Key, lines, read_table, table_of
 from moe_diffusion.reproduction import tables
@@ -105,6 +106,9 @@ def _written(
     if table:
         files.append(save_text(table, options.out / "table.md"))
         print(table)
+    if item.bars:
+        picture = parameters_picture(tables.counts(item), item.title)
+        files.append(save_png(picture, options.out / "parameters.png"))
     if "loss" in item.curves:
         runs = {row.label: workdir(row, options) / "metrics.jsonl" for row in item.rows}
         curves = {label: read_losses(path) for label, path in runs.items()}

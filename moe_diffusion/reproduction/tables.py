@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from moe_diffusion import config as configs
 from moe_diffusion.models import build
-from moe_diffusion.models.accounting import parameter_counts
+from moe_diffusion.models.accounting import Count, forward_flops, parameter_counts
 from moe_diffusion.reproduction.commands import Options, judging
 from moe_diffusion.reproduction.items import Item, Row
 
@@ -47,19 +48,38 @@ def compared(item: Item, options: Options, results: dict[str, list[dict[str, Any
 UNITS = {"10^6": 10**6, "2^20": 2**20}
 
 
+def counts(item: Item) -> dict[str, dict[str, Count]]:
+    """Label of a row -> parameters of its config by kind of module."""
+    return {row.label: _cost(row.config)[0] for row in item.rows}
+
+
 def counted(item: Item) -> str:
-    """Parameters of the rows' configs by kind of module, in the item's unit."""
-    models = {row.label: build(configs.load(row.config).model) for row in item.rows}
-    counts = {label: parameter_counts(model) for label, model in models.items()}
-    kinds = dict.fromkeys(kind for ours in counts.values() for kind in ours if kind != "total")
-    lines, unit = [], UNITS[item.counts]
+    """Parameters of the rows' configs by kind of module, in the item's unit, and their FLOPs.
+
+    By kind they are all parameters, or the activated ones if the item's picture shows these.
+    """
+    found, unit = counts(item), UNITS[item.counts]
+    kinds = dict.fromkeys(kind for ours in found.values() for kind in ours if kind != "total")
+    head = {"activated": f"activated, {item.counts}", "total": "total"}
+    if any("tflops" in row.published for row in item.rows):
+        head["tflops"] = "FLOPs an image, 10^12"
+    head |= {kind: f"{kind}, activated" if item.bars else kind for kind in kinds}
+    lines = []
     for row in item.rows:
-        ours = {kind: count.total / unit for kind, count in counts[row.label].items()}
-        ours["activated"] = counts[row.label]["total"].activated / unit
-        columns = ("activated", "total", *kinds)
-        lines.append([row.label, *(_cell(ours.get(c), row.published.get(c)) for c in columns)])
-    head = ["model", f"activated, {item.counts}", "total", *kinds]
-    return _page(item, head, lines)
+        model = found[row.label]
+        ours = {k: (c.activated if item.bars else c.total) / unit for k, c in model.items()}
+        ours |= {"activated": model["total"].activated / unit, "total": model["total"].total / unit}
+        if "tflops" in head:
+            ours["tflops"] = _cost(row.config)[1] / 1e12
+        lines.append([row.label, *(_cell(ours.get(c), row.published.get(c)) for c in head)])
+    return _page(item, ["model", *head.values()], lines)
+
+
+@functools.lru_cache(maxsize=64)  # a table and its picture ask for the same
+def _cost(spec: str) -> tuple[dict[str, Count], float]:
+    """Parameters of a config by kind of module, and FLOPs of an image."""
+    model = build(configs.load(spec).model)
+    return parameter_counts(model), forward_flops(model)["total"]
 
 
 def _by_guidance(results: list[dict[str, Any]], many: bool) -> dict[str, float]:

@@ -66,8 +66,10 @@ def shrink(config: ConfigDict) -> tuple[str, ...]:
         small = {"bottleneck": 8, "in_context_start": 1, "in_context_tokens": 2}
         values |= {f"model.jit.{key}": value for key, value in small.items()}
     if model.architecture == "flux":
-        small = {"single_depth": 2, "rope_axes": "(4,6,6)", "text_tokens": 8, "text_width": 16}
+        small = {"single_depth": 2, "rope_axes": (4, 6, 6), "text_tokens": 8, "text_width": 16}
         small |= {"pooled_width": 8}
         values |= {f"model.flux.{key}": value for key, value in small.items()}
-        values |= {"model.mob.groups": "('none',)", "model.adaln_rank": min(8, model.adaln_rank)}
+        values["model.adaln_rank"] = min(8, model.adaln_rank)
+        if tuple(model.mob.groups) != ("none",):  # a group has blocks of one kind
+            values |= {"model.mob.groups": ("0-1", "2-3"), "model.moe.skip_first": 0}
     return tuple(f"--config.{key}={value}" for key, value in values.items())

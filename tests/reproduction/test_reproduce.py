@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ from moe_diffusion.evaluation import inception, protocol
 from moe_diffusion.reproduction import tables
 from moe_diffusion.reproduction.commands import Options, judging, training
 from moe_diffusion.reproduction.items import Item, Row, find, papers
+from moe_diffusion.reproduction.run import make
 from moe_diffusion.reproduction.tiny import shrink
 from tests import cli
 from tests.golden.inception import recipe
@@ -133,10 +135,27 @@ def test_counts_are_those_of_the_paper():
     assert "1,981.70 (1981.7)" in row
 
 
+def test_figure_2_of_dense2moe(tmp_path):
+    """A table and a picture of bars, without any training; here of two models."""
+    item = find("dense2moe_figure2")
+    rows = tuple(row for row in item.rows if row.label in ("FLUX.1-MoE-M", "FLUX-Mini"))
+    made = make(dataclasses.replace(item, rows=rows), options(tmp_path))
+    assert [Path(file).name for file in made["files"]] == ["table.md", "parameters.png"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    head, _, row, mini = [line.split(" | ") for line in text.splitlines() if line[:1] == "|"]
+    cells = dict(zip(head, row, strict=True))
+    assert cells["activated, 10^6"] == "4,269.23 (4010)" and cells["total"] == "9,007.87"
+    assert cells["FLOPs an image, 10^12"] == "42.21 (35.7)"
+    assert mini[1] == "3,179.20 (3180)"
+    found = [v.strip(" |").replace(",", "") for k, v in cells.items() if "activated" in k]
+    assert sum(map(float, found[1:])) == pytest.approx(4269.23, abs=0.05)
+    assert np.std(np.asarray(Image.open(made["files"][1]))) > 1
+
+
 def test_what_is_refused(tmp_path, capfd):
     refused = lambda *args: cli.refused(capfd, reproduce.main, args)  # noqa: E731
     assert "did you mean dsmoe_table5" in refused("dsmoe_tabel5")
-    assert "cannot be made yet: FLUX" in refused("dense2moe_table1")
+    assert "cannot be made yet: trained weights" in refused("dense2moe_table2")
     assert "name its workdir as --run" in refused("diffmoe_figure6")
     assert "give --inception and --reference" in refused("dsmoe_table5")
     assert "name a table or figure" in refused()
@@ -187,6 +206,8 @@ def test_every_command_runs(name, shared, tmp_path, monkeypatch, capsys):
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["name"] == name
     expected = {f"{curve}.png" for curve in item.curves}
+    if item.bars:
+        expected.add("parameters.png")
     if any(row.protocol for row in item.rows) or item.counts:
         expected.add("table.md")
     assert {Path(file).name for file in made["files"]} == expected

@@ -12,7 +12,6 @@ from clu import platform
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.progress import Progress
-from moe_diffusion.training import logging
 from moe_diffusion.training.logging import MetricWriter
 from tests import cli
 from tests.full_disk import full_disk
