@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs.families.flux import flux
+from configs.families.flux_moe import flux_moe
 from moe_diffusion.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    config = flux("flux_lite", True, parse_arg(arg, pixels=1024).pixels)
-    config.model.depth = 8
-    return config
+    pixels = parse_arg(arg, pixels=1024).pixels
+    return flux_moe("flux_lite", None, adaln_rank=0, depth=(8, 38), pixels=pixels)

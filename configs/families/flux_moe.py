@@ -16,10 +16,14 @@ from ml_collections import ConfigDict
 
 from configs.families.flux import flux
 from moe_diffusion.config import parse_arg
+from moe_diffusion.dense2moe.stage_configs import EXPERTS, GROUPS, SHARED
 from moe_diffusion.errors import UserError
+from moe_diffusion.models.mixture_of_blocks import parse_groups
 
 MLP_RATIO = 4.0
 SINGLE = 19  # the first block of one stream
+# Of a stage. The paper does not say; Figure 5 shows as many of group feature distillation.
+STEPS = 40_000
 BALANCE = 1e-2  # weight of the losses that balance experts and blocks (Eq. 10)
 
 # Section 4.1: five groups of three double blocks, and three or five groups of five single ones.
@@ -158,8 +162,22 @@ def _train(config: ConfigDict, importance: str, jointly: bool) -> None:
       importance: how hidden units are dealt to the experts, `taylor` or `random` (Table 5).
       jointly: shared and normal experts are trained in one stage instead of two (Table 5).
     """
-    config.distill.teacher = "runs/flux_dev"
-    config.distill.importance = importance
+    how, model = config.distill, config.model
+    how.teacher, how.importance = "runs/flux_dev", importance
+    if model.router.name == "dense":
+        stages = [GROUPS] if parse_groups(model.mob.groups) else [SHARED]
+    else:
+        stages = [SHARED] + [EXPERTS] * bool(model.moe.num_experts)
+        stages += [GROUPS] * bool(parse_groups(model.mob.groups))
     if jointly:
-        config.distill.shared.steps = 0
-        config.distill.experts.trainable = ("*/shared/*", "*/experts/*", "*/router/*")
+        stages = [EXPERTS, *stages[2:]]
+        how.experts.trainable = ("*/shared/*", "*/experts/*", "*/router/*")
+    if (model.depth, model.flux.single_depth) != (
+        SINGLE,
+        38,
+    ):  # FLUX.1-Lite's blocks; BK's training
+        how.blocks, how.shared.trainable = ("lite",), ("*",)
+    for stage in stages:
+        how[stage].steps = STEPS
+    if EXPERTS in stages and SHARED not in stages or stages == [SHARED]:  # as long as two stages
+        how[stages[0]].steps = 2 * STEPS
