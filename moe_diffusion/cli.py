@@ -217,9 +217,9 @@ def _answer(text: str) -> None:
 def overview() -> str:
     """What `moe-diffusion --help` prints: a line for each command."""
     folder = Path(__file__).parent
-    lines = [f"  {name:<12}{shipped.first_line(folder / f'{name}.py')}" for name in COMMANDS]
+    lines = [f"  {name:<14}{shipped.first_line(folder / f'{name}.py')}" for name in COMMANDS]
     width = _Help("")._width
-    lines = [textwrap.fill(line, width, subsequent_indent=" " * 14) for line in lines]
+    lines = [textwrap.fill(line, width, subsequent_indent=" " * 16) for line in lines]
     head = f"usage: {_COMMAND}COMMAND [flags]\n\nMixture-of-Experts diffusion transformers.\n"
     tail = f"\n{_COMMAND}COMMAND --help shows its flags and examples;"
     tail += f"\n{_COMMAND}train --config list shows the models."

@@ -1,11 +1,11 @@
 """Dense2MoE in half an hour: a tiny dense model becomes experts, beside pruning or from scratch.
 
-  python -m moe_diffusion.demo --config configs/digits_flux.py --workdir runs/digits_flux
   python -m moe_diffusion.distill_demo --teacher runs/digits_flux --workdir runs/dense2moe
-  python -m moe_diffusion.demo --config configs/digits.py:router=dense --workdir runs/digits_dense
   python -m moe_diffusion.distill_demo --what dit --teacher runs/digits_dense --workdir runs/dit_moe
 
-Of the tiny FLUX it makes students at the ratios of FLUX.1-MoE-L, M and S, and dense ones of as many
+`demo --config configs/digits_flux.py --workdir runs/digits_flux` trains the first teacher,
+`demo --config configs/digits.py:router=dense --workdir runs/digits_dense` the second. Of the tiny
+FLUX it makes students at the ratios of FLUX.1-MoE-L, M and S, and dense ones of as many
 activated parameters by leaving out hidden units or blocks. Of the DiT it makes one with experts,
 and trains the same one from scratch for as long. Each draws digits for the same conditions from the
 same noise. A table tells how many are right, how far they are from the teacher's, and what they

@@ -221,6 +221,7 @@ def test_config_show_prints_what_a_run_would_use(capsys):
 
 REMOTE = {
     "train": ("workdir",),
+    "distill": ("workdir",),
     "sample": ("workdir",),
     "routing": ("workdir",),
     "evaluate": ("workdir",),

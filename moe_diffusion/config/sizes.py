@@ -14,6 +14,8 @@ Size = int | str | Sequence[int]
 _LATENTS = 8  # pixels a side of a latent, of all autoencoders that bare files are known of
 _MOST = 1 << 14  # pixels; no machine draws more
 _IMAGES = (1, 3)  # channels of a model that makes images without an autoencoder
+# Keys of what a model is given: the same weights serve any size of image and any length of text.
+SIZES = ("model.image_size", "model.image_width", "model.flux.text_tokens", "model.flux.text_dtype")
 
 
 def parse_size(size: Size, asked_by: str = "size") -> tuple[int, int]:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from moe_diffusion import config as configs
 from moe_diffusion.checks import require
 from moe_diffusion.config.defaults import COMPUTATION
+from moe_diffusion.config.sizes import SIZES
 from moe_diffusion.dense2moe.blocks import Weights, join, numbers, split
 from moe_diffusion.errors import UserError
 from moe_diffusion.kernels import mlp
@@ -33,8 +34,6 @@ Units = dict[str, np.ndarray]  # name of an MLP in a block, like "image_mlp" -> 
 # May differ between a teacher and what is made of it. What is computed how may differ, too.
 _FREE = ("model.moe.", "model.router.", "model.mob.", "model.adaln_", "model.param_dtype")
 _FEWER = ("model.depth", "model.flux.single_depth")  # where blocks are left out
-# The same weights serve any size of image and any length of text.
-SIZES = ("model.image_size", "model.image_width", "model.flux.text_tokens", "model.flux.text_dtype")
 
 
 def check(config: ConfigDict, teacher: ConfigDict) -> None:

@@ -16,9 +16,11 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ from moe_diffusion.evaluation.archives import open_archive
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.progress import Progress
+from moe_diffusion.remote import is_remote
 from moe_diffusion.training.checkpoint import saved_steps
 from moe_diffusion.training.loop import to_device
 from moe_diffusion.training.state import merge, split
@@ -89,7 +92,7 @@ def load(path: str | os.PathLike, teacher: str) -> Importance:
     Raises:
       UserError: the file is damaged, or has the scores of another model than `teacher`.
     """
-    with open_archive(path) as archive:
+    with _local(path) as file, open_archive(file) as archive:
         found = archive.numbers("teacher", np.uint8).tobytes().decode()
         names = [name for name in archive.headers if name.startswith("units/")]
         units = {n.removeprefix("units/"): archive.numbers(n, np.float64) for n in names}
@@ -101,6 +104,18 @@ def load(path: str | os.PathLike, teacher: str) -> Importance:
             "teacher that it was made with"
         )
     return Importance(found, units, changes, float(loss), batches)
+
+
+@contextlib.contextmanager
+def _local(path: str | os.PathLike) -> Iterator[str | os.PathLike]:
+    """The file itself, or for a while a copy of a remote one."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / FILE
+        copy.write_bytes(epath.Path(path).read_bytes())
+        yield copy
 
 
 def fingerprint(config: ConfigDict, workdir: str | os.PathLike) -> str:

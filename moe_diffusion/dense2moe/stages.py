@@ -31,6 +31,7 @@ from moe_diffusion import config as configs
 from moe_diffusion.checks import require
 from moe_diffusion.classes import NOTHING, Classes
 from moe_diffusion.config.defaults import COMPUTATION
+from moe_diffusion.config.sizes import SIZES
 from moe_diffusion.dense2moe import convert, importance
 from moe_diffusion.dense2moe.blocks import numbers, ranges, standing_for
 from moe_diffusion.dense2moe.losses import make_distillation_loss
@@ -85,7 +86,7 @@ def planned(config: ConfigDict, devices: Sequence[Any]) -> tuple[Run, Tree]:
 
 def teacher_overrides(config: ConfigDict) -> tuple[str, ...]:
     """How the teacher is built differently from its own config: for the student's images."""
-    keys = (*convert.SIZES, *(k for k in COMPUTATION if k.startswith("model.") and "moe" not in k))
+    keys = (*SIZES, *(k for k in COMPUTATION if k.startswith("model.") and "moe" not in k))
     flat = flatten_dict(config.to_dict(), sep=".")
     return tuple(f"{key}={flat[key]}" for key in keys if key in flat)
 

@@ -245,7 +245,7 @@ class Flux(Model):
         for block in self.blocks():
             stream, _, ffn = block.kind.partition("_")
             for name in streams[stream] if ffn else ():
-                found[f"{block.path}/{name}moe/router"] = self.make_moe().make_router()
+                found |= self.make_moe().routers(f"{block.path}/{name}moe")
         return found
 
 

@@ -144,5 +144,7 @@ class PatchTransformer(Model):
         return {"label": jnp.full_like(cond["label"], self.num_classes)}
 
     def routers(self) -> dict[str, Router]:
-        paths = dict.fromkeys(b.path for b in self.blocks() if b.kind.startswith("moe"))
-        return {f"{path}/moe/router": self.make_moe().make_router() for path in paths}
+        found = {}
+        for path in dict.fromkeys(b.path for b in self.blocks() if b.kind.startswith("moe")):
+            found |= self.make_moe().routers(f"{path}/moe")
+        return found

@@ -88,6 +88,11 @@ class MoE(nn.Module):
             y += self.make_shared(name="shared", down_bias=self.down_bias, dropout=rate)(x)
         return y + x if self.residual_input else y
 
+    @nn.nowrap
+    def routers(self, path: str) -> dict[str, Router]:
+        """{path of its router: an unbound copy} of a layer at `path`; {} if it has no experts."""
+        return {f"{path}/router": self.make_router()} if self.make_experts().num_experts else {}
+
     def _routed(self, x: jax.Array, is_null: jax.Array, train: bool, rate: float) -> jax.Array:
         """The sum over the chosen experts. rate: of dropout."""
         batch, tokens, width = x.shape

@@ -61,14 +61,16 @@ def backends_of(
     """
     dtype, dropout = jnp.dtype(model.dtype).name, train and config.moe.dropout > 0
     name = None if config.moe.backend == "auto" else config.moe.backend
-    routings = [_routing(router, train) for router in model.routers().values()]
+    # With top_k = 0 the shared experts are all there is, and nothing is dispatched.
+    routers = [router for router in model.routers().values() if router.experts_per_token]
+    routings = [_routing(router, train) for router in routers]
     return dict(choose_backend(platform, r, dtype, dropout, name) for r in routings)
 
 
 def dispatch_line(model: Model, config: ConfigDict, platform: str) -> str:
     """One line that says how a model dispatches when it trains on a platform, and why."""
     found = backends_of(model, config, platform)
-    return f"dispatch of experts: {_text(found) or 'none, a dense model'}"
+    return f"dispatch of experts: {_text(found) or 'none, no token is routed'}"
 
 
 def dispatch_of(
