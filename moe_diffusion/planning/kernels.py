@@ -70,7 +70,7 @@ def backends_of(
 def dispatch_line(model: Model, config: ConfigDict, platform: str) -> str:
     """One line that says how a model dispatches when it trains on a platform, and why."""
     found = backends_of(model, config, platform)
-    return f"dispatch of experts: {_text(found) or 'none, no token is routed'}"
+    return f"dispatch of experts: {_text(found) or 'none, a dense model'}"
 
 
 def dispatch_of(
