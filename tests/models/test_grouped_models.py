@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from moe_diffusion.data.pipeline import make_iterator
+from moe_diffusion.data.sources import Synthetic
+from moe_diffusion.errors import UserError
 from moe_diffusion.models.stack import abstract_weights
+from moe_diffusion.training.loop import train
+from moe_diffusion.training.run import prepare_run
 from tests.models.grouped import (
     assert_near,
     config_of,
@@ -105,3 +112,44 @@ def test_every_sample_passes_its_blocks_and_no_others(case):
     found = flatten_dict(gradients, sep="/")
     assert not any(np.any(found[path]) for path in found if "block_router" in path)
     assert_near(found, expected)
+
+
+@pytest.mark.slow
+def test_what_is_computed_again_changes_no_gradient():
+    results = {}
+    for remat in ("none", "cheap", "dots", "full"):
+        small = {"model__depth": 4, "model__moe__skip_first": 0}
+        config = config_of("dit", ("0-1", "2-3"), model__remat=remat, **small)
+        model = model_of(config)
+        params, inputs = prepared(model, 2)
+        results[remat] = value_and_gradients(model, config)(params, *inputs)
+    for remat in ("cheap", "dots", "full"):
+        assert_near(results[remat], results["none"])
+
+
+def test_a_router_with_a_memory_is_refused():
+    config = config_of("dit", ("1-2",), model__router__selection_bias=True)
+    message = r"^model\.mob\.groups has blocks with a router that keeps a state, "
+    with pytest.raises(UserError, match=message):
+        abstract_weights(model_of(config))
+
+
+@pytest.mark.slow
+def test_a_dit_with_groups_trains(tmp_path):
+    """Through the loop: all weights move, the compressed modulation and the routers among them."""
+    keys = {"train__num_steps": 4, "data__batch_size": 16, "optim__warmup_steps": 1}
+    keys |= {"train__log_every": 1, "train__sample_every": 0, "train__eval_samples": 0}
+    keys |= {"ema__decays": "()", "model__depth": 4, "model__moe__skip_first": 0}
+    config = config_of("dit", ("0-1", "2-3"), **keys)
+    model, run = model_of(config), prepare_run(config)
+    source = Synthetic(model.input_shape, model.cond_spec())
+    with contextlib.closing(make_iterator(source, config.data, seed=config.seed)) as batches:
+        state = train(config, model, run.loss_fn, lambda: batches, tmp_path / "run")
+    assert int(state.step) == 4
+    before = flatten_dict(run.initial(config.seed), sep="/")
+    after = flatten_dict(jax.device_get(state.params), sep="/")
+    assert any("block_router" in path for path in after)
+    same = [path for path, leaf in after.items() if np.array_equal(leaf, before[f"params/{path}"])]
+    assert same == []
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert all(name in last for name in ("block_balance", "block_load_max", '"balance"'))

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from moe_diffusion.models.mixture_of_blocks import BlockGroup, BlockRouter, Mixture
-from moe_diffusion.models.stack import MEMBERS
+from moe_diffusion.models.stack import MEMBERS, Group, Stack
 
 # --- Eq. 5: the router ---------------------------------------------------------------------------
 
@@ -288,3 +288,55 @@ def test_the_work_is_that_of_the_active_blocks():
 
     router = products(active=1) - 6  # up and down, and two gradients of each
     assert products(active=2) == router + 12 and products(active=2, size=9) == router + 12
+
+
+# --- in a stack ----------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """A group of the three `Affine` blocks, and the same again; or of `Wide` ones."""
+
+    block: type[nn.Module]
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, carry, c, capture=()):
+        def make(kind):
+            options = Mixture(alpha=0.0)
+            return partial(BlockGroup, self.block, kind.size, kind.active, options, 0, True)
+
+        return Stack((Group("a", 3, 1),) * 2, make, self.remat, unroll=1)(carry, c, capture=capture)
+
+
+def test_a_captured_layer_is_what_leaves_the_group():
+    """Sample 0 passes block 2, then block 2: 1 -> 8 -> 29. 1: 4 -> 5 -> 6. 2: -2 -> -4 -> -8."""
+    once = variables()["params"]
+    params = {"layers_0": {"block_0": jax.tree.map(lambda w: jnp.stack([w, w]), once)}}
+    x = jnp.asarray(X)[:, None, None] * jnp.ones((3, 1, 3))
+    run = jax.jit(lambda p, *a: Layers(Affine).apply({"params": p}, *a, capture=(0,)))
+    out, features = run(params, x, jnp.eye(3))
+    np.testing.assert_allclose(features[0][:, 0, 0], [8, 5, -4])
+    np.testing.assert_allclose(out[:, 0, 0], [29, 6, -8])
+
+
+def test_what_is_computed_again_changes_no_gradient_and_keeps_no_weights():
+    """Neither for every sample, nor for every layer: the weights are there anyway."""
+    rng, results = np.random.default_rng(0), {}
+    x, c = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((7, 5, 16), (7, 16)))
+    init = partial(Layers(Wide).init, jax.random.key(0))
+    shapes = nn.meta.unbox(jax.eval_shape(init, x, c))["params"]
+    params = jax.tree.map(lambda w: jnp.asarray(0.2 * rng.normal(size=w.shape), w.dtype), shapes)
+    for remat in ("none", "cheap", "dots", "full"):
+
+        def loss(params, x, c, remat=remat):
+            return jnp.sum(Layers(Wide, remat).apply({"params": params}, x, c)[0] ** 2)
+
+        function = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        forward = next(e for e in equations(function.trace(params, x, c).jaxpr)
+                       if e.primitive.name == "scan" and e.params["length"] == 2)  # fmt: skip
+        kept = [v.aval.shape for v in forward.outvars]
+        assert not [s for s in kept if s[-2:] in ((16, 48), (48, 16))], remat
+        results[remat] = function(params, x, c)
+    for remat in ("cheap", "dots", "full"):
+        for a, b in zip(*map(jax.tree.leaves, (results[remat], results["none"])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
