@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from configs.families import flux
 from moe_diffusion import config as configs
 from moe_diffusion import convert, interop
 from moe_diffusion.errors import UserError
@@ -165,6 +166,38 @@ def test_numbers_of_blocks_and_groups_by_hand():
         leaves[f"{alone.path}/moe/router/kernel"][alone.index].T,
     )
     assert "double_groups.1.router.x.weight" not in state
+
+
+@pytest.mark.slow
+def test_full_size_by_shapes():
+    """FLUX.1-MoE-L: 9B parameters (2510.09094, section 4.1), 4,400 tensors; nothing is allocated.
+
+    A stream has 3 tensors of modulation, 2 + 2 + 2 of attention, 4 of an MLP, or a gate, 4 of the
+    shared expert and 12 x 4 of the normal ones: 3 x 26 + 16 x 124 in the double blocks. A single
+    block has 3 + 6 + 1 + 3 + 48, and 20 tensors stand outside of the blocks.
+    """
+    moe = {"num_experts": 12, "hidden_size": 768, "shared_hidden_size": 3072, "skip_first": 3}
+    sections = {"moe": moe, "router": {"top_k": 2}, "adaln_rank": 256}
+    h = flux.PARAMS | {"guidance_embed": True} | sections
+    model, family = build(interop.model_config_from_torch("flux_moe", h)), FAMILIES["flux_moe"]
+    leaves = keymap.abstract_variables(model)
+    groups = keymap.entries_by_leaf(family, model, leaves).values()
+    shapes = {
+        key: spec.shape
+        for key, spec in keymap.torch_specs((e for g in groups for e in g), leaves).items()
+    }
+    assert len(shapes) == 3 * 26 + 16 * 124 + 38 * 61 + 20 == 4400
+    assert 9.0e9 < sum(int(np.prod(shape)) for shape in shapes.values()) < 9.2e9
+    told = family.from_shapes(shapes)
+    assert describe.untold(family, told) == []
+    again = interop.model_config_from_torch("flux_moe", told | {"router": {"top_k": 2}})
+    assert again == interop.model_config_from_torch("flux_moe", h)
+    assert describe.likely_families(shapes) == ["flux_moe"]
+    # The table of docs/checkpoints.md.
+    assert shapes["double_blocks.3.txt_moe.experts.11.2.weight"] == (3072, 768)
+    assert shapes["double_blocks.0.img_mod.up.weight"] == (18432, 256)
+    assert shapes["single_blocks.37.attn.qkv.weight"] == (9216, 3072)
+    assert shapes["single_blocks.37.modulation.up.bias"] == (9216,)
 
 
 @pytest.mark.slow
