@@ -26,7 +26,7 @@ QUICK = [
     [f"diffmoe_{size}.py:experts={e}" for size in "lsb" for e in (8, 16)]
     + ["diffmoe_xl.py", "diffmoe_l.py:experts=2"],
     [f"ecdit_{size}.py" for size in "lsb"],
-    ["flux_dev.py", "hyper_flux.py"],
+    ["flux_dev.py", "hyper_flux.py", "flux_lite.py", "flux_mini.py"],
 ]
 # Their blocks, routers and objectives are those of the above in other combinations.
 SLOW = [
@@ -50,12 +50,9 @@ SLOW = [
     ["tcdit_l.py:objective=ddpm"],
     [f"ecdit_{size}.py:predictor=true" for size in "sbl"],
     ["flux_schnell.py"],
-    ["flux_lite.py", "flux_mini.py", "flux_moe_ablation.py:variant=depth9_38"],
     ["flux_moe_l.py", "hyper_flux_moe_l.py"],
     ["flux_moe_s.py", "flux_moe_m.py", "flux_moe_xs.py", "hyper_flux_moe_xs.py"],
-    ["flux_moe_ablation.py:variant=0.5s14e4a"],
     ["flux_moe_ablation.py:variant=pruned2"],
-    ["flux_moe_ablation.py:variant=mob9_26"],
     ["flux_moe_ablation.py:variant=groups1x12"],
     ["flux_tiny.py"],
     ["digits_flux.py"],
@@ -65,7 +62,10 @@ SLOW = [
     ["digits_moe.py:groups=0-1,adaln_rank=4"],
 ]
 FIRST = [specs[0] for specs in QUICK]
-OTHERS = [spec for specs in QUICK + SLOW for spec in specs if spec not in FIRST]
+# HyperFLUX-MoE is FLUX.1-MoE with another teacher: its steps are lowered once.
+OTHERS = [
+    s for specs in QUICK + SLOW for s in specs if s not in FIRST and "hyper_flux_moe" not in s
+]
 BATCH = 2
 
 
@@ -122,7 +122,7 @@ def small(spec: str) -> configs.ConfigDict:
 
 
 def test_every_config_file_is_listed_above():
-    assert {spec.split(".")[0] for spec in FIRST + OTHERS} == every_stem()
+    assert {spec.split(".")[0] for specs in QUICK + SLOW for spec in specs} == every_stem()
 
 
 @pytest.mark.parametrize("specs", QUICK + slow(SLOW), ids=lambda specs: specs[0])
@@ -140,7 +140,7 @@ def test_takes_a_step(specs):
     assert metrics.pop("finite") == 1 and np.isfinite(list(metrics.values())).all()
     assert metrics["loss"] > 0.1 and metrics["grad_norm"] > 0.01
     assert metrics.keys() >= set(config.loss_weights)
-    assert ("load_max" in metrics) == (config.model.router.name != "dense")
+    assert ("load_max" in metrics) == bool(run.model.routers() and config.model.moe.num_experts)
     assert int(state.step) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
