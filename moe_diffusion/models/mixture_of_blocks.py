@@ -281,7 +281,8 @@ class BlockGroup(nn.Module):
                     for path, w in weights.items()
                 }
                 variables = {"params": unflatten_dict(own, sep="/")}
-                new, sown = block.apply(variables, carry, *broadcast, mutable=wanted)
+                with jax.named_scope(MEMBERS):  # `plan` finds the products of a path by its names
+                    new, sown = block.apply(variables, carry, *broadcast, mutable=wanted)
                 if p is not None and not together:
                     new = _straight_through(new, carry, p[k])
                 carry = new
