@@ -105,8 +105,9 @@ def test_products_are_counted_by_hand():
 
 
 def test_products_of_grouped_blocks_have_their_path():
-    """Blocks of a group are applied apart from the model, in a loop: a computation of its own, whose
-    names XLA puts behind those of the call.
+    """Blocks of a group are applied apart from the model, in a loop: a computation of its own.
+
+    XLA puts its names behind those of the call.
     """
     model = build(load(model__mob__groups="1-2").model)
     weights, maps = products(model)
