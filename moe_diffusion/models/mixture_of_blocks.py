@@ -272,7 +272,8 @@ class BlockGroup(nn.Module):
             carry, found = first, []
             for k in range(self.active):
                 variables = {"params": unflatten_dict(cut(blocks[k]), sep="/")}
-                new, sown = block.apply(variables, carry, *broadcast, mutable=wanted)
+                with jax.named_scope(MEMBERS):  # `plan` finds the products of a path by its names
+                    new, sown = block.apply(variables, carry, *broadcast, mutable=wanted)
                 if p is not None and not together:
                     new = _straight_through(new, carry, p[k])
                 carry = new

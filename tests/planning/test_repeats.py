@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
+import jax
 import pytest
 
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
+from moe_diffusion.models.accounting import products
+from moe_diffusion.models.stack import abstract_inputs, abstract_variables
 from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.planning import hlo, report
 from moe_diffusion.planning.presets import Outcome, layout_of, recommend
-from moe_diffusion.planning.repeats import repeats_of, repeats_text
+from moe_diffusion.planning.repeats import _path_of, repeats_of, repeats_text
 from moe_diffusion.planning.topologies import describe
 
 QUIET = [].append
@@ -97,6 +102,23 @@ def test_products_are_counted_by_hand():
     gradient = 'metadata={op_name="transpose(jvp(Flux))/layers_1/block_0/attn/qkv/dot_general"}'
     assert of(whole.replace("@qkv", gradient)) == of(SHARED)
     assert of(SHARED.replace(", @maps", "")) is None  # a product without a name
+
+
+def test_products_of_grouped_blocks_have_their_path():
+    """Blocks of a group are applied apart from the model, in a loop: a computation of its own.
+
+    XLA puts its names behind those of the call.
+    """
+    model = build(load(model__mob__groups="1-2").model)
+    weights, maps = products(model)
+    wanted = {path.rpartition("/")[0] for path in weights if "/members/" in path}
+    wanted |= {f"{path}/attention_maps" for path in maps if "/members/" in path}
+    assert len(wanted) == 6  # qkv, proj, up, down, adaLN; maps
+    apply = jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, False))
+    lowered = apply.lower(abstract_variables(model), *abstract_inputs(model, 1))
+    text = lowered.as_text("hlo", debug_info=True)
+    names = [f"layers_1/block_0/{name}" for name in re.findall(r'op_name="(checkpoint/.*?)"', text)]
+    assert {_path_of(name, dict.fromkeys(wanted)) for name in names} >= wanted
 
 
 def test_devices_share_one_sample():
