@@ -230,7 +230,7 @@ class MLP(nn.Module):
     """A dense MLP, [.., D] -> [.., D].
 
     Attributes:
-      kind: one of kernels/mlp.py.
+      kind: one of kernels/mlp.py; `gelu` with biases is Eq. 1 of Dense2MoE (2510.09094).
       down_bias: whether the last layer has a bias, if the others have (`use_bias`).
       dropout: rate at which hidden units are dropped.
     """

@@ -175,6 +175,7 @@ class BlockRouter(nn.Module):
             kernel = self.param(name, init, (features.shape[-1], self.choices), jnp.float32)
             gates.append(exact_matmul(features, kernel))
         alpha = self.options.alpha
+        # Eq. 5; the largest probabilities are the largest gates.
         return jax.nn.softmax(alpha * gates[0] + (1 - alpha) * gates[1])
 
 

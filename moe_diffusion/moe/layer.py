@@ -53,6 +53,8 @@ class MoE(nn.Module):
 
     y = sum over chosen experts of weight * expert(x)  [+ shared(x)]  [+ x]
 
+    With a shared expert this is Eq. 2 of Dense2MoE (2510.09094).
+
     Without experts (num_experts = 0) or choices (top_k = 0) the shared expert is all there is.
 
     group (`router.group` in a config) says what a routing group is: the tokens of a `sample`, of a

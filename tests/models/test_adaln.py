@@ -14,6 +14,7 @@ from moe_diffusion.models.stack import abstract_weights
 from tests.models.grouped import config_of, model_of
 
 WIDTH, NUMBER = 8, 6
+FLUX = {"image_adaLN": 6, "text_adaLN": 6, "adaLN": 3}
 
 
 def filled(shape, seed):
@@ -71,7 +72,10 @@ def test_a_modulation_starts_at_zero():
 
 @pytest.mark.parametrize(
     ("name", "shared", "layers"),
-    [("dit", False, {"adaLN": 6}), ("flux", True, {"image_adaLN": 6, "text_adaLN": 6, "adaLN": 3})],
+    [
+        ("dit", False, {"adaLN": 6}),
+        pytest.param("flux", True, FLUX, marks=pytest.mark.slow),
+    ],
 )
 def test_where_the_weights_of_a_model_lie(name, shared, layers):
     """Of width 16 and rank 8: up [8, n 16] everywhere, down [16, 8] in each layer or once."""

@@ -67,8 +67,8 @@ def places(model, smaller, numbers, leaves):
                 yield (path, its.index), (name, block.index)
 
 
-@pytest.mark.parametrize("case", ["dit, two of three", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in [*CASES][1:])])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_every_sample_passes_its_blocks_and_no_others(case):
     """Outputs, losses of the experts and gradients, against a loop over samples by hand."""
     name, groups, active, changes = CASES[case]

@@ -191,7 +191,13 @@ def through_softmax(gates, d_p):
         # Sample 1: 4 -> 5 -> 20: 3 and 15. Sample 2: -2 -> -4 -> -7: -6 and -3.
         (2, "topk", GATES, [[3, 0, 9], [0, 3, 15], [-6, 0, -3]]),
         # A run has one p. 1 -> 2 -> 11, 4 -> 8 -> 9, -2 -> -4 -> -3: it adds 10, 5, -1.
-        (2, "run", np.array([[0.0, 1.0], [3.0, 2.0], [0.5, -1.0]]), [[0, 10], [5, 0], [-1, 0]]),
+        pytest.param(
+            2,
+            "run",
+            np.array([[0.0, 1.0], [3.0, 2.0], [0.5, -1.0]]),
+            [[0, 10], [5, 0], [-1, 0]],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_gradient_of_the_gate_is_what_a_block_adds(active, select, gates, d_p):
@@ -319,6 +325,7 @@ def test_a_captured_layer_is_what_leaves_the_group():
     np.testing.assert_allclose(out[:, 0, 0], [29, 6, -8])
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_changes_no_gradient_and_keeps_no_weights():
     """Neither for every sample, nor for every layer: the weights are there anyway."""
     rng, results = np.random.default_rng(0), {}

@@ -50,7 +50,6 @@ def on_a_mesh(kind, batch, preset, **parallel):
         ("groups", "fsdp_ep", {"parallel__expert": 8}),
         ("groups", "fsdp", {}),
         ("groups", "zero1", {}),
-        ("groups", "dp", {}),
         ("groups", "tp", {"parallel__tensor": 2}),
         ("no groups", "fsdp_ep", {"parallel__expert": 4}),
         ("no groups", "tp", {"parallel__tensor": 2}),

@@ -83,7 +83,7 @@ class TokenChoice(Router):
         expert = top_experts(self._choice(lax.stop_gradient(scores)), self.top_k)
         weight = jnp.take_along_axis(scores, expert, axis=-1)
         if self.normalize and self.top_k > 1 - self.normalize_one:
-            weight /= weight.sum(-1, keepdims=True) + 1e-20
+            weight /= weight.sum(-1, keepdims=True) + 1e-20  # Eq. 3 of Dense2MoE
         routing = by_token(expert, weight * self.scale)
 
         load = expert_load(routing, self.num_experts)
