@@ -202,7 +202,7 @@ def test_full_size_by_shapes():
 
 @pytest.mark.parametrize("name", ["flux_moe_l", "flux_moe_xs", "hyper_flux_moe_xs"])
 def test_the_papers_models_can_be_written(name):
-    """Their hyperparameters say all that the weights depend on, which `torch_from_config` checks."""
+    """`torch_from_config` compares what their hyperparameters make with the config."""
     config = configs.load(name)
     h = families.torch_from_config("flux_moe", config)
     assert h == json.loads(json.dumps(h)) and h["router"]["top_k"] == 2
