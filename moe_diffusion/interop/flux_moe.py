@@ -101,7 +101,7 @@ _MOE = {
     "skip_first": Key((int,), 0, least=0, most=1 << 20),
 }
 _ROUTER = {"top_k": Key((int,), least=0, most=1 << 14), "normalize": True}
-_ROUTER |= {"scores": "softmax", "scale": 1.0}
+_ROUTER |= {"normalize_one": False, "scores": "softmax", "scale": 1.0}
 _MOB = {
     "groups": Key((list,), least=1, most=1 << 12, items=Key((str,))),
     "active": _SIZE,

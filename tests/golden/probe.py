@@ -94,7 +94,7 @@ class Record:
 
     def output(self, block: int, module: str = "") -> Any:
         """What a module inside the block returned: "attn", "moe", ...; "" is the block."""
-        place, repeat, _ = self._places[block]
+        place, (repeat,), *_ = self._places[block]
         node = self._sown["intermediates"]
         for name in filter(None, f"{place}/{module}/__call__".split("/")):
             node = node[name]
@@ -102,7 +102,7 @@ class Record:
 
     def sown(self, collection: str, block: int, name: str) -> np.ndarray:
         """A sown value of one block, for example its balance loss."""
-        place, repeat, _ = self._places[block]
+        place, (repeat,), *_ = self._places[block]
         leaves = flatten_dict(self._sown[collection], sep="/")
         (path,) = [p for p in leaves if p.startswith(place + "/") and p.endswith("/" + name)]
         return np.asarray(jax.tree.leaves(leaves[path])[0])[repeat]

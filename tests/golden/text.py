@@ -64,7 +64,7 @@ def _states(network, params, ids, mask=None):
     states, sown = probe.jit(function)(params, ids, mask)
     after = [
         sown["intermediates"][path.split("/")[0]][path.split("/")[1]]["__call__"][0][index]
-        for path, index, _ in network.blocks()
+        for path, index, *_ in network.blocks()
     ]
     first = params["tokens"][ids]
     if isinstance(network, T5Encoder):

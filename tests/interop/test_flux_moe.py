@@ -200,6 +200,15 @@ def test_full_size_by_shapes():
     assert shapes["single_blocks.37.modulation.up.bias"] == (9216,)
 
 
+@pytest.mark.parametrize("name", ["flux_moe_l", "flux_moe_xs", "hyper_flux_moe_xs"])
+def test_the_papers_models_can_be_written(name):
+    """`torch_from_config` compares what their hyperparameters make with the config."""
+    config = configs.load(name)
+    h = families.torch_from_config("flux_moe", config)
+    assert h == json.loads(json.dumps(h)) and h["router"]["top_k"] == 2
+    assert h.get("mob", {}).get("groups", ["none"]) == list(config.model.mob.groups)
+
+
 @pytest.mark.slow
 def test_dense_blocks_are_flux():
     """All names of FLUX.1 with their numbers, where there are no experts."""
