@@ -76,6 +76,12 @@ DENSE2MOE = [
     "configs/sit_xl_moe.py",
     "configs/sit_xl_moe.py:skip_first=3,adaln_rank=96,groups=4-6+7-9,active=2",
     *(f"configs/digits_moe.py:size={size}" for size in ("tiny", "small")),
+    *(f"configs/digits_flux_moe.py:level={level}" for level in "lms"),
+    *(
+        f"configs/digits_flux_pruned.py:how={how},match={match}"
+        for how in ("mlp", "depth")
+        for match in "lm"
+    ),
 ]
 SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
 SPECS += DENSE2MOE

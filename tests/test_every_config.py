@@ -59,6 +59,8 @@ SLOW = [
     ["dit_xl_moe.py"],
     ["dit_xl_moe.py:objective=flow", "sit_xl_moe.py"],
     ["digits_moe.py"],
+    ["digits_flux_moe.py:level=s"],
+    ["digits_flux_pruned.py", "digits_flux_pruned.py:how=depth"],
     ["digits_moe.py:groups=0-1,adaln_rank=4"],
 ]
 FIRST = [specs[0] for specs in QUICK]

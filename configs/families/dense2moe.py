@@ -1,13 +1,52 @@
-"""Class-conditional DiTs as a Mixture of Experts and of Blocks (Dense2MoE, arXiv 2510.09094)."""
+"""Dense2MoE (arXiv 2510.09094): experts in place of MLPs, and class-conditional DiTs with them."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
 from moe_diffusion.config import parse_arg
+from moe_diffusion.errors import UserError
 
+E12A2 = (1.0, 0.25, 12, 2)  # 1S12E2A in the notation of Table 4
 # Arguments of the config files, with their defaults.
 ARGS = {"skip_first": 0, "adaln_rank": 0, "groups": "none", "active": 1}
+
+
+def give_experts(
+    model: ConfigDict,
+    ratios: tuple[float, float, int, int] = E12A2,
+    skip_first: int = 0,
+) -> None:
+    """The layers of Eq. 2 and 3 in the section `model` of a dense config.
+
+    Args:
+      ratios: (r_s, r_n, n, k): hidden units of the shared expert / width of the model, those of
+        each of the n normal experts, and how many of these a token takes.
+      skip_first: so many blocks keep their MLPs.
+
+    Raises:
+      UserError: a ratio makes no whole number of hidden units.
+    """
+    shared, normal, experts, top_k = ratios
+    widths = [ratio * model.hidden_size for ratio in (shared, normal)]
+    for name, width in zip(("shared", "normal"), widths, strict=True):
+        if width != int(width):
+            raise UserError(f"{name} x model.hidden_size = {width:g} is no whole number of units")
+    model.moe.update(
+        num_experts=experts,
+        hidden_size=int(widths[1]) or model.moe.hidden_size,
+        mlp=model.mlp,
+        bias=model.mlp_bias,
+        shared_hidden_size=int(widths[0]),
+        shared_mlp=model.mlp,
+        shared_bias=model.mlp_bias,
+        interleave=False,
+        skip_first=skip_first,
+    )
+    model.router.name = "token_choice"
+    # The gates of a token sum to 1, also with fewer experts at inference (Eq. 3, Figure 8).
+    gates = {"scores": "softmax", "normalize": True, "normalize_one": True}
+    model.router.update(top_k=top_k, balance_gates=True, **gates)
 
 
 def experts(config: ConfigDict, arg: ConfigDict, steps: int, learning_rate: float) -> ConfigDict:
@@ -22,19 +61,7 @@ def experts(config: ConfigDict, arg: ConfigDict, steps: int, learning_rate: floa
       steps: of every stage. With groups there is a third one.
     """
     model = config.model
-    model.moe.update(
-        num_experts=12,
-        hidden_size=model.hidden_size // 4,
-        mlp=model.mlp,
-        bias=model.mlp_bias,
-        shared_hidden_size=model.hidden_size,
-        shared_mlp=model.mlp,
-        shared_bias=model.mlp_bias,
-        interleave=False,
-        skip_first=arg.skip_first,
-    )
-    model.router.name = "token_choice"
-    model.router.update(top_k=2, scores="softmax", normalize=True, balance_gates=True)
+    give_experts(model, skip_first=arg.skip_first)
     model.adaln_rank = arg.adaln_rank
     model.mob.groups, model.mob.active = tuple(arg.groups.split("+")), arg.active
     config.loss_weights.balance = 1e-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from configs.families.dense2moe import give_experts
 from moe_diffusion import config as configs
 from moe_diffusion.interop.flux import configure
 
@@ -80,20 +81,7 @@ def digits_moe() -> ConfigDict:
     Of the four double blocks the first stays dense, as the first three of FLUX.1 do.
     """
     config = staged(digits())
-    width = config.model.hidden_size
-    config.model.moe.update(
-        num_experts=12,
-        hidden_size=width // 4,
-        mlp="gelu",
-        bias=True,
-        shared_hidden_size=width,
-        shared_mlp="gelu",
-        shared_bias=True,
-        interleave=False,
-        skip_first=1,
-    )
-    config.model.router.name = "token_choice"
-    config.model.router.update(top_k=2, normalize=True, balance_gates=True)
+    give_experts(config.model, skip_first=1)
     config.model.adaln_rank = 16
     return config
 

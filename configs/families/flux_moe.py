@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.families.dense2moe import E12A2, give_experts
 from configs.families.flux import flux
 from moe_diffusion.config import parse_arg
 from moe_diffusion.dense2moe.stage_configs import EXPERTS, GROUPS, SHARED
@@ -31,7 +32,6 @@ GROUPS_M = ("4-6", "7-9", "10-12", "13-15", "16-18")
 GROUPS_S = (*GROUPS_M, "30-34", "35-39", "40-44")
 GROUPS_XS = (*GROUPS_M, "25-29", "30-34", "35-39", "40-44", "45-49")
 
-_E12A2 = (1.0, 0.25, 12, 2)  # 1S12E2A in the notation of Table 4
 # Variant of flux_moe_ablation.py -> arguments of `flux_moe`. Tables 4 and 5 and Figure 5 are about
 # single blocks alone, at 512 x 512 (section 4.3). Whether their modulation is compressed is not
 # said; here it is not, nor in Tables 2 and 3, which compare what the compression would blur.
@@ -83,7 +83,7 @@ def hyper(config: ConfigDict) -> ConfigDict:
 
 def flux_moe(
     name: str,
-    ratios: tuple[float, float, int, int] | float | None = _E12A2,
+    ratios: tuple[float, float, int, int] | float | None = E12A2,
     *,
     groups: tuple[str, ...] = (),
     active: int = 1,
@@ -113,10 +113,10 @@ def flux_moe(
     config.model.depth, config.model.flux.single_depth = depth
     config.model.adaln_rank = adaln_rank
     if isinstance(ratios, float):
-        _experts(config.model, (ratios, 0.0, 0, 0), skip_first)
+        give_experts(config.model, (ratios, 0.0, 0, 0), skip_first)
     elif ratios:
         _check_sum(*ratios[:3])
-        _experts(config.model, ratios, skip_first)
+        give_experts(config.model, ratios, skip_first)
         config.loss_weights.balance = BALANCE
     if groups:
         config.model.mob.groups, config.model.mob.active = groups, active
@@ -134,25 +134,6 @@ def _check_sum(shared: float, normal: float, experts: int) -> None:
             f"ratio of the MLPs, {MLP_RATIO:g}, whose hidden units the experts share out: change "
             "one of the three"
         )
-
-
-def _experts(model: ConfigDict, ratios: tuple[float, float, int, int], skip_first: int) -> None:
-    """The layers of Eq. 2 and 3: shared and normal experts, gates that sum to one."""
-    shared, normal, experts, top_k = ratios
-    widths = [ratio * model.hidden_size for ratio in (shared, normal)]
-    for name, width in zip(("shared", "normal"), widths, strict=True):
-        if width != int(width):
-            raise UserError(f"{name} x model.hidden_size = {width:g} is no whole number of units")
-    model.moe.update(
-        num_experts=experts,
-        hidden_size=int(widths[1]) or model.moe.hidden_size,
-        shared_hidden_size=int(widths[0]),
-        interleave=False,
-        skip_first=skip_first,
-    )
-    model.moe.update(mlp="gelu", bias=True, shared_mlp="gelu", shared_bias=True)
-    model.router.name = "token_choice"
-    model.router.update(top_k=top_k, normalize=True, balance_gates=True)
 
 
 def _train(config: ConfigDict, importance: str, jointly: bool) -> None:
