@@ -53,8 +53,16 @@ def student_of(*changes, units=None):
     rng = np.random.default_rng(5)
     units = units or (lambda number, name, size: rng.permutation(size))
     taken = convert.taken_blocks(config, teacher, student, None)
-    made = convert.make_student(config, teacher, student, params, initial, units, taken)
-    return config, teacher, student, params, made
+
+    def make(params, initial):
+        return convert.make_student(config, teacher, student, params, initial, units, taken)
+
+    return config, teacher, student, params, jax.jit(make)(params, initial)
+
+
+def output(model, params):
+    run = jax.jit(lambda params, *args: model.apply({"params": params}, *args, False))
+    return run(params, *inputs(model))
 
 
 @pytest.mark.parametrize("skip", [0, 1])
@@ -69,9 +77,7 @@ def test_with_gates_of_one_the_model_is_the_dense_one(skip):
     made = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.zeros_like(x) if "router" in str(path) else x, made
     )
-    args = inputs(teacher)
-    expected = teacher.apply({"params": params}, *args, False)
-    found = student.apply({"params": made}, *args, False)
+    expected, found = output(teacher, params), output(student, made)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -80,26 +86,30 @@ def test_full_rank_modulation_is_the_dense_one():
     alone = "model.router.top_k=0"
     for compression in ("model.adaln_shared=false", "model.adaln_shared=true"):
         units = lambda number, name, size: np.arange(size)  # noqa: E731
-        _, teacher, plain, _, without = student_of(alone, units=units)
-        made = student_of(alone, "model.adaln_rank=16", compression, units=units)
-        args = inputs(teacher)
-        expected = plain.apply({"params": without}, *args, False)
-        found = made[2].apply({"params": made[4]}, *args, False)
+        _, _, plain, _, without = student_of(alone, units=units)
+        _, _, compressed, _, made = student_of(
+            alone, "model.adaln_rank=16", compression, units=units
+        )
+        expected, found = output(plain, without), output(compressed, made)
         np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def regrouped(before, after, params, initial):
+    return jax.jit(lambda p, i: convert.regroup(before, after, p, i))(params, initial)
 
 
 def test_blocks_move_from_model_to_model():
     config = config_of(*EXPERTS, "model.mob.groups=2-4")
     plain, grouped = build(config_of(*EXPERTS).model), build(config.model)
     params, initial = filled(plain), filled(grouped, 9)
-    moved = convert.regroup(plain, grouped, params, initial)
+    moved = regrouped(plain, grouped, params, initial)
     flat, old = flatten_dict(moved, sep="/"), flatten_dict(params, sep="/")
     member = flat["layers_2/block_0/members/attn/qkv/kernel"]
     assert member.shape[:2] == (1, 3)
     np.testing.assert_array_equal(member[0], old["layers_2/block_0/attn/qkv/kernel"])
     router = flatten_dict(initial, sep="/")["layers_2/block_0/block_router/x"]
     np.testing.assert_array_equal(flat["layers_2/block_0/block_router/x"], router)
-    back = join(grouped, *split(grouped, moved))
+    back = jax.jit(lambda params: join(grouped, *split(grouped, params)))(moved)
     jax.tree.map(np.testing.assert_array_equal, back, moved)
 
 
@@ -107,7 +117,7 @@ def test_a_group_that_was_there_keeps_its_router():
     one = build(config_of(*EXPERTS, "model.moe.skip_first=0", "model.mob.groups=0-1").model)
     two = build(config_of(*EXPERTS, "model.moe.skip_first=0", "model.mob.groups=0-1,2-4").model)
     params, initial = filled(one), filled(two, 9)
-    flat = flatten_dict(convert.regroup(one, two, params, initial), sep="/")
+    flat = flatten_dict(regrouped(one, two, params, initial), sep="/")
     old = flatten_dict(params, sep="/")
     np.testing.assert_array_equal(
         flat["layers_0/block_0/block_router/y"], old["layers_0/block_0/block_router/y"]
