@@ -60,7 +60,8 @@ SLOW = [
     ["dit_xl_moe.py:objective=flow", "sit_xl_moe.py"],
     ["digits_moe.py"],
     ["digits_flux_moe.py:level=s"],
-    ["digits_flux_pruned.py", "digits_flux_pruned.py:how=depth"],
+    ["digits_flux_pruned.py"],
+    ["digits_flux_pruned.py:how=depth"],
     ["digits_moe.py:groups=0-1,adaln_rank=4"],
 ]
 FIRST = [specs[0] for specs in QUICK]
@@ -111,7 +112,8 @@ def small(spec: str) -> configs.ConfigDict:
     if model.architecture == "flux":
         sizes["model.patch_size"] = model.patch_size  # it has no other
     if tuple(model.mob.groups) != ("none",):  # a group has blocks of one kind
-        sizes |= {"model.mob.groups": ("0-1", "2-3"), "model.moe.skip_first": 0}
+        groups = ("0-1", "2-3") if model.architecture == "flux" else ("0-1",)
+        sizes |= {"model.mob.groups": groups, "model.moe.skip_first": 0}
         sizes["model.mob.active"] = min(2, model.mob.active)
     elif model.architecture == "flux":
         sizes["model.moe.skip_first"] = min(2, model.moe.skip_first)

@@ -133,6 +133,11 @@ def _check_transformer(model: ConfigDict) -> None:
         "model.adaln_shared = True has no compression to share: set model.adaln_rank, like 256, or "
         "model.adaln_shared=false",
     )
+    require(
+        int(model.hidden_size * model.mlp_ratio) >= 2,  # jit has two thirds of it
+        f"model.mlp_ratio = {model.mlp_ratio} leaves less than two hidden units of "
+        f"model.hidden_size = {model.hidden_size}: raise it",
+    )
     head_size = model.hidden_size // model.num_heads
     # One sine-cosine pair needs two channels; two axes need twice as many.
     for positions, name, size, step in (
@@ -177,6 +182,11 @@ def _check_moe(model: ConfigDict) -> None:
     require(
         moe.shared_hidden_size > 0 or moe.residual_input or moe.num_experts > 0,
         "model.moe.num_experts = 0 and model.moe.shared_hidden_size = 0 leave nothing: set one",
+    )
+    require(
+        moe.num_experts > 0 or model.router.get("top_k", 1) == 0,
+        "model.moe.num_experts = 0 leaves a router without experts: set model.router.top_k=0 of "
+        "token_choice, or add experts",
     )
     require(
         not (moe.residual_input and moe.shared_hidden_size),

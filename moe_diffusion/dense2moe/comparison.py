@@ -42,7 +42,8 @@ class Row:
     def told(self) -> dict[str, Any]:
         """The row as a flat dict, for JSON."""
         values = asdict(self)
-        return {**values, **values.pop("scores")}
+        scores = values.pop("scores")
+        return values | scores
 
 
 def compare(
