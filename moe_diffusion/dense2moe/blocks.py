@@ -6,14 +6,14 @@ Here a block is a dict of its own arrays, so that it can move from one model to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from moe_diffusion.models.stack import MEMBERS, Model, abstract_weights
+from moe_diffusion.models.stack import MEMBERS, Block, Model, abstract_weights
 from moe_diffusion.parallel.mesh import num_batch_shards
 
 Tree = Any
@@ -76,7 +76,7 @@ def standing_for(student: Model, taken: Sequence[int], teacher: Model) -> list[i
     Args:
       taken: for each block of the student, the number of the teacher's block that it was made of.
     """
-    kinds = [_stream(block.kind) for block in teacher.blocks()]
+    kinds = [stream(block) for block in teacher.blocks()]
     last: dict[int, int] = {}
     for number, block in enumerate(student.blocks()):
         here = taken[number]
@@ -86,9 +86,10 @@ def standing_for(student: Model, taken: Sequence[int], teacher: Model) -> list[i
     return [last[layer] for layer in sorted(last)]
 
 
-def _stream(kind: Any) -> str:
-    """The kind of a block without what stands in the place of its MLPs."""
-    return str(kind).removesuffix("moe").removesuffix("dense").rstrip("_")
+def stream(block: Block) -> str:
+    """The kind of a block whatever stands in the place of its MLPs: double, single, or block."""
+    kind = str(block.kind)
+    return "block" if kind in ("dense", "moe") else kind.removesuffix("_moe")
 
 
 def ranges(numbers: Sequence[int]) -> tuple[str, ...]:
@@ -102,7 +103,7 @@ def ranges(numbers: Sequence[int]) -> tuple[str, ...]:
     return tuple(f"{a}-{b}" if a < b else str(a) for a, b in found)
 
 
-def numbers(texts: Mapping | Sequence[str]) -> tuple[int, ...]:
+def numbers(texts: Sequence[str]) -> tuple[int, ...]:
     """The inverse of `ranges`."""
     found: list[int] = []
     for text in texts:

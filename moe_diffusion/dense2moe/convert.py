@@ -22,14 +22,13 @@ from moe_diffusion import config as configs
 from moe_diffusion.checks import require
 from moe_diffusion.config.defaults import COMPUTATION
 from moe_diffusion.config.sizes import SIZES
-from moe_diffusion.dense2moe.blocks import Weights, join, numbers, split
+from moe_diffusion.dense2moe.blocks import Weights, join, numbers, split, stream
 from moe_diffusion.errors import UserError
 from moe_diffusion.kernels import mlp
 from moe_diffusion.models import build
-from moe_diffusion.models.stack import Block, Model, abstract_variables
+from moe_diffusion.models.stack import Model, abstract_variables
 
 Tree = Any
-Units = dict[str, np.ndarray]  # name of an MLP in a block, like "image_mlp" -> i64[H]
 
 # May differ between a teacher and what is made of it. What is computed how may differ, too.
 _FREE = ("model.moe.", "model.router.", "model.mob.", "model.adaln_", "model.param_dtype")
@@ -112,8 +111,8 @@ def taken_blocks(
     Raises:
       UserError: there are other blocks than the student needs, or of other kinds.
     """
-    kinds = [_stream(block) for block in teacher.blocks()]
-    wanted = [_stream(block) for block in student.blocks()]
+    kinds = [stream(block) for block in teacher.blocks()]
+    wanted = [stream(block) for block in student.blocks()]
     chosen = tuple(config.distill.blocks)
     if chosen in (("lite",), ("even",)):
         taken: list[int] = []
@@ -142,11 +141,6 @@ def taken_blocks(
         "as many of each kind, in order",
     )
     return tuple(taken)
-
-
-def _stream(block: Block) -> str:
-    kind = str(block.kind)
-    return "block" if kind in ("dense", "moe") else kind.removesuffix("_moe")
 
 
 def _counted(kinds: Sequence[str]) -> str:

@@ -92,18 +92,12 @@ def teacher_overrides(config: ConfigDict) -> tuple[str, ...]:
 
 
 def load_teacher(config: ConfigDict, run: Run) -> tuple[ConfigDict, Model, Tree]:
-    """The teacher's config, its model and its params on the run's mesh.
-
-    Raises UserError if the student cannot be made of it; no weights have been read then.
-    """
-    folder = config.distill.teacher
-    check = lambda teacher, _: convert.check(config, teacher)  # noqa: E731
+    """The teacher's config, its model and its params on the run's mesh, after `check`."""
     found, model, variables, _ = load_workdir(
-        folder,
+        config.distill.teacher,
         teacher_overrides(config),
         mesh=run.mesh,
         preset=config.parallel.preset,
-        before=check,
     )
     dtype = compute_dtype(config.distill.teacher_dtype)
     cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), donate_argnums=0)
