@@ -9,6 +9,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+# The exit code of a command that a signal stopped and that saved what it had (EX_TEMPFAIL): a
+# launcher shall run the same command again.
+RUN_AGAIN = 75
+
 
 class StopSignal:
     """Turns SIGTERM and SIGINT into a question; a second signal ends the process as usual.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -184,13 +185,16 @@ def run_command(
     args, overrides = parser.parse_with_overrides(argv)
     from moe_diffusion.kernels.cpu.heap import keep_freed_memory
     from moe_diffusion.parallel import distributed
+    from moe_diffusion.signals import RUN_AGAIN
 
     keep_freed_memory()
     distributed.initialize()
     allow_change = [key.strip() for key in args.allow_change.split(",") if key.strip()]
     result = run(args.config, args.workdir, overrides, allow_change)
     if args.json and distributed.is_main_process():
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
+    if result["step"] < result["num_steps"]:
+        sys.exit(RUN_AGAIN)
 
 
 if __name__ == "__main__":

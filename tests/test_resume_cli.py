@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_diffusion.signals import RUN_AGAIN
 from tests import cli
 
 NUM_STEPS = 24
@@ -91,7 +92,7 @@ def test_a_terminated_run_resumes(tmp_path, undisturbed):
         cli.read_until(process, "step 4/")
         process.send_signal(signal.SIGTERM)
         output = process.stdout.read()
-        assert process.wait() == 0, output
+        assert process.wait() == RUN_AGAIN == 75, output
     told = re.search(rf"^stopped by SIGTERM after step (\d+) of {NUM_STEPS}, which is saved; run "
                      "the same command again to resume$", output, re.MULTILINE)  # fmt: skip
     step = int(told[1])

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from moe_diffusion.dense2moe.stage_configs import dense_of
+from moe_diffusion.models import build
 from moe_diffusion.models.accounting import products
 from moe_diffusion.models.stack import Model
 from moe_diffusion.planning.flops import network_evaluations
@@ -40,7 +42,8 @@ def repeats_of(
     """How often each part is computed, if more than once, for the `data.batch_size` images.
 
     In a training step only the forward pass counts, and of that nothing that is computed again on
-    purpose. Experts whose products are in a kernel are left out.
+    purpose. Experts whose products are in a kernel are left out. A stage of "distill" computes its
+    teacher too, whose modules have the same names.
 
     Returns:
       {path of a module with a weight, or of an attention, with the kind of a layer in place of its
@@ -51,10 +54,13 @@ def repeats_of(
     # XLA:CPU loses names of products, and on GPUs a library computes some.
     if evaluations is None or _hides_products(program) or not all(p.name for p in computed):
         return None
-    weights, maps = products(model)
-    wanted = {path.rpartition("/")[0]: value for path, value in weights.items()}
-    wanted |= {f"{path}/{_MAPS}": attention.flops for path, attention in maps.items()}
-    tokens = {f"{path}/{_MAPS}": attention.tokens for path, attention in maps.items()}
+    wanted: Counter[str] = Counter()
+    tokens: dict[str, int] = {}
+    for one in (model, *([build(dense_of(config).model)] if what == "distill" else [])):
+        weights, maps = products(one)
+        wanted.update({path.rpartition("/")[0]: value for path, value in weights.items()})
+        wanted.update({f"{path}/{_MAPS}": attention.flops for path, attention in maps.items()})
+        tokens |= {f"{path}/{_MAPS}": attention.tokens for path, attention in maps.items()}
     found: Counter[str] = Counter()
     for product in computed:
         path = _path_of(product.name, wanted)

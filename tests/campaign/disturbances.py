@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_diffusion import locks
+from moe_diffusion.signals import RUN_AGAIN
 from tests import cli
 from tests.campaign.started import NUM_STEPS, SAVED_EVERY, Case, Fault, Start, limit_files
 
-STOPS = (0, -signal.SIGTERM, -signal.SIGKILL, 130)  # what a start may end with after a signal
+# What a start may end with after a signal.
+STOPS = (0, RUN_AGAIN, -signal.SIGTERM, -signal.SIGKILL, 130)
 
 
 def _stopped(case: Case, start: Start, *allowed: int) -> None:

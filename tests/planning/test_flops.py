@@ -7,7 +7,7 @@ import pytest
 from moe_diffusion import config as configs
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.models import build
-from moe_diffusion.models.accounting import forward_flops
+from moe_diffusion.models.accounting import forward_flops, products
 from moe_diffusion.planning.flops import flops_per_run, network_evaluations
 
 
@@ -73,3 +73,28 @@ def test_flops_of_a_step_are_split_over_the_chips(remat, passes):
     assert flops_per_run(model, config, "sample", 8) == pytest.approx(
         2 * 2 * config.sampling.steps * forward / 8  # Heun, guided
     )
+
+
+@pytest.mark.parametrize("remat,again", [("none", 0), ("full", 1)])
+def test_weights_that_are_not_trained_cost_less(remat, again):
+    """A product of a layer: forward, again with remat, for its input and for its weights."""
+    keys = [f"model.remat={remat}", "model.depth=2", "model.moe.skip_first=1"]
+
+    def flops(trainable):
+        config = configs.load("configs/digits.py", [*keys, f"optim.trainable={trainable}"])
+        model = build(config.model)
+        return flops_per_run(model, config, "train", config.data.batch_size)
+
+    config = configs.load("configs/digits.py", keys)
+    weights, maps = products(build(config.model))
+    forward = sum(weights.values()) + sum(m.flops for m in maps.values())
+    everything = flops("*")
+    assert everything == pytest.approx((3 + again) * forward)
+    # Experts of the second block: backward through that block and what follows.
+    second = sum(v for path, v in weights.items() if path.startswith(("layers_1", "final/")))
+    attention = sum(m.flops for path, m in maps.items() if path.startswith("layers_1"))
+    experts = sum(v for path, v in weights.items() if "/experts/" in path)
+    expected = forward + (1 + again) * second + (2 + again) * attention + experts
+    assert flops("*/experts/*") == pytest.approx(expected)
+    # The embedding of labels has no product, but all blocks pass gradients on to it.
+    assert flops("label_embed/*") == pytest.approx(everything - sum(weights.values()))
