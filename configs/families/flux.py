@@ -82,7 +82,7 @@ def digits_moe() -> ConfigDict:
     """
     config = staged(digits())
     give_experts(config.model, skip_first=1)
-    config.model.adaln_rank = 16
+    config.model.adaln_rank, config.distill.adaln_stage = 16, "both"
     return config
 
 
@@ -95,7 +95,7 @@ def staged(config: ConfigDict) -> ConfigDict:
     config.distill.teacher = "runs/digits_flux"
     config.distill.importance_batches = 20
     for stage in ("shared", "experts", "groups"):
-        config.distill[stage].update(steps=300, learning_rate=1e-3)
+        config.distill[stage].update(steps=400, learning_rate=3e-3)
     return config
 
 

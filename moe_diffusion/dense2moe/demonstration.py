@@ -21,7 +21,7 @@ from moe_diffusion.evaluation.metrics import gaussian_of
 from moe_diffusion.figures.images import image_grid, save_ornament
 from moe_diffusion.sampling.load import load_config
 
-IMAGES, COLUMNS = 500, 10
+IMAGES, COLUMNS = 300, 10
 _SHARED_ONLY = ("distill.experts.steps=0", "distill.groups.steps=0")
 Run = Callable[[str, str, Sequence[str]], Any]  # (config, workdir, changes)
 
