@@ -31,16 +31,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--teacher", default="runs/digits_flux", help="its workdir; default: %(default)s")
     add("--workdir", default="runs/dense2moe", help="default: %(default)s")
     add("--seeds", type=int, default=1, help="how many times, with seeds 0, 1, ...; default: 1")
+    add("--students", metavar="NAMES", help="those that are made: moe,random; default: all")
+    add("--images", type=int, default=300, help="that each draws, in hundreds; default: 300")
     args, overrides = parser.parse_with_overrides(argv)
+    from moe_diffusion.checks import require
     from moe_diffusion.dense2moe.comparison import mean_rows, mean_table
     from moe_diffusion.dense2moe.demonstration import ALL, demonstrate
     from moe_diffusion.kernels.cpu.heap import keep_freed_memory
 
     keep_freed_memory()
+    require(args.images >= 100, f"--images {args.images}: at least 100, ten of each digit")
     results, what = [], ALL[args.what]
+    if args.students:
+        what = what.only(args.students.split(","))
     for seed in range(args.seeds):
         folder = Path(args.workdir) / f"seed{seed}" if args.seeds > 1 else Path(args.workdir)
-        how = (overrides, distill.run, train.run, asked)
+        how = (overrides, distill.run, train.run, asked, args.images)
         results.append(demonstrate(what, args.teacher, str(folder), seed, *how))
     last = results[0]
     if args.seeds > 1:

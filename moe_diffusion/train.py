@@ -181,8 +181,16 @@ def run_command(
         default="",
         help="keys that may change as a run is resumed: data.source,optim.learning_rate",
     )
+    parser.add_argument(
+        "--on-damage",
+        choices=("stop", "previous"),
+        default="stop",
+        help="where the newest checkpoint is damaged: end with its name (%(default)s), or set it "
+        "aside and go on from the one before",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
+    from moe_diffusion import fallback
     from moe_diffusion.kernels.cpu.heap import keep_freed_memory
     from moe_diffusion.parallel import distributed
     from moe_diffusion.signals import RUN_AGAIN
@@ -190,6 +198,9 @@ def run_command(
     keep_freed_memory()
     distributed.initialize()
     allow_change = [key.strip() for key in args.allow_change.split(",") if key.strip()]
+    if args.on_damage == "previous":
+        tell = partial(print, flush=True) if distributed.is_main_process() else str
+        fallback.set_aside(args.workdir, tell)
     result = run(args.config, args.workdir, overrides, allow_change)
     if args.json and distributed.is_main_process():
         print(json.dumps(result), flush=True)

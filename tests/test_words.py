@@ -249,7 +249,7 @@ FLOORS = (
     ("locks", "metric_lines"),
     ("trackers",),
     ("parallel", "pictures"),
-    ("conditions", "tensor_parallel", "progress"),
+    ("conditions", "tensor_parallel", "progress", "fallback"),
     ("classes", "own_data", "digit_prompts"),
     ("kernels",),
     ("moe",),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_diffusion.checks import require
 from moe_diffusion.data.sources import Digits
 from moe_diffusion.dense2moe.comparison import compare, table
 from moe_diffusion.dense2moe.importance import FILE
@@ -20,8 +21,9 @@ from moe_diffusion.evaluation.features import FeatureSet
 from moe_diffusion.evaluation.metrics import gaussian_of
 from moe_diffusion.figures.images import image_grid, save_ornament
 from moe_diffusion.sampling.load import load_config
+from moe_diffusion.training.checkpoint import saved_steps
 
-IMAGES, COLUMNS = 300, 10
+IMAGES, COLUMNS = 300, 10  # of a model; in the picture
 _SHARED_ONLY = ("distill.experts.steps=0", "distill.groups.steps=0")
 Run = Callable[[str, str, Sequence[str]], Any]  # (config, workdir, changes)
 
@@ -41,6 +43,18 @@ class Demonstration:
     scratch: dict[str, tuple[str, tuple[str, ...]]]
     rows: dict[str, str]
     score: str
+
+    def only(self, students: Sequence[str]) -> Demonstration:
+        """Without all others; raises a UserError if there is no student of a name."""
+        known = self.runs | self.scratch
+        unknown = sorted({*students} - {*known})
+        require(not unknown, f"no student is called {unknown}: there are {', '.join(known)}")
+        rows = {name: at for name, at in self.rows.items() if at.split("/")[0] in students}
+        runs, scratch = (
+            {name: how for name, how in those.items() if name in students}
+            for those in (self.runs, self.scratch)
+        )
+        return Demonstration(runs, scratch, rows, self.score)
 
 
 FLUX = Demonstration(
@@ -88,6 +102,7 @@ def demonstrate(
     distil: Run,
     train: Run,
     asked: Callable[..., tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]],
+    num: int = IMAGES,
 ) -> dict[str, Any]:
     """Makes the students and compares them with their teacher.
 
@@ -95,6 +110,7 @@ def demonstrate(
       changes: to the config of every run.
       distil, train: of the commands of these names.
       asked: (config, model, number of images) -> condition, digits and captions.
+      num: of images that each model draws.
 
     Returns:
       {"rows", "seconds", "picture"}; rows are those of `comparison.Row`.
@@ -113,7 +129,7 @@ def demonstrate(
     config, judge, wanted = load_config(teacher), DigitsJudge(), {}
 
     def conditions(model: Any) -> dict[str, np.ndarray]:
-        cond, digits, _ = asked(config, model, IMAGES)
+        cond, digits, _ = asked(config, model, num)
         order = np.random.default_rng(seed).permutation(len(digits))  # all digits in each batch
         wanted["digits"] = digits[order]
         return {field: values[order] for field, values in cond.items()}
@@ -122,7 +138,9 @@ def demonstrate(
         right = judge.score(images, wanted["digits"])["class_accuracy"]
         return {what.score: right, "fd_digits": fd_digits(images)}
 
-    workdirs = {"teacher": teacher} | {name: str(folder / at) for name, at in what.rows.items()}
+    places = {name: str(folder / at) for name, at in what.rows.items()}
+    # Stages of 0 steps are left out.
+    workdirs = {"teacher": teacher} | {n: at for n, at in places.items() if saved_steps(at)}
     rows, images = compare(workdirs, conditions, judged, seed=seed)
     print(table(rows, (what.score, "fd_digits")))
     shown = [int(np.flatnonzero(wanted["digits"] == digit)[0]) for digit in range(COLUMNS)]

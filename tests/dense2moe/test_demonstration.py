@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from moe_diffusion import config as configs
-from moe_diffusion.dense2moe import comparison
+from moe_diffusion.dense2moe import comparison, demonstration
+from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import parameter_counts
+from tests import cli
 
 
 def activated(spec):
@@ -50,3 +56,41 @@ def test_a_row_is_flat():
     row = comparison.Row("L", 2, 1, 3.0, 0.5, {"prompt_accuracy": 0.9}, 0.1)
     told = row.told()
     assert told["prompt_accuracy"] == 0.9 and "scores" not in told and told["name"] == "L"
+
+
+def test_some_students():
+    some = demonstration.FLUX.only(["random", "mlp_m"])
+    assert list(some.runs) == ["random", "mlp_m"]
+    assert list(some.rows) == ["MLPs pruned, as M", "shared only, random"]
+    assert list(demonstration.DIT.only(["scratch"]).rows) == ["experts from scratch"]
+    with pytest.raises(UserError, match=r"no student is called \['mop'\]: there are moe, random"):
+        demonstration.FLUX.only(["mop"])
+
+
+@pytest.mark.slow
+def test_two_minutes_of_it(tmp_path):
+    """A teacher of 200 steps; after 40 steps Taylor's split is nearer to it than a random one."""
+    teacher, workdir = tmp_path / "teacher", tmp_path / "demo"
+    short = {"train.num_steps": 200, "optim.warmup_steps": 20, "data.batch_size": 64}
+    short |= {"train.sample_every": 0, "sampling.steps": 6}
+    flags = [f"--config.{key}={value}" for key, value in short.items()]
+    options = {"optimize": True, "timeout": 900}
+    train = ["--config", "configs/digits_flux.py", "--workdir", teacher, *flags]
+    cli.succeed("train", *train, **options)
+    steps = {"shared": 40, "experts": 40, "groups": 0}
+    flags = [f"--config.distill.{stage}.steps={number}" for stage, number in steps.items()]
+    flags += ["--config.distill.importance_batches=4", "--students=moe,random", "--images=100"]
+    output = cli.succeed(
+        "distill_demo", "--teacher", teacher, "--workdir", workdir, *flags, **options
+    )
+    told = json.loads(output.splitlines()[-1])
+    rows = {row["name"]: row for row in told["rows"]}
+    names = ["L: experts", "shared only, Taylor", "shared only, random"]
+    assert list(rows) == ["teacher", *names]
+    fields = {field.name for field in dataclasses.fields(comparison.Row)} - {"scores"}
+    assert all(fields | {"prompt_accuracy", "fd_digits"} == set(row) for row in rows.values())
+    assert rows["teacher"]["distance"] == 0 < rows["L: experts"]["distance"]
+    taylor, random = (rows[f"shared only, {name}"]["distance"] for name in ("Taylor", "random"))
+    assert taylor < random
+    assert rows["L: experts"]["activated"] < 0.65 * rows["teacher"]["activated"]
+    assert Image.open(told["picture"]).width > 600
