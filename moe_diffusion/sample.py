@@ -78,6 +78,19 @@ def check_columns(args: argparse.Namespace) -> None:
                 )
 
 
+def check_processes(args: argparse.Namespace) -> None:
+    """Raises a UserError for what one process does alone, if there are several."""
+    import jax
+
+    alone = [flag for flag in ("stats", "trajectory", "teacher") if getattr(args, flag)]
+    alone += ["top-k"] * ("," in (args.top_k or ""))
+    if alone and jax.process_count() > 1:
+        raise UserError(
+            f"--{alone[0]} is drawn by one process, and {jax.process_count()} were started: start "
+            "one, or leave it out"
+        )
+
+
 def check_places(args: argparse.Namespace) -> None:
     """Raises a UserError for an output that would be lost, mixed with others or replace others."""
     film = args.trajectory and Path(args.trajectory).suffix.lower()
@@ -138,12 +151,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.diffusion.samplers import make_sampler
     from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
     from moe_diffusion.figures.images import save_pngs
+    from moe_diffusion.parallel import distributed
     from moe_diffusion.sampling import bound, notes, top_k
     from moe_diffusion.sampling.conditions import captions
     from moe_diffusion.sampling.film import COLUMNS, FRAMES, draw_film, save_film
     from moe_diffusion.sampling.generate import generate, pool_of
     from moe_diffusion.sampling.load import load_config
 
+    distributed.initialize()
+    check_processes(args)
     values = top_k.parse(args.top_k)
     if values:
         top_k.check(load_config(args.workdir, tuple(overrides)), values)
@@ -166,11 +182,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         batch_size=batch_size,
         pool=pool,
-        progress=True,
+        progress=distributed.is_main_process(),
         mesh=mesh,
     )
     decode = autoencoder.decode if autoencoder else None
     images = decode(images) if decode else images
+    if not distributed.is_main_process():
+        return None  # the first process writes what all have drawn
     fields = notes.settings_text(config, note, args.seed, images.shape[1:3], cond)
     title = notes.title_of(config, fields, *[notes.TOP_K] * len(values))
     texts, saves = prompted.texts if prompted else captions(model, cond, known), []

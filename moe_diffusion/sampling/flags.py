@@ -83,7 +83,8 @@ def add_flags(parser: Parser) -> None:
     add("--batch", type=int, help=f"images at a time, which share experts ({BATCH}; with prompts "
         "as many as four of 1024 x 1024 pixels come to)")  # fmt: skip
     add("--preset", choices=PRESETS, help="share the work among all devices: dp by images, tp each "
-        "image, fsdp by images and the weights, too (one device draws)")  # fmt: skip
+        "image, fsdp by images and the weights, too (one device draws; of several processes all, "
+        "as with dp)")  # fmt: skip
     add("--vae", help="autoencoder that makes images of latents (the config's data.autoencoder)")
     add("--json", action="store_true", help="print one JSON object as last line")
 
@@ -139,12 +140,12 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
             how = {"num": num or args.num, "guidance": args.guidance, "asked_by": "--guidance"}
             found.append(prompts.condition(encoder, model, texts, **how))
 
-    mesh = None
-    if args.preset and jax.device_count() > 1:
+    mesh, preset = None, args.preset or ("dp" if jax.process_count() > 1 else None)
+    if preset and jax.device_count() > 1:
         parallel = config.parallel.copy_and_resolve_references()
-        parallel.preset = args.preset
+        parallel.preset = preset
         mesh = make_mesh(parallel)
-    options = {"step": args.step, "ema": args.ema, "mesh": mesh, "preset": args.preset}
+    options = {"step": args.step, "ema": args.ema, "mesh": mesh, "preset": preset}
     config, model, variables, note = load_workdir(
         args.workdir, tuple(keys), **options, before=encode
     )
@@ -156,6 +157,7 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
 def conditions(run: OpenRun, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """The condition of every image, {field: [N, ...]}; tells the names of the chosen classes."""
     from moe_diffusion.classes import LABEL
+    from moe_diffusion.parallel.distributed import is_main_process
     from moe_diffusion.sampling.conditions import conditions_of_run, spread
     from moe_diffusion.sampling.labels import described, num_labels, parse_labels
     from moe_diffusion.sampling.prompts import guidance_of, takes_prompts
@@ -178,6 +180,6 @@ def conditions(run: OpenRun, args: argparse.Namespace) -> dict[str, np.ndarray]:
         raise
     if labels is None:
         return cond
-    if run.known.names:
+    if run.known.names and is_main_process():
         print(f"classes: {described(labels, run.known)}")
     return cond | {LABEL: labels[spread(num, len(labels))]}
