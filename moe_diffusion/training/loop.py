@@ -118,8 +118,7 @@ def train(
                 break
             if config.train.sample_every and step % config.train.sample_every == 0:
                 monitor.finish()
-                with progress.paused("sampling"):
-                    _call_hooks(hooks, step, whole(state, untrained), writer)
+                monitor.call(hooks, step, whole(state, untrained))
             if step < num_steps:
                 # After the checkpoint, which keeps the iterator where batch step + 1 begins.
                 batch = place(progress.next_of(iterator))
@@ -157,6 +156,12 @@ class Monitor:
             values = time_buckets.spread(jax.device_get(metrics))
             self.writer.write_scalars(step, self.progress.report(step, values))
 
+    def call(self, hooks: Sequence[Hook], step: int, state: TrainState) -> None:
+        """Calls the hooks with the whole state after a step, which takes no time of training."""
+        with self.progress.paused("sampling"):
+            for hook in hooks:
+                self.writer.write_outputs(step, hook(step, state) or {})
+
     def _complain(self, step: int, metrics: Metrics) -> None:
         values = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
         if not self.config.stop_on_nan:
@@ -188,11 +193,6 @@ def _check(
 
 def _open(stack: contextlib.ExitStack, resource: Any) -> Any:
     return stack.enter_context(contextlib.closing(resource))
-
-
-def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: MetricWriter) -> None:
-    for hook in hooks:
-        writer.write_outputs(step, hook(step, state) or {})
 
 
 def _start(
