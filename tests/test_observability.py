@@ -18,6 +18,7 @@ from moe_diffusion.metric_lines import of_machine
 from moe_diffusion.profiling import Profiled, steps_of
 from moe_diffusion.progress import Progress
 from moe_diffusion.step_times import StepTimes, summary
+from tests import cli
 from tests.full_disk import full_disk
 
 
@@ -125,6 +126,18 @@ def test_a_run_leaves_a_summary_and_a_last_heartbeat(tmp_path, monkeypatch):
         "steps": "1,000 ms at the median, 1,000 at 90%, 1,000 at most, 0 of them for input",
         "memory": "3 GB at most (device)",
     }
+
+
+def test_the_page_has_every_field(tmp_path, monkeypatch):
+    """docs/observability.md names what the two files and a report have."""
+    told, line = trained(tmp_path, monkeypatch)
+    told.close()
+    page = (cli.ROOT / "docs" / "observability.md").read_text()
+    ranks = {"machine/step_ms_p90", "machine/step_ms_max"}  # written as `_p90`, `_max`
+    names = {name for name in line if of_machine(name)} - ranks
+    for file in ("heartbeat.json", "summary.json"):
+        names |= set(json.loads((tmp_path / file).read_text()))
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
 def test_a_heartbeat_is_heard_now_and_then(tmp_path, monkeypatch):

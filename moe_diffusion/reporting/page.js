@@ -304,6 +304,7 @@
       make("text", { x: 0, y: 12, class: "soft" }, svg,
         `load of the experts in this layer at this time (1 = average); ${dead} without a token`);
       const y = value => height - bottom - value / most * (height - bottom - top);
+      make("line", { class: "axis", x1: 36, x2: width - 4, y1: y(1), y2: y(1) }, svg);
       load.forEach((value, n) => {
         const bar = make("rect", { x: 36 + n * each + each * 0.1, width: each * 0.8, y: y(value),
           height: Math.max(0, height - bottom - y(value)), style: `fill:${palette[n % palette.length]}` }, svg);
@@ -313,7 +314,6 @@
           if (load.length <= 16) make("text", { x: 36 + (n + 0.5) * each, y: y(value) - 3, "text-anchor": "middle", class: "soft" }, svg, value.toFixed(2));
         }
       });
-      make("line", { class: "axis", x1: 36, x2: width - 4, y1: y(1), y2: y(1) }, svg);
       make("text", { x: 28, y: y(1) + 4, "text-anchor": "end", class: "soft" }, svg, "1");
     }
 
