@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GPU_PYTHON ?= python3
 OUT ?= runs/gpu-check
 
-.PHONY: install test test-slow test-all lint demo flux-demo dense2moe-demo bench gpu-check clean
+.PHONY: install test test-slow test-all test-browser lint demo flux-demo dense2moe-demo bench gpu-check clean
 
 install: $(STAMP)
 
@@ -36,11 +36,15 @@ test: lint
 
 # Few and long ones: a worker without work takes another's, or one would run alone for minutes.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not alone and not gpu and not tpu_aot"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not alone and not gpu and not tpu_aot and not browser"
 
 # The last, with 23 GB of memory, wants the machine for itself.
 test-all: test test-slow
 	$(BIN)/python -m pytest -m alone
+
+# Reports in a real browser; skipped where no Chromium is installed.
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser
 
 demo: $(STAMP)
 	$(BIN)/python -m moe_diffusion.demo --workdir runs/digits

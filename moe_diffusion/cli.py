@@ -31,7 +31,7 @@ COMMANDS = (
     "plan",
     "reproduce",
 )
-COMMANDS += ("distill_demo", "routing", "curves", "thresholds", "bench", "tune")
+COMMANDS += ("distill_demo", "report", "routing", "curves", "thresholds", "bench", "tune")
 _MODULE, _COMMAND = "python -m moe_diffusion.", "moe-diffusion "
 _WIDEST = 100  # columns of text
 _KEY = ("--config.", "--noconfig.")

@@ -9,6 +9,14 @@ from etils import epath
 from moe_diffusion.reading import table_of
 from moe_diffusion.writing import save_text
 
+RATE, MACHINE = "images_per_sec", "machine/"  # what depends on the machine: a name, a prefix
+
+
+def of_machine(name: str) -> bool:
+    """Whether a metric is of the machine and its load, and not of the seed."""
+    return name == RATE or name.startswith(MACHINE)
+
+
 _log = logging.getLogger(__name__)
 
 

@@ -19,8 +19,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from moe_diffusion.chips import known
 from moe_diffusion.cli import Parser, exits_on_user_error
-from moe_diffusion.planning.chips import known
 
 
 @exits_on_user_error

@@ -7,8 +7,9 @@
       --config.optim.learning_rate=1e-4 --allow-change optim.learning_rate
 
 The workdir then holds config.json, data.json (the classes of the data), parameters.txt,
-metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and samples/; the last lines say where
-what lies. Any key of the config can be set as --config.<key>=<value>. The shared keys are listed in
+metrics.jsonl, loss.png, TensorBoard events, checkpoints/ and samples/. summary.json says how fast
+it was, and heartbeat.json where it stands. The last lines say where what lies. Any key of the
+config can be set as --config.<key>=<value>. The shared keys are listed in
 moe_diffusion/config/defaults.py, those of model.<architecture> in models/<architecture>.py, and
 those of model.router in moe/routers/<router>.py.
 """
@@ -133,12 +134,13 @@ def loss_curves(workdir: str) -> Any:
 
 
 def where_everything_lies(workdir: str, curves: Any) -> str:
-    """Lines of text: the files of a run, and the command that draws images with it.
+    """Lines of text: the files of a run, its speed, and the command that draws images with it.
 
     curves: path of the picture of the loss, if there is one.
     """
     from etils import epath
 
+    from moe_diffusion import heartbeat
     from moe_diffusion.training.checkpoint import saved_steps
 
     folder, steps = epath.Path(workdir), saved_steps(workdir)
@@ -152,6 +154,7 @@ def where_everything_lies(workdir: str, curves: Any) -> str:
         lines.append(("samples", f"{samples[-1]} ({len(samples)} pictures)"))
     if curves:
         lines.append(("curves", curves))
+    lines += heartbeat.told(heartbeat.read_summary(workdir) or {})
     if steps:
         command = f"python -m moe_diffusion.sample --workdir {shlex.quote(workdir)} --out grid.png"
         lines.append(("draw images", command))

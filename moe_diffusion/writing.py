@@ -14,6 +14,7 @@ from moe_diffusion.errors import UserError, check_writable
 
 # Suffix -> how such a file begins.
 _BEGINNINGS = {".png": b"\x89PNG\r\n", ".gif": b"GIF8", ".npz": b"PK", ".json": b"{"}
+_BEGINNINGS |= {".html": b"<!doctype html>"}
 _LONGEST = 60  # characters of a temporary name that are those of the file
 
 
@@ -118,7 +119,8 @@ def check_outputs(
     """Checks the files that a command will write, before it works for hours.
 
     Args:
-      outputs: flag -> (path, suffix of its kind: .png, .gif, .npz or .json); flags without a path
+      outputs: flag -> (path, suffix of its kind: .png, .gif, .npz, .json or .html);
+        flags without a path
         are passed over.
       inputs: files that the command reads, and folders that it reads whole.
 

@@ -223,6 +223,7 @@ REMOTE = {
     "train": ("workdir",),
     "distill": ("workdir",),
     "sample": ("workdir",),
+    "report": ("workdir",),
     "routing": ("workdir",),
     "evaluate": ("workdir",),
     "thresholds": ("workdir",),

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from moe_diffusion import config as configs
-from moe_diffusion import evaluate, remote, sample, train, writing
+from moe_diffusion import evaluate, remote, report, sample, train, writing
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import save_png
 from moe_diffusion.sampling.load import load_workdir
@@ -149,6 +149,10 @@ def test_a_run_in_a_bucket_is_begun_and_resumed(bucket, monkeypatch, tmp_path):
         train.main([*args, "--workdir", run])
     names = {path.name for path in epath.Path(run).iterdir()}
     assert {"config.json", "metrics.jsonl", "parameters.txt", "loss.png", "samples"} <= names
+    beat = json.loads((epath.Path(run) / "heartbeat.json").read_text())
+    assert (beat["step"], beat["phase"]) == (4, "finished") and "summary.json" in names
+    report.main(["--workdir", run, "--no-maps", "--out", str(tmp_path / "report.html")])
+    assert (tmp_path / "report.html").stat().st_size > 10_000
     lines = (epath.Path(run) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     pictures = sorted(path.name for path in (epath.Path(run) / "samples").iterdir())

@@ -54,9 +54,12 @@ def test_what_a_run_prints_and_leaves(trained):
         "routed experts" in output
         and "\ndispatch of experts: " in output
         and "step 3/3: loss" in output
+        and "\nspeed        " in output
+        and "\nexperts      busiest " in output
     )
     kinds = {path.name.split(".")[0] for path in workdir.iterdir()}
-    assert kinds == {"checkpoints", "config", "data", "events", "loss", "metrics", "parameters"}
+    files = {"config", "data", "events", "heartbeat", "loss", "metrics", "parameters", "summary"}
+    assert kinds == files | {"checkpoints"}
     assert cli.saved_steps(workdir) == [1, 2, 3]
     assert json.loads((workdir / "config.json").read_text())["model"]["hidden_size"] == 16
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")

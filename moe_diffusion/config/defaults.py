@@ -207,6 +207,7 @@ DEFAULTS: dict[str, Any] = {
             "trainable": ("*/members/*", "*/block_router/*"),
         },
     },
+    "profile": "",  # steps to trace, like 100:105, into workdir/profile/; "" = none
     "compile_cache": "",  # folder; "" = ~/.cache/moe_diffusion/jax, "off" = none
 }
 
@@ -218,6 +219,7 @@ COMPUTATION += ("model.moe.capacity_factor", "model.moe.dropout")
 # Keys that may change when a workdir is resumed. `train --allow-change` permits others, too.
 RUN_CONTROL = ("train.", "checkpoint.", "sampling.", "parallel.") + (
     "compile_cache",
+    "profile",
     "data.autoencoder",
     "data.text_encoders",
     "data.num_workers",

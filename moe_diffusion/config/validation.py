@@ -17,6 +17,7 @@ from moe_diffusion.models.mixture_of_blocks import BALANCE, parse_groups
 from moe_diffusion.models.parts import pattern_of
 from moe_diffusion.moe import routers
 from moe_diffusion.moe.router import Router
+from moe_diffusion.profiling import steps_of
 from moe_diffusion.remote import is_remote
 
 
@@ -42,6 +43,7 @@ def validate(config: ConfigDict) -> None:
         "model.dit.reverse_time turns the time of a flow; diffusion.path = ddpm counts its steps "
         "from the data anyway: set model.dit.reverse_time=false",
     )
+    steps_of(config.profile)
     _check_loss_weights(config, router.provides if router else ())
     _check_diffusion(config)
     _check_training(config)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from ml_collections import ConfigDict
 
+from moe_diffusion import time_buckets
 from moe_diffusion.conditions import cond_of, drop
 from moe_diffusion.diffusion.objectives import LossFn, draw, objective, with_router_losses
 from moe_diffusion.models.stack import Model
@@ -107,6 +108,9 @@ def make_distillation_loss(
             wanted = [features[number] for number in theirs]
             found = [own[number] for number in mine]
             errors["feature"] = feature_weight * feature_loss(distill, wanted, found)
-        return with_router_losses(errors, collections, weights)
+        loss, aux = with_router_losses(errors, collections, weights)
+        squares = jnp.square(target.astype(jnp.float32) - output).mean((1, 2, 3))
+        _, by_time = time_buckets.averages(asked.time, {"distill": squares})
+        return loss, aux._replace(metrics=aux.metrics | by_time)
 
     return loss_fn

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from moe_diffusion import time_buckets
 from moe_diffusion.conditions import cond_of, drop
 from moe_diffusion.diffusion import ddpm, paths, sown
 
@@ -45,7 +46,7 @@ class LossAux(NamedTuple):
     """What a loss reports beside its value.
 
     Attributes:
-      metrics: name -> scalar, for logging only.
+      metrics: name -> scalar, for logging only; and the table of `time_buckets`.
       router_stats: statistics for `stack.next_router_state`; {} if no router keeps a state.
     """
 
@@ -85,11 +86,13 @@ class Objective(NamedTuple):
     Attributes:
       x_t: [B, H, W, C], the corrupted images.
       t: f32[B], as the network wants it.
-      errors: output [B, H, W, C or 2C] -> {name: scalar}, whose sum is minimised.
+      time: f32[B], 0 = noise and 1 = data.
+      errors: output [B, H, W, C or 2C] -> {name: f32[B]}, the sum of whose means is minimised.
     """
 
     x_t: jax.Array
     t: jax.Array
+    time: jax.Array
     errors: Callable[[jax.Array], dict[str, jax.Array]]
 
 
@@ -107,9 +110,10 @@ def _flow(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
             target = paths.velocity_from_data(image, x_t, t, diffusion.t_eps)
         else:
             target = paths.velocity(image, noise)
-        return {"mse": jnp.mean(jnp.square(velocity_of(output, x_t, t, diffusion) - target))}
+        difference = velocity_of(output, x_t, t, diffusion) - target
+        return {"mse": jnp.mean(jnp.square(difference), (1, 2, 3))}
 
-    return Objective(x_t, t, errors)
+    return Objective(x_t, t, t, errors)
 
 
 def _ddpm(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
@@ -117,11 +121,11 @@ def _ddpm(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
     process = ddpm.linear_process()
 
     def errors(output):
-        mse, vb = ddpm.loss_terms(process, output, image, draws.t, draws.noise)
-        return {"mse": jnp.mean(mse), "vb": jnp.mean(vb)}
+        terms = ddpm.loss_terms(process, output, image, draws.t, draws.noise)
+        return dict(zip(("mse", "vb"), terms, strict=True))
 
-    x_t = ddpm.diffuse(process, image, draws.t, draws.noise)
-    return Objective(x_t, draws.t.astype(jnp.float32), errors)
+    x_t, t = ddpm.diffuse(process, image, draws.t, draws.noise), draws.t.astype(jnp.float32)
+    return Objective(x_t, t, 1 - t / ddpm.NUM_TIMESTEPS, errors)
 
 
 def objective(image: jax.Array, draws: Draws, diffusion: ConfigDict) -> Objective:
@@ -146,7 +150,7 @@ def diffusion_loss(
 
     Returns:
       The scalar loss, and the report of `with_router_losses`. The error of a flow is "mse"; DDPM
-      has "mse" and "vb".
+      has "mse" and "vb". The metrics also have their sum by time, see `time_buckets`.
     """
     asked = objective(batch["image"], draws, diffusion)
     output, collections = model.apply(
@@ -158,7 +162,9 @@ def diffusion_loss(
         rngs={} if draws.dropout is None else {"dropout": draws.dropout},
         mutable=["losses", "metrics", "router_stats"],
     )
-    return with_router_losses(asked.errors(output), collections, loss_weights)
+    means, by_time = time_buckets.averages(asked.time, asked.errors(output))
+    loss, aux = with_router_losses(means, collections, loss_weights)
+    return loss, aux._replace(metrics=aux.metrics | by_time)
 
 
 def with_router_losses(

@@ -48,6 +48,7 @@ class RoutingObserver:
       looked_into: names of the expert layers (`expert_layers`) of which it remembers the use by
         every image of `watch` and by every token.
       dense: a model without experts will do; then only its blocks are measured.
+      map_times: of how many times the maps tell, evenly spread over those of the sampler.
 
     Raises:
       UserError: the model has no experts, or its layers have different numbers of experts.
@@ -59,6 +60,7 @@ class RoutingObserver:
         maps: int = 0,
         looked_into: Sequence[int | str] = (),
         dense: bool = False,
+        map_times: int = _MAP_TIMES,
     ):
         layers = observed.expert_layers(model)
         self.blocks = [layer.name for layer in layers]
@@ -73,6 +75,7 @@ class RoutingObserver:
             )
         (self.num_experts,) = numbers or {0}
         self._layers = observed.layers(model)
+        self._map_times = map_times
         self._maps = maps if hasattr(model, "grid") and self.pictured else 0
         self.looked_into = [name for name in self.blocks if name in looked_into]
         self._model, self._images = model, np.inf
@@ -262,7 +265,7 @@ class RoutingObserver:
         return found
 
     def tokens(self) -> dict[str, Any]:
-        """What the tokens of the first images did, at the first, middle and last time.
+        """What the tokens of the first images did, at the first, the last and times in between.
 
         Returns:
           blocks: the layers that see tokens of the image.
@@ -272,7 +275,7 @@ class RoutingObserver:
           used, of the same shape: how many experts a token uses.
         """
         times = sorted(self._maps_seen)
-        chosen = np.unique(np.linspace(0, len(times) - 1, _MAP_TIMES).round().astype(int))
+        chosen = np.unique(np.linspace(0, len(times) - 1, self._map_times).round().astype(int))
         times = [times[i] for i in chosen]
         maps = [np.stack([self._maps_seen[t][i] for t in times], 2) for i in (0, 1)]
         strongest, used = (a.swapaxes(0, 1).tolist() for a in maps)

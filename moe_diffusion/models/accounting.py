@@ -90,6 +90,11 @@ def forward_flops(
     return flops | {"total": sum(flops.values())}
 
 
+def training_flops(model: Model) -> float:
+    """FLOPs of one image in training, forward and backward; what remat repeats does not count."""
+    return (1 + BACKWARD) * forward_flops(model)["total"]
+
+
 def products(
     model: Model, experts_per_token: float | None = None
 ) -> tuple[dict[str, float], dict[str, Maps]]:

@@ -62,8 +62,8 @@ class MoE(nn.Module):
     divide a batch into pools instead of these two (`parallel.mesh.use_pools`). Token choice treats
     every token alone, so that the grouping does not matter to it.
 
-    Sown: what the router returns, and the load of the experts as metrics (`load_max` and `load_min`
-    relative to the mean, so 1 is balanced).
+    Sown: what the router returns, and the load of the experts as metrics: `load_max` and `load_min`
+    relative to the mean, so 1 is balanced, and how many are dead, without a token (`dead_experts`).
 
     down_bias: whether the shared expert's last layer has a bias, if its others have.
     dropout: in training, of the hidden units of routed and shared experts; draws from the random
@@ -114,6 +114,7 @@ class MoE(nn.Module):
         y, dropped = dispatch(grouped, routing, experts(width), **how)
         load = expert_load(routing, experts.num_experts)
         metrics = {"load_max": load.max() / load.mean(), "load_min": load.min() / load.mean()}
+        metrics["dead_experts"] = jnp.sum(load == 0).astype(jnp.float32)
         if dropped is not None:
             metrics["dropped"] = dropped
         _sow(self, "losses", aux.losses)

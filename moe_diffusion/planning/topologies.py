@@ -17,9 +17,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from moe_diffusion.chips import CHIPS, Chip, chip_of, known
 from moe_diffusion.errors import UserError, first_line
-from moe_diffusion.planning.chips import CHIPS, Chip, chip_of, known
-from moe_diffusion.planning.gpus import target_config
+from moe_diffusion.gpus import target_config
 
 GPUS_PER_HOST = 8
 

@@ -17,7 +17,7 @@ from clu import parameter_overview
 from etils import epath
 
 from moe_diffusion import remote
-from moe_diffusion.errors import UserError
+from moe_diffusion.errors import explained
 from moe_diffusion.metric_lines import drop_after
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.trackers import Trackers
@@ -49,14 +49,10 @@ class MetricWriter:
         values = {name: float(value) for name, value in scalars.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step, **dict.fromkeys(values), **finite}
-        try:
+        remedy = "make room or mend the access, then run the same command again to resume"
+        with explained(f"cannot write {self._lines.name}", remedy, (OSError,)):
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._lines.name} ({error.strerror}): make room or mend the "
-                "access, then run the same command again to resume"
-            ) from error
         self._trackers.scalars(step, finite)
 
     def write_outputs(self, step: int, outputs: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +16,17 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from moe_diffusion import caches, locks, trackers
+from moe_diffusion import caches, locks, time_buckets, trackers
 from moe_diffusion import config as configs
 from moe_diffusion.classes import NOTHING, Classes
 from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
 from moe_diffusion.kernels.cpu.heap import make_room
+from moe_diffusion.models.accounting import training_flops
 from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.distributed import is_main_process
+from moe_diffusion.profiling import Profiled
 from moe_diffusion.progress import Progress
 from moe_diffusion.signals import StopSignal
 from moe_diffusion.training import warm_start
@@ -86,8 +87,8 @@ def train(
         iterator = opened(iterator_fn())
         checkpoints = opened(Checkpointer(workdir, config.checkpoint))
         state, untrained = _restore_or_create(run, checkpoints, iterator, known)
-        start, num_steps = int(state.step), config.train.num_steps
-        progress = opened(Progress(start, num_steps, config.data.batch_size))
+        start, num_steps, size = int(state.step), config.train.num_steps, config.data.batch_size
+        progress = opened(Progress(start, num_steps, size, workdir, training_flops(model)))
         if start >= num_steps:
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state
@@ -100,6 +101,7 @@ def train(
         writer = opened(_open_workdir(run, workdir, start, changes, known))
         checkpoints.save_untrained(untrained)
         _start(run, start, changes, traced, progress)
+        train_step = opened(Profiled(train_step, start, config.profile, workdir))
         monitor = Monitor(config.train, writer, progress, checkpoints)
         for step in range(start + 1, num_steps + 1):
             state, metrics = train_step(state, batch, key, held)
@@ -116,11 +118,10 @@ def train(
                 break
             if config.train.sample_every and step % config.train.sample_every == 0:
                 monitor.finish()
-                with progress.paused():
-                    _call_hooks(hooks, step, whole(state, untrained), writer)
+                monitor.call(hooks, step, whole(state, untrained))
             if step < num_steps:
                 # After the checkpoint, which keeps the iterator where batch step + 1 begins.
-                batch = place(next(iterator))
+                batch = place(progress.next_of(iterator))
         return state
 
 
@@ -147,15 +148,19 @@ class Monitor:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        if not metrics["finite"]:
+        if not metrics.pop("finite"):
             self._complain(step, metrics)
         ended = step + (later is not None and later["finite"].is_ready())
         self.progress.update(step, ended)
         if step % self.config.log_every == 0 or step == self.config.num_steps:
-            values = jax.device_get({k: v for k, v in metrics.items() if k != "finite"})
-            loss = float(values.pop("loss"))
-            rate = self.progress.report(step, loss)
-            self.writer.write_scalars(step, {"loss": loss, **values, "images_per_sec": rate})
+            values = time_buckets.spread(jax.device_get(metrics))
+            self.writer.write_scalars(step, self.progress.report(step, values))
+
+    def call(self, hooks: Sequence[Hook], step: int, state: TrainState) -> None:
+        """Calls the hooks with the whole state after a step, which takes no time of training."""
+        with self.progress.paused("sampling"):
+            for hook in hooks:
+                self.writer.write_outputs(step, hook(step, state) or {})
 
     def _complain(self, step: int, metrics: Metrics) -> None:
         values = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
@@ -190,11 +195,6 @@ def _open(stack: contextlib.ExitStack, resource: Any) -> Any:
     return stack.enter_context(contextlib.closing(resource))
 
 
-def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, writer: MetricWriter) -> None:
-    for hook in hooks:
-        writer.write_outputs(step, hook(step, state) or {})
-
-
 def _start(
     run: Run, start: int, changes: list[configs.Change], traced: Any, progress: Progress
 ) -> None:
@@ -208,10 +208,8 @@ def _start(
     for pattern, paths in matches(leaves, patterns).items():
         count = sum(leaves[path].size for path in paths)
         progress.write(f"trained: {pattern}: {len(paths)} arrays, {count:,} parameters")
-    progress.write("compiling ...")
-    began = time.perf_counter()
-    traced.lower().compile()  # jax keeps it for the first call
-    progress.write(f"compiled in {time.perf_counter() - began:.1f} s")
+    with progress.compiling():
+        traced.lower().compile()  # jax keeps it for the first call
 
 
 def _check_memory(run: Run) -> None:

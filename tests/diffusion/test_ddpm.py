@@ -285,6 +285,7 @@ def test_loss_of_a_config():
     results = [
         loss_fn({"bias": jnp.float32(0)}, {}, batch, jax.random.key(seed)) for seed in (0, 0, 1)
     ]
-    assert set(results[0][1].metrics) == {"loss", "mse", "vb", "balance"}
+    names = {"loss", "mse", "vb", "balance", "error_by_time"}
+    assert set(results[0][1].metrics) == names
     losses = [float(loss) for loss, _ in results]
     assert losses[0] == losses[1] != losses[2] and np.isfinite(losses).all()

@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from moe_diffusion import config as config_lib
+from moe_diffusion import time_buckets
 from moe_diffusion.diffusion import objectives
 from moe_diffusion.errors import UserError
 from tests.labelled import Labelled
@@ -62,6 +63,12 @@ def test_by_hand():
     np.testing.assert_allclose(aux.metrics["balance"], 3.0)  # sum over the layers, unweighted
     np.testing.assert_allclose(aux.metrics["load_max"], 1.5)  # mean over the layers
     np.testing.assert_allclose(loss, mse + 1.5, rtol=1e-6)
+    # t = 0, 0.2, 0.4, 0.6, 0.8, 1: one sample in each fifth, and two in the last.
+    means = [error.mean() for error in errors]
+    by_time = time_buckets.spread(aux.metrics)
+    expected = [*means[:4], (means[4] + means[5]) / 2]
+    found = [by_time[f"error_by_time/0.{i}-{(i + 2) / 10:.1f}"] for i in (0, 2, 4, 6, 8)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert aux.metrics["loss"] is loss
     np.testing.assert_array_equal(aux.router_stats["load"], [5.0, 6.0])
 
@@ -96,7 +103,14 @@ def test_loss_of_a_config():
     arguments = ({}, BATCH, draws, config.diffusion, {"balance": 0.5})
     expected, _ = objectives.diffusion_loss(Echo(), params, *arguments)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    assert set(aux.metrics) == {"loss", "mse", "balance", "load_max"}
+    assert set(aux.metrics) == {"loss", "mse", "balance", "load_max", "error_by_time"}
+
+
+def test_time_of_ddpm_runs_from_noise_to_data():
+    """Step 0 is nearest to the data: time 1; step 999 is 1 - 999 / 1000."""
+    steps = DRAWS._replace(t=jnp.array([0, 500, 999, 0, 0, 0]))
+    asked = objectives.objective(IMAGE, steps, section(path="ddpm"))
+    np.testing.assert_allclose(asked.time[:3], [1, 0.5, 0.001], rtol=1e-4)
 
 
 class Oracle(Labelled):

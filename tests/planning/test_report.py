@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from moe_diffusion import config as configs
+from moe_diffusion.chips import CHIPS
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.moe.dispatch import BACKENDS
 from moe_diffusion.planning import report
-from moe_diffusion.planning.chips import CHIPS
 from moe_diffusion.planning.compile import Compiled, OutOfMemory, needed_bytes, state_bytes
 from moe_diffusion.planning.hlo import Program
 from moe_diffusion.planning.kernels import dispatch_of

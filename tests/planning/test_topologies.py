@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from moe_diffusion.errors import UserError
+from moe_diffusion.gpus import memory_bytes, target_config
 from moe_diffusion.planning import topologies
-from moe_diffusion.planning.gpus import memory_bytes, target_config
 
 
 @pytest.mark.parametrize(

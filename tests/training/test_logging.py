@@ -109,7 +109,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     writer.close()
     progress = Progress(0, 2, batch_size=4)
     progress.update(1)
-    progress.report(1, 0.5)
+    progress.report(1, {"loss": 0.5})
     progress.write("note")
     progress.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
@@ -120,12 +120,14 @@ def test_without_a_terminal_progress_prints_lines(capsys, monkeypatch):
     monkeypatch.setattr(platform.work_unit(), "set_task_status", told.append)
     progress = Progress(10, 30, batch_size=4)
     progress.update(11)
-    assert np.isnan(progress.report(11, 1.0))  # the time of the first step is compilation
+    assert np.isnan(
+        progress.report(11, {"loss": 1.0})["images_per_sec"]
+    )  # the time of the first step is compilation
     with progress.paused():
         time.sleep(0.3)
     time.sleep(0.1)
     progress.update(21)
-    rate = progress.report(21, 0.5)
+    rate = progress.report(21, {"loss": 0.5})["images_per_sec"]
     assert rate == pytest.approx(400, rel=0.3)  # 10 steps of 4 images in 0.1 s
     progress.write("note")
     progress.close()
@@ -146,7 +148,7 @@ def reports(monkeypatch, capsys, moments):
         if name == "update":
             progress.update(*args)
         else:
-            rates.append(progress.report(*args, 1.0))
+            rates.append(progress.report(*args, {"loss": 1.0})["images_per_sec"])
     progress.close()
     return rates, capsys.readouterr().out.splitlines()
 
@@ -185,7 +187,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch, capsys):
     progress = Progress(0, 4, batch_size=4)
     for step in (1, 2, 3, 4):
         progress.update(step)
-    progress.report(4, 0.5)
+    progress.report(4, {"loss": 0.5})
     progress.close()
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -201,7 +203,7 @@ def test_an_output_on_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
         with full_disk(room=6):
             progress.write("lost or late")
             progress.update(1)
-            progress.report(1, 0.5)
+            progress.report(1, {"loss": 0.5})
         progress.write("end")
         progress.close()
     text = (tmp_path / "log").read_text()

@@ -1,10 +1,10 @@
-"""The chips that a run can be planned for; nothing here imports jax."""
+"""What chips can do, by their makers; nothing here imports jax."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_diffusion.planning.gpus import memory_bytes
+from moe_diffusion.gpus import memory_bytes
 
 GIB = 2**30
 
