@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="config file, as for train")
     add("--topology", required=True, metavar="CHIPS", help=f"{known()}, or local")
+    add("--slices", type=int, default=1, help="of TPU chips, joined by a network (%(default)s)")
     add("--what", choices=("train", "distill", "sample"), default="train",
         help="the training step, that of a stage of distill, or drawing data.batch_size images "
         "(%(default)s)")  # fmt: skip
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = stage_named(config, args.stage)
     if args.topology != "local":
         jax.config.update("jax_platforms", "cpu")  # compiling uses no accelerator of this machine
-    topology = describe(args.topology)
+    topology = describe(args.topology, args.slices)
 
     def say(text: str) -> None:
         print(f"{text} ...", file=sys.stderr, flush=True)

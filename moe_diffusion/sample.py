@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cond = flags.conditions(run, args)
     num = len(next(iter(cond.values())))
     observer = RoutingObserver(model) if args.stats else bound.BoundObserver(model, config)
-    sampling, batch_size = config.sampling, min(run.batch(args.batch), num)
+    batch_size = min(run.batch(args.batch), num)
     pool = pool_of(config, batch_size)
     sampler = make_sampler(observer, config, pool=pool)
     images = generate(
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_each(*saves)
     print(f"{num} images: {args.out}")
     if args.json:
-        depends = sampling.to_dict() | {"pool": pool, "dropped": dropped}
+        depends = config.sampling.to_dict() | {"pool": pool, "dropped": dropped}
         asked = {"prompts": prompted.prompts} if prompted else {}
         asked |= {"top_k": values} if values else {}
         print(json.dumps({"num": num, "out": args.out, **asked, **note, **depends}))

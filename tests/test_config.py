@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -45,7 +46,7 @@ def config_file(tmp_path):
 def test_default_is_valid_and_fresh():
     config = configs.default()
     configs.validate(config)
-    configs.validate_devices(config, 8)
+    configs.validate_devices(config, jax.devices())
     assert config.to_dict() == shared()
     assert configs.settle(config).to_dict().keys() == shared().keys()
     config.model.depth = 3

@@ -6,6 +6,9 @@ it is opened (`data.sources`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from moe_diffusion import models
@@ -19,6 +22,7 @@ from moe_diffusion.moe import routers
 from moe_diffusion.moe.router import Router
 from moe_diffusion.profiling import steps_of
 from moe_diffusion.remote import is_remote
+from moe_diffusion.slices import slices_of
 
 
 def validate(config: ConfigDict) -> None:
@@ -54,16 +58,18 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-def validate_devices(config: ConfigDict, num_devices: int) -> None:
+def validate_devices(config: ConfigDict, devices: Sequence[Any]) -> None:
     """Raises a UserError unless a micro-batch splits evenly over the devices of all processes.
 
-    With `tp` it is split over groups of devices, each of which shares its samples.
+    With `tp` it is split over groups of devices, each of which shares its samples. Neither they nor
+    those that share experts are of several slices of TPU chips.
     """
     images, parallel = _micro_batch(config), config.parallel
-    sharing = (parallel.tensor or num_devices) if parallel.preset == "tp" else 1
+    near, num_devices = len(slices_of(devices)[0]), len(devices)
+    sharing = (parallel.tensor or near) if parallel.preset == "tp" else 1
     require(
-        num_devices % sharing == 0,
-        f"parallel.tensor = {sharing} does not divide the {num_devices} devices: choose a divisor, "
+        near % sharing == 0,
+        f"parallel.tensor = {sharing} does not divide the {near} devices: choose a divisor, "
         "or 0 for all",
     )
     shards = num_devices // sharing
@@ -77,10 +83,10 @@ def validate_devices(config: ConfigDict, num_devices: int) -> None:
     if router and config.model.router.group == "shard":
         _check_router(router, config.model, images // shards)
     if parallel.preset == "fsdp_ep":
-        sharing, experts = parallel.expert or num_devices, config.model.moe.num_experts
+        sharing, experts = parallel.expert or near, config.model.moe.num_experts
         require(
-            num_devices % sharing == 0,
-            f"parallel.expert = {sharing} does not divide the {num_devices} devices: choose a "
+            near % sharing == 0,
+            f"parallel.expert = {sharing} does not divide the {near} devices: choose a "
             "divisor, or 0 for all",
         )
         require(

@@ -107,7 +107,7 @@ def load_teacher(config: ConfigDict, run: Run) -> tuple[ConfigDict, Model, Tree]
 
 def check(config: ConfigDict) -> list[Stage]:
     """The stages; raises a UserError for what would fail later, before anything is computed."""
-    configs.validate_devices(config, jax.device_count())
+    configs.validate_devices(config, jax.devices())
     require(
         bool(config.distill.teacher),
         "distill.teacher names no folder: --config.distill.teacher=runs/flux_dev",

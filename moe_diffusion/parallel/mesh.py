@@ -1,7 +1,8 @@
-"""The device mesh: four axes; a preset gives all devices to one or two.
+"""The device mesh: five axes; a preset gives all devices of a slice to one or two.
 
 | axis     | splits                                                       |
 |----------|--------------------------------------------------------------|
+| `slice`  | the batch, between slices of TPU chips (parameters are whole) |
 | `data`   | the batch (preset `fsdp`: and parameters, as `fsdp`)         |
 | `fsdp`   | the batch, and parameters and optimizer state with it        |
 | `expert` | the batch, and experts with it (moe/transport.py)            |
@@ -17,10 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")
+from moe_diffusion.slices import slices_of
+
+AXES = ("slice", "data", "fsdp", "expert", "tensor")
+BATCH_AXES = AXES[:-1]
 # Preset -> its two axes; a key of the section `parallel` has the size of the first.
 _AXES_OF = {"fsdp": ("fsdp", "data"), "fsdp_ep": ("expert", "fsdp"), "tp": ("tensor", "data")}
 _POOLS = contextvars.ContextVar("pools", default=0)
@@ -34,15 +38,18 @@ def make_mesh(parallel_config: Any, devices: Sequence[jax.Device] | None = None)
     `dp` and `zero1` lay the devices along `data`, `fsdp` along `fsdp` and, on a torus of TPU chips,
     `data` (`_ring`). `fsdp_ep` lays them along `fsdp` and, `parallel.expert` of them (0: all),
     `expert`, and `tp` along `data` and, `parallel.tensor` of them (0: all), `tensor`. Other axes
-    have size 1.
+    have size 1. Several slices of TPU chips lie along `slice`: between them, over the data center's
+    network, only gradients are summed.
     """
-    devices = jax.devices() if devices is None else devices
-    shape, preset = dict.fromkeys(AXES, 1), parallel_config.preset
-    inner, outer = _AXES_OF.get(preset, ("data", "fsdp"))
-    size = _ring(devices) if preset == "fsdp" else getattr(parallel_config, inner, 0)
-    shape[inner] = size or len(devices)
-    shape[outer] = len(devices) // shape[inner]
-    return jax.make_mesh([*shape.values()], AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    slices = slices_of(jax.devices() if devices is None else devices)
+    first, preset = slices[0], parallel_config.preset
+    shape, (inner, outer) = dict.fromkeys(AXES, 1), _AXES_OF.get(preset, ("data", "fsdp"))
+    size = _ring(first) if preset == "fsdp" else getattr(parallel_config, inner, 0)
+    shape[inner] = size or len(first)
+    shape[outer] = len(first) // shape[inner]
+    types, sizes = (AxisType.Auto,) * len(AXES), [*shape.values()]
+    parts = [jax.make_mesh(sizes, AXES, types, devices=own).devices for own in slices]
+    return Mesh(np.concatenate(parts), AXES, axis_types=types)
 
 
 def _ring(devices: Sequence[jax.Device]) -> int:

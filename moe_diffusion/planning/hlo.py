@@ -22,6 +22,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
+BETWEEN_SLICES = "slices (DCN)"  # whatever goes between TPU slices, over another network
 # Custom calls that are Pallas kernels: Mosaic on TPU; Triton and Mosaic on GPU.
 PALLAS_CALLS = ("tpu_custom_call", "triton", "mosaic_gpu")
 SPLASH = "splash_mha"  # begins the names of jax's own kernels for attention
@@ -79,10 +80,11 @@ def collective_bytes(program: Program) -> dict[str, int]:
     """Bytes that each device sends in one run of the program, by kind of collective.
 
     In a ring of n devices, each device sends (n - 1) / n of the whole array for an all-gather, a
-    reduce-scatter or an all-to-all, twice that for an all-reduce, and all of it for a permute.
+    reduce-scatter or an all-to-all, twice that for an all-reduce, and all of it for a permute. What
+    goes from slice to slice is a kind of its own, `BETWEEN_SLICES`, whatever collective it is.
     """
     sent = _traffic(program, program.entry, {})
-    return {kind: round(sent[kind]) for kind in COLLECTIVES if sent[kind]}
+    return {kind: round(sent[kind]) for kind in (*COLLECTIVES, BETWEEN_SLICES) if sent[kind]}
 
 
 def kernels(program: Program) -> dict[str, int]:
@@ -121,6 +123,8 @@ def _traffic(program: Program, name: str, known: dict[str, Counter]) -> Counter:
             total += _sent_in_fusion(program, instruction)
         elif instruction.opcode.removesuffix("-start") in COLLECTIVES:
             total += _sent(instruction)
+        elif instruction.opcode == "send" and "xla_megascale_runtime" in instruction.text:
+            total += _sent_between_slices(instruction)
         elif not instruction.opcode.endswith(("-done", "-update")):
             for called in _CALLED.findall(instruction.text):
                 total += _traffic(program, called, known)
@@ -213,13 +217,32 @@ def _sent(instruction: Instruction) -> Counter:
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :]  # the operands come first, then the results
     size, devices = sum(arrays), group_size(instruction.text)
+    # Of a reduce-scatter it is the result, which is one part of the array.
+    size *= devices if kind == "reduce-scatter" else 1
+    return Counter({kind: size * _times_sent(kind, devices)})
+
+
+def _times_sent(kind: str, devices: int) -> float:
+    """How often each device of a ring sends an array of which it has, or gets, a part."""
     share = (devices - 1) / devices
-    factor = {
-        "all-reduce": 2 * share,
-        "reduce-scatter": devices - 1,  # times the result, which is one part of the array
-        "collective-permute": 1,
-    }.get(kind, share)
-    return Counter({kind: size * factor})
+    return {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+
+
+def _sent_between_slices(send: Instruction) -> Counter:
+    """Bytes that a device gives to the runtime that joins slices of TPU chips ("megascale").
+
+    The compiler notes which collective it is, and its target: "{1,2}x{0:7}" are the slices 1 and 2.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.text)
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', send.text)
+    slices = 2
+    if target:
+        ends = [list(map(int, part.split(":"))) for part in target[1].split(",")]
+        slices = max(sum(end[-1] - end[0] + 1 for end in ends), 2)
+    name = kind[1].lower().replace("_", "-") if kind else "all-reduce"
+    size = _bytes_of_arrays(send.shape)[0]
+    size *= slices if name == "all-gather" else 1  # a device sends the part that it has
+    return Counter({BETWEEN_SLICES: size * _times_sent(name, slices)})
 
 
 def group_size(text: str) -> int:

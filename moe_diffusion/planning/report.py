@@ -84,6 +84,7 @@ class Plan:
             "config": self.name,
             "what": self.what,
             "topology": self.topology.name,
+            "slices": self.topology.slices,
             "chips": self.topology.num_chips,
             "device_kind": self.topology.devices[0].device_kind,
             "preset": self.preset,
@@ -130,7 +131,7 @@ def make_plan(config: ConfigDict, what: str, topology: Topology, say: Say) -> Pl
     if what == "sample":
         drawn = drawn_together(config, topology.devices)
         config = with_keys(config, data__batch_size=drawn)
-    validate_devices(config, len(topology.devices))
+    validate_devices(config, topology.devices)
     say(
         f"compiling {what} for preset {config.parallel.preset}, "
         f"{_images_on_chips(config, what, topology)} at a time"
@@ -177,11 +178,11 @@ def compare_presets(plan: Plan, config: ConfigDict, say: Say) -> None:
         other, note = with_keys(config, parallel__preset=preset), ""
         if preset == "fsdp_ep" and not config.parallel.expert:
             # As many devices share the experts as can do so evenly.
-            sharing = math.gcd(config.model.moe.num_experts, len(plan.topology.devices))
+            sharing = math.gcd(config.model.moe.num_experts, plan.topology.devices_per_slice)
             other, note = with_keys(other, parallel__expert=sharing), f"parallel.expert={sharing}"
         if preset == "tp" and not config.parallel.tensor:
             # As few devices share an image as leave none idle.
-            chips = len(plan.topology.devices)
+            chips = plan.topology.devices_per_slice
             sharing = chips // math.gcd(plan.batch_size, chips)
             other, note = with_keys(other, parallel__tensor=sharing), f"parallel.tensor={sharing}"
         state = state_bytes(other, plan.what, plan.topology.devices)
@@ -271,7 +272,7 @@ def _candidates(config: ConfigDict, plan: Plan) -> list[str]:
     if len(plan.topology.devices) == 1:
         return []
     names = [name for name in ORDER if name in rules.PRESETS and name != plan.preset]
-    sharing = math.gcd(config.model.moe.num_experts, len(plan.topology.devices))
+    sharing = math.gcd(config.model.moe.num_experts, plan.topology.devices_per_slice)
     if config.model.router.name == "dense" or sharing == 1:
         names = [name for name in names if name != "fsdp_ep"]
     if plan.what == "sample":  # zero1 only splits what the update needs
@@ -284,8 +285,9 @@ def _candidates(config: ConfigDict, plan: Plan) -> list[str]:
 def table(plan: Plan) -> str:
     """The plan as lines of text."""
     topology = plan.topology
+    slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
     lines = [
-        f"{plan.name}: {plan.what} on {topology.name} ({topology.num_chips} x "
+        f"{plan.name}: {plan.what} on {slices}{topology.name} ({topology.num_chips} x "
         f"{topology.devices[0].device_kind}), preset {plan.preset}",
         f"{plan.batch_size} image{'s' * (plan.batch_size > 1)} in all, "
         f"{images_on_chips(plan.micro_batch)} at a time",

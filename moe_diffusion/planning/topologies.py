@@ -3,6 +3,7 @@
 A topology is written `<kind>:<shape>`: `v5e:4x4` and `v5p:4x4x4` are slices of TPU chips, `h100:8`
 is a host of eight GPUs (`h100:64` eight such hosts), and `local` is what this process sees. Only
 `local` needs the hardware: the devices of the others describe chips, and nothing can run on them.
+Several slices of TPU chips (multislice) reach one another over the data center's network, DCN.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from moe_diffusion.checks import require
 from moe_diffusion.chips import CHIPS, Chip, chip_of, known
 from moe_diffusion.errors import UserError, first_line
 from moe_diffusion.gpus import target_config
@@ -26,12 +28,16 @@ GPUS_PER_HOST = 8
 
 @dataclass(frozen=True)
 class Topology:
-    """A named set of chips; `chip` is None if the local devices are of an unknown kind."""
+    """A named set of chips; `chip` is None if the local devices are of an unknown kind.
+
+    `name` and `shape` are those of one slice.
+    """
 
     name: str
     chip: Chip | None
     shape: tuple[int, ...]
     devices: tuple[Any, ...]
+    slices: int = 1
 
     @property
     def platform(self) -> str:
@@ -40,6 +46,10 @@ class Topology:
     @property
     def num_chips(self) -> int:
         return len(self.devices) // self.devices_per_chip
+
+    @property
+    def devices_per_slice(self) -> int:
+        return len(self.devices) // self.slices
 
     @property
     def devices_per_chip(self) -> int:
@@ -54,22 +64,29 @@ class Topology:
         return limit and limit * self.devices_per_chip
 
 
-def describe(name: str) -> Topology:
-    """The topology of a name.
+def describe(name: str, slices: int = 1) -> Topology:
+    """The topology of a name, or several slices of it.
 
     Raises:
       UserError: the name is unknown, there is no such slice, or its compiler is missing.
     """
+    platform = None if name == "local" else CHIPS[parse(name)[0]].platform
+    require(slices >= 1, f"--slices {slices}: at least 1")
+    require(
+        slices == 1 or platform == "tpu", f"--slices {slices}: {name} has no slices of TPU chips"
+    )
     if name == "local":
         devices = tuple(jax.devices())
         return Topology(name, chip_of(devices[0].device_kind), (len(devices),), devices)
     kind, shape = parse(name)
     chip = CHIPS[kind]
-    make = _tpu_devices if chip.platform == "tpu" else _gpu_devices
-    devices = tuple(make(name, kind, shape))
-    if len(devices) != math.prod(shape) * chip.devices:
+    if chip.platform == "tpu":
+        devices = tuple(_tpu_devices(name, kind, shape, slices))
+    else:
+        devices = tuple(_gpu_devices(name, kind, shape))
+    if len(devices) != slices * math.prod(shape) * chip.devices:
         raise UserError(f"--topology {name}: the compiler made {len(devices)} devices of it")
-    return Topology(name, chip, shape, devices)
+    return Topology(name, chip, shape, devices, slices)
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
@@ -91,7 +108,7 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     return kind, shape
 
 
-def _tpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
+def _tpu_devices(name: str, kind: str, shape: tuple[int, ...], slices: int) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology {name} needs the TPU compiler: pip install 'jax[tpu]=={jax.__version__}' "
@@ -101,7 +118,7 @@ def _tpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
     # libtpu warns without these two variables, although it uses only the topology's name.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # one device per chip, as jax has it on a v4
     if math.prod(shape) == 1:

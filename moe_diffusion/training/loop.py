@@ -179,7 +179,7 @@ def _check(
     config: ConfigDict, model: Model, workdir: str | os.PathLike, allow_change: Sequence[str]
 ) -> list[configs.Change]:
     """Raises a UserError for what would fail later; writes nothing. Returns what changes."""
-    configs.validate_devices(config, jax.device_count())
+    configs.validate_devices(config, jax.devices())
     path = epath.Path(workdir) / "config.json"
     before = configs.load_json(path) if path.exists() else config
     changes = configs.allowed_changes(before, config, allow_change, workdir)

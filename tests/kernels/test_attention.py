@@ -89,7 +89,7 @@ def test_a_remat_policy_keeps_what_own_gradient_remembers():
 def test_on_a_mesh_every_device_attends_to_its_own_images():
     arrays = inputs(batch=4)
     expected = value_and_gradients("xla", *arrays)
-    mesh = jax.make_mesh((2, 2, 1), BATCH_AXES, (jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((1, 2, 2, 1), BATCH_AXES, (jax.sharding.AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):
         place = jax.NamedSharding(mesh, jax.P(BATCH_AXES))
         got = value_and_gradients("splash", *jax.device_put(arrays, place))

@@ -220,7 +220,7 @@ def test_the_cheapest_transport_that_drops_nothing():
     """48 experts, 448 hidden units, 5 experts a token; `tokens` on each device."""
 
     def choose(tokens, devices=16, fixed=False):
-        mesh = AbstractMesh((1, 1, devices, 1), AXES)
+        mesh = AbstractMesh((1, 1, 1, devices, 1), AXES)
         chosen = jax.ShapeDtypeStruct((devices, 5 * tokens), "int32")
         routed = Routing(chosen, chosen, chosen, slots_per_expert=1 if fixed else None)
         x, up = (jax.ShapeDtypeStruct(s, "float32") for s in ((devices, tokens, 8), (48, 8, 448)))

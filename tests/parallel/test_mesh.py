@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from moe_diffusion.parallel.mesh import (
     AXES,
@@ -14,6 +15,7 @@ from moe_diffusion.parallel.mesh import (
     num_batch_shards,
     num_expert_shards,
 )
+from moe_diffusion.planning.topologies import describe
 from tests.training import toy
 
 
@@ -29,7 +31,7 @@ def test_a_preset_gives_all_devices_to_one_axis(preset, axis):
 def test_expert_parallelism_shares_the_devices_out(sharing, fsdp, expert):
     config = toy.make_config(parallel__preset="fsdp_ep", parallel__expert=sharing)
     mesh = make_mesh(config.parallel)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1}
+    assert dict(mesh.shape) == {"slice": 1, "data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1}
     with jax.set_mesh(mesh):
         assert (num_batch_shards(), num_expert_shards()) == (8, expert)
 
@@ -38,7 +40,7 @@ def test_expert_parallelism_shares_the_devices_out(sharing, fsdp, expert):
 def test_tensor_parallelism_shares_the_devices_out(sharing, data, tensor):
     """Those that share a sample are no parts of the batch."""
     mesh = make_mesh(toy.make_config(parallel__preset="tp", parallel__tensor=sharing).parallel)
-    assert dict(mesh.shape) == {"data": data, "fsdp": 1, "expert": 1, "tensor": tensor}
+    assert dict(mesh.shape) == {"slice": 1, "data": data, "fsdp": 1, "expert": 1, "tensor": tensor}
     assert num_batch_shards(mesh) == data
 
 
@@ -65,5 +67,18 @@ def test_batch_shards_of_the_mesh_that_is_set():
     with jax.set_mesh(mesh):
         shards = jax.jit(lambda: num_batch_shards())
         assert int(shards()) == 4
-        assert batch_axes() == ("data", "fsdp", "expert")
+        assert batch_axes() == ("slice", "data", "fsdp", "expert")
     assert int(jax.jit(lambda: num_batch_shards())()) == 1
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("preset", "inside"),
+    [("dp", (8, 1, 1, 1)), ("fsdp", (1, 8, 1, 1)), ("fsdp_ep", (1, 2, 4, 1)), ("tp", (4, 1, 1, 2))],
+)
+def test_slices_lie_along_the_first_axis(preset, inside):
+    devices = describe("v5e:2x4", slices=2).devices
+    mesh = make_mesh(ConfigDict({"preset": preset, "expert": 4, "tensor": 2}), devices[::-1])
+    assert tuple(mesh.shape.values()) == (2, *inside) and num_batch_shards(mesh) == 16 // inside[3]
+    for part in mesh.devices:
+        assert len({device.slice_index for device in part.flat}) == 1

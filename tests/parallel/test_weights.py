@@ -17,7 +17,8 @@ from moe_diffusion.planning.topologies import describe
 
 AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)
 LOGICAL = {"kernel": ("embed", "mlp"), "bias": ("mlp",), "down": ("mlp", "embed")}
-MESHES = {"rings": (2, 4, 1, 1), "fsdp": (1, 8, 1, 1), "fsdp_ep": (1, 2, 4, 1), "dp": (8, 1, 1, 1)}
+MESHES = {"rings": (1, 2, 4, 1, 1), "fsdp": (1, 1, 8, 1, 1), "fsdp_ep": (1, 1, 2, 4, 1)}
+MESHES |= {"dp": (1, 8, 1, 1, 1), "slices": (2, 1, 4, 1, 1)}
 
 
 def inputs():
@@ -44,7 +45,7 @@ def test_values_and_gradients_are_those_of_one_device(kind):
     x, weights = inputs()
     expected = jax.value_and_grad(lambda x, w: jnp.sum(layer(x, w) ** 2), (0, 1))(x, weights)
     mesh = jax.make_mesh(MESHES[kind], AXES, AUTO)
-    preset = "fsdp" if kind == "rings" else kind
+    preset = "fsdp" if kind in ("rings", "slices") else kind
     table = PRESETS[preset].params
     with jax.set_mesh(mesh), use_preset(preset):
         specs = weight_specs(weights, LOGICAL)
@@ -73,7 +74,7 @@ def test_what_does_not_split_evenly_is_left_to_the_compiler():
 )
 def test_a_torus_is_cut_into_rings(topology, data, fsdp):
     mesh = make_mesh(ConfigDict({"preset": "fsdp"}), describe(topology).devices)
-    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "expert": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"slice": 1, "data": data, "fsdp": fsdp, "expert": 1, "tensor": 1}
 
 
 @pytest.mark.tpu_aot

@@ -180,3 +180,31 @@ def test_pallas_kernels_are_counted(call, found):
         f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %up.3 = f32[8] custom-call(%x), {call}\n}}"
     )
     assert hlo.kernels(hlo.parse(text)) == ({"up": 1} if found else {})
+
+
+def send(kind, target, shape="f32[128,8,128]{2,1,0}"):
+    """As the compiler writes it for several slices; the names are those of one program."""
+    attributes = (
+        f'_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="{kind}"'
+    )
+    lines = ["HloModule slices", "", "ENTRY %main (p: f32[128,8,128]) -> f32[128,8,128] {"]
+    lines += [f"  %p = {shape} parameter(0)", "  %all = token[] after-all()"]
+    lines.append(f"  %send = ({shape}, u32[], token[]) send(%p, %all), channel_id=2, "
+                 f"is_host_transfer=true, frontend_attributes={{{attributes}}}")  # fmt: skip
+    lines += ["  ROOT %done = token[] send-done(%send), channel_id=2", "}", ""]
+    return hlo.collective_bytes(hlo.parse("\n".join(lines)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "times"),
+    [
+        ("ALL_REDUCE", "{1,2}x{0:7}", 1),  # 2 (n - 1) / n of it
+        ("ALL_REDUCE", "{1:4}x{0:7}", 1.5),
+        ("REDUCE_SCATTER", "{1,2}x{0:7}", 0.5),
+        ("ALL_GATHER", "{1:4}x{0}", 3),  # each sends its part to three others
+        ("ALL_TO_ALL", "{1:4}x{0}", 0.75),
+    ],
+)
+def test_bytes_between_slices_are_apart(kind, target, times):
+    assert send(kind, target) == {hlo.BETWEEN_SLICES: times * 4 * 128 * 8 * 128}

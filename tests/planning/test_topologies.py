@@ -90,3 +90,9 @@ def test_gpu_descriptions_differ_in_memory():
 )
 def test_chips_are_known_by_the_names_of_their_devices(name, kind):
     assert topologies.chip_of(name) == topologies.CHIPS.get(kind)
+
+
+def test_slices_are_of_tpu_chips():
+    for name, slices in (("h100:8", 2), ("local", 2), ("v5e:2x2", 0)):
+        with pytest.raises(UserError, match=f"--slices {slices}"):
+            topologies.describe(name, slices)
