@@ -15,7 +15,9 @@ import jax
 from moe_diffusion.checks import require
 from moe_diffusion.errors import UserError, explained
 
-WAIT = 300  # seconds
+WAIT = 300  # seconds in which all processes must come
+LOST = 60  # seconds without a sign of life, after which a process is lost and the others end
+_NOTICE = {"heartbeat_timeout_seconds": LOST, "shutdown_timeout_seconds": LOST}
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -57,7 +59,7 @@ def initialize() -> None:
         )
     elif _is_tpu_vm():
         with contextlib.suppress(ValueError):  # a lone TPU host, as in a notebook: no coordinator
-            jax.distributed.initialize(initialization_timeout=WAIT)
+            jax.distributed.initialize(initialization_timeout=WAIT, **_NOTICE)
 
 
 def _connect(whom: str, *address: Any, **cluster: Any) -> None:
@@ -74,7 +76,9 @@ def _connect(whom: str, *address: Any, **cluster: Any) -> None:
     timer.start()
     try:
         with explained(f"cannot connect {whom}", remedy, (RuntimeError, ValueError)):
-            jax.distributed.initialize(*address, initialization_timeout=2 * WAIT, **cluster)
+            jax.distributed.initialize(
+                *address, initialization_timeout=2 * WAIT, **cluster, **_NOTICE
+            )
     finally:
         timer.cancel()
 

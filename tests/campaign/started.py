@@ -60,7 +60,7 @@ class Start:
         while not moment():
             if self.process.poll() is not None:
                 return False
-            self._check_time()
+            self.check_time()
             time.sleep(0.001)
         return True
 
@@ -84,7 +84,7 @@ class Start:
           Fault: it takes too long, prints a traceback, or a refusal is not one line.
         """
         while self.process.poll() is None:
-            self._check_time()
+            self.check_time()
             time.sleep(0.01)
         status, text = self.process.returncode, self.error.read_text(errors="replace")
         if "Traceback" in text or "Traceback" in self.output.read_text(errors="replace"):
@@ -99,7 +99,8 @@ class Start:
         """The line that a start with status 2 ended with."""
         return self.error.read_text(errors="replace").splitlines()[-1].removeprefix("error: ")
 
-    def _check_time(self) -> None:
+    def check_time(self) -> None:
+        """Raises a Fault, and kills the start, if it takes too long."""
         if time.monotonic() > self._ends_by:
             self.send(signal.SIGKILL, group=True)
             self.process.wait()
@@ -130,6 +131,7 @@ class Case(contextlib.ExitStack):
         self.notes, self.refusals, self.starts = [], [], 0
         self.lost, self.reference = set(), None
         self._token = uuid.uuid4().hex
+        self.mark = {_TOKEN: self._token}  # in the environment of all processes
         folder.mkdir(parents=True)
         self.callback(self._kill_all)
 
@@ -139,7 +141,7 @@ class Case(contextlib.ExitStack):
     def start(self, devices: int = 1, compile_anew: bool = False, **changes: object) -> Start:
         """Starts the command, as a user would; `data__num_workers=2` changes a key."""
         keys = [f"--config.{key.replace('__', '.')}={value}" for key, value in changes.items()]
-        environment = cli.environment(devices) | {_TOKEN: self._token, "PYTHONPATH": str(cli.ROOT)}
+        environment = cli.environment(devices) | self.mark | {"PYTHONPATH": str(cli.ROOT)}
         if compile_anew:
             environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         self.starts += 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from moe_diffusion import clusters
 from moe_diffusion.errors import UserError
 from moe_diffusion.parallel import distributed
 from tests import cli
@@ -99,7 +100,7 @@ def test_clusters_are_recognised(monkeypatch, env, arguments, capsys):
         assert called == [] and output == ""
     else:
         args, cluster, whom = arguments
-        assert called == [(args, cluster | {"initialization_timeout": 600})]
+        assert called == [(args, cluster | {"initialization_timeout": 600} | clusters._NOTICE)]
         assert output.startswith(f"waiting for {whom}") and output.endswith(", at most 300 s\n")
 
 
