@@ -100,9 +100,7 @@ def parse(text: str) -> Accelerator:
     match = re.fullmatch(r"(\w+)([:-])([1-9]\d*(?:x[1-9]\d*)*)", text)
     if not match or match[1] not in CHIPS:
         known = ", ".join([*CHIPS, "cpu"])
-        raise UserError(
-            f"--accelerator {text} is unknown: choose one of {known}, like {_EXAMPLES}"
-        )
+        raise UserError(f"--accelerator {text} is unknown: choose one of {known}, like {_EXAMPLES}")
     kind, sign, sizes = match.groups()
     shape = tuple(map(int, sizes.split("x")))
     if CHIPS[kind].platform == "cuda":

@@ -106,7 +106,9 @@ class LaunchParser(Parser):
         scheme, _, rest = parsed.workdir.partition("://")
         if rest and scheme not in remote.DRIVERS:
             known = " and ".join(f"{name}://" for name in remote.DRIVERS)
-            raise UserError(f"--workdir {parsed.workdir}: {scheme}:// is not supported; {known} are")
+            raise UserError(
+                f"--workdir {parsed.workdir}: {scheme}:// is not supported; {known} are"
+            )
 
 
 def make_parser(name: str, doc: str) -> LaunchParser:
@@ -114,13 +116,15 @@ def make_parser(name: str, doc: str) -> LaunchParser:
     parser = LaunchParser(name, doc)
     add = parser.add_argument
     add("--accelerator", required=True, metavar="CHIPS",
-        help="v5e-256, v5e:16x16, v5p:4x4x4, h100:8 (as `plan` spells topologies) or cpu")  # fmt: skip
+        help="as `plan` spells topologies, like v5e:16x16 or h100:8; v5e-256; cpu")  # fmt: skip
     add("--command", choices=COMMANDS, default="train", help="what to run (%(default)s)")
     add("--config", default="", metavar="NAME", help="config, as for the command")
     add("--workdir", default="", metavar="DIR", help="folder of the run, like gs://bucket/run")
     add("--name", default="", help="of the job (that of the config)")
     add("--slices", type=int, default=1, metavar="N", help="TPU slices (%(default)s)")
-    add("--nodes", type=int, default=0, metavar="N", help="machines of GPUs or CPUs (as few as can)")
+    add(
+        "--nodes", type=int, default=0, metavar="N", help="machines of GPUs or CPUs (as few as can)"
+    )
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="of the job; repeatable")
     add("--max-restarts", type=int, default=3, metavar="N", help="after crashes (%(default)s)")
     add("--no-xla-flags", action="store_true", help="leave out the flags of docs/pods.md")

@@ -92,8 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = jobs.make_parser("slurm", __doc__)
     add = parser.add_argument
     add("--tasks-per", choices=("node", "gpu"), default="node",
-        help="processes: one for all GPUs of a node, or one for each GPU (%(default)s)")  # fmt: skip
-    add("--python", default=sys.executable, metavar="PATH", help="that has the library, on all nodes")
+        help="a process for each of them (%(default)s)")  # fmt: skip
+    add(
+        "--python",
+        default=sys.executable,
+        metavar="PATH",
+        help="that has the library, on all nodes",
+    )
     add("--time", default="", help="limit of one run, like 24:00:00")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch; repeatable")
     add("--script", default="", metavar="FILE", help="where the script is kept (<name>.sbatch)")

@@ -40,15 +40,13 @@ def jobs_of(job: Job) -> list[tuple[str, Job]]:
         spec = f"{file}:{arg}" if arg else file
         configs.load(spec, overrides)  # a misspelt key is found before anything is started
         workdir = f"{job.workdir.rstrip('/')}/{label}"
-        named[label] = dataclasses.replace(
-            job, config=spec, overrides=overrides, workdir=workdir
-        )
+        named[label] = dataclasses.replace(job, config=spec, overrides=overrides, workdir=workdir)
     require(bool(named), f"{job.config}: sweep() yields nothing")
     return list(named.items())
 
 
 def label_of(values: dict[str, Any]) -> str:
-    """A short name for one dict: {"arg": "router=dense", "optim.b1": 0.9} -> "router-dense-b1-0.9"."""
+    """A short name: {"arg": "router=dense", "optim.b1": 0.9} -> "router-dense-b1-0.9"."""
     parts = [str(v) if k == ARG else f"{k.split('.')[-1]}={_text(v)}" for k, v in values.items()]
     return re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
 

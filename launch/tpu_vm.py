@@ -177,9 +177,7 @@ def _prepare_and_run(machine: Machine, install: str) -> int:
     return jobs.run(machine.ssh(run_script(machine.job)))
 
 
-def _obtain(
-    machine: Machine, wait: float, sleep: Callable[[float], None], patient: bool
-) -> None:
+def _obtain(machine: Machine, wait: float, sleep: Callable[[float], None], patient: bool) -> None:
     """Returns when the TPU is there; one that is dead is deleted and created anew.
 
     patient: try again where none can be created; there was one before.

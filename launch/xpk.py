@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--cluster", required=True, help="of GKE, made by `xpk cluster create`")
     add("--image", required=True, help="container image of launch/Dockerfile, in a registry")
-    add("--xpk", default="xpk", metavar="PATH", help="the program, in its environment (%(default)s)")
+    add(
+        "--xpk", default="xpk", metavar="PATH", help="the program, in its environment (%(default)s)"
+    )
     add("--project", default="", help="of Google Cloud (that of gcloud)")
     add("--zone", default="", help="of the cluster (that of gcloud)")
     add("--storage", action="append", default=[], metavar="NAME",
@@ -87,13 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options += [f"--reservation={args.reservation}"] if args.reservation else []
     jobs.tell_of_own_config(job)
     program = os.path.expanduser(args.xpk)
+    words = command(job, program, args.cluster, options)
     if not args.dry_run:
         require(
             shutil.which(program) is not None,
             f"--xpk {args.xpk} is not there: python -m venv ~/xpk && ~/xpk/bin/pip install "
             "xpk==1.16.0, then --xpk ~/xpk/bin/xpk",
         )
-    sys.exit(jobs.run(command(job, program, args.cluster, options), args.dry_run))
+    sys.exit(jobs.run(words, args.dry_run))
 
 
 if __name__ == "__main__":

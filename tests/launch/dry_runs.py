@@ -54,7 +54,7 @@ ON_PAGE = [name for name in COMMANDS if "_" not in name or name in ("tpu_vm", "x
 
 def printed(name: str) -> str:
     """What a dry run prints, warnings last; places of this machine are replaced."""
-    module, *words = shlex.split(COMMANDS[name].replace("a'b", "\"a'b\""))
+    module, *words = shlex.split(COMMANDS[name].replace("a'b", '"a\'b"'))
     output, warnings = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(warnings):
         try:

@@ -15,6 +15,6 @@ def install(folder: Path, program: str, *names: str) -> Path:
     place.mkdir(exist_ok=True)
     for name in names:
         text = (HERE / program).read_text()
-        (place / name).write_text(f"#!{shlex.quote(sys.executable)} -I\n{text}")
+        (place / name).write_text(f"#!{shlex.quote(sys.executable)} -IS\n{text}")
         (place / name).chmod(0o755)
     return place

@@ -1,8 +1,9 @@
 """Plays gcloud: notes every call, keeps one TPU in a folder, and does to it what a script says.
 
 The folder (STANDIN) has `calls` (a JSON list a line), `state` (of the TPU, if there is one) and
-`script`: JSON, {"create": [exit codes], "describe": [states or errors], "ssh": [exit codes or words]}.
-A list that is used up goes on with what is normal. "preempted" for ssh takes the TPU away.
+`script`, a table: "create" has exit codes, "describe" states or "unreachable", "install" and "ssh"
+exit codes, "preempted" (takes the TPU away) or "slow". A list that is used up goes on with what is
+normal.
 """
 
 from __future__ import annotations
