@@ -6,8 +6,8 @@
       --image gcr.io/lab/moe-diffusion:1 --config dsmoe_b --workdir gs://bucket/dsmoe_b
 
 xmanager needs other versions of packages than the library, so it has an environment of its own:
-`python -m venv ~/xm && ~/xm/bin/pip install xmanager==0.8.5.post1`. The local executor starts plain
-processes and needs no Docker. A sweep is what `sweep()` of the config file yields.
+`python3.11 -m venv ~/xm && ~/xm/bin/pip install -r launch/xmanager.txt`. The local executor starts
+plain processes and needs no Docker. A sweep is what `sweep()` of the config file yields.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require(
         Path(python).is_file(),
-        f"--xm {args.xm} is not there: python -m venv ~/xm && ~/xm/bin/pip install "
-        "xmanager==0.8.5.post1, then --xm ~/xm/bin/python",
+        f"--xm {args.xm} is not there: python3.11 -m venv ~/xm && ~/xm/bin/pip install "
+        "-r launch/xmanager.txt, then --xm ~/xm/bin/python",
     )
     with tempfile.TemporaryDirectory() as folder:
         path = save_text(json.dumps(told), Path(folder) / "experiment.json")

@@ -4,8 +4,8 @@
       --image gcr.io/lab/moe-diffusion:1 --config dsmoe_3b --workdir gs://bucket/dsmoe_3b --dry_run
 
 xpk needs other versions of packages than the library, so it has an environment of its own:
-`python -m venv ~/xpk && ~/xpk/bin/pip install xpk==1.16.0`, and then `--xpk ~/xpk/bin/xpk`. It also
-needs gcloud and kubectl. The image is that of launch/Dockerfile.
+`python3.11 -m venv ~/xpk && ~/xpk/bin/pip install -r launch/xpk.txt`, and then
+`--xpk ~/xpk/bin/xpk`. It also needs gcloud and kubectl. The image is that of launch/Dockerfile.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.dry_run:
         require(
             shutil.which(program) is not None,
-            f"--xpk {args.xpk} is not there: python -m venv ~/xpk && ~/xpk/bin/pip install "
-            "xpk==1.16.0, then --xpk ~/xpk/bin/xpk",
+            f"--xpk {args.xpk} is not there: python3.11 -m venv ~/xpk && ~/xpk/bin/pip "
+            "install -r launch/xpk.txt, then --xpk ~/xpk/bin/xpk",
         )
     sys.exit(jobs.run(words, args.dry_run))
 

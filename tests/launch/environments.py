@@ -8,21 +8,25 @@ import sys
 from pathlib import Path
 
 from moe_diffusion.caches import cache_folder
+from tests import cli
 
 
-def python_with(requirement: str) -> Path:
-    """The Python of an environment with one requirement, made on first use.
+def python_with(name: str) -> Path:
+    """The Python of the environment of launch/<name>.txt, made on first use.
 
     It is kept with what else can be made again. There is no way to go on without it: where the
     registry cannot be reached, this fails.
     """
-    folder = cache_folder("environments") / requirement.replace("==", "-")
-    python, done = folder / "bin" / "python", folder / "done"
-    if not done.exists():
+    listed = cli.ROOT / "launch" / f"{name}.txt"
+    folder = cache_folder("environments") / name
+    python, done = folder / "bin" / "python", folder / "installed.txt"
+    if not done.exists() or done.read_text() != listed.read_text():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        ran = subprocess.run([*pip, requirement], capture_output=True, text=True, timeout=900)
-        assert ran.returncode == 0, f"pip cannot install {requirement} here: {ran.stderr[-2000:]}"
-        done.touch()
+        # -I: what PYTHONPATH names is not in this environment.
+        pip = [python, "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-compile", "--requirement", listed]
+        ran = subprocess.run(pip, capture_output=True, text=True, timeout=cli.HANGS_AFTER)
+        assert ran.returncode == 0, f"pip cannot install {listed} here: {ran.stderr[-2000:]}"
+        done.write_text(listed.read_text())
     return python

@@ -98,9 +98,9 @@ def test_what_is_no_accelerator(text, message):
         (f"{XPK} --accelerator v5e-8 --spot --reservation r", "exclude each other"),
         (
             f"{XPK} --accelerator v5e-8 --xpk /nowhere/xpk",
-            "--xpk /nowhere/xpk is not there: python",
+            "--xpk /nowhere/xpk is not there: python3.11",
         ),
-        (XM, "--xm /nowhere/python is not there: python -m venv ~/xm && ~/xm/bin/pip install"),
+        (XM, "--xm /nowhere/python is not there: python3.11 -m venv ~/xm && ~/xm/bin/pip install"),
         (f"{XM} --executor vertex", "--executor vertex needs --image"),
         (f"{XM} --executor vertex --image i --accelerator h100:8", "knows a100 and cpu; use"),
         (f"{XM} --nodes 2", "2 machines: xmanager's executors run a job on one"),

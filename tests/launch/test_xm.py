@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from launch import xm_launch, xpk
+from launch import xm_launch
 from tests import cli
 from tests.launch import dry_runs
 from tests.launch.environments import python_with
@@ -19,14 +18,9 @@ pytestmark = pytest.mark.slow
 SHORT = ["--config.train.num_steps=2", "--config.checkpoint.every=2"]
 
 
-def version(module) -> str:
-    """What the launcher tells its user to install."""
-    return re.search(r"pip install (\w+==[\w.]+)", module.__doc__)[1]
-
-
 def test_a_sweep_runs_as_plain_processes(tmp_path, monkeypatch, capfd):
     """Two routers through the local executor, without Docker; a third config fails and is named."""
-    python = python_with(version(xm_launch))
+    python = python_with("xmanager")
     for name, value in (cli.environment(1) | {"HOME": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     swept = tmp_path / "swept.py"
@@ -79,11 +73,11 @@ print(json.dumps([found.topology, *counts, args.command]))
 
 def test_xpk_takes_our_commands():
     """The parser of xpk reads them, and means the slices that we mean."""
-    python = python_with(version(xpk))
+    python = python_with("xpk")
 
     def understood(words: list[str]) -> list:
         ran = subprocess.run(
-            [python, "-c", PARSE], input=json.dumps(words), capture_output=True, text=True
+            [python, "-I", "-c", PARSE], input=json.dumps(words), capture_output=True, text=True
         )
         assert ran.returncode == 0, ran.stderr
         return json.loads(ran.stdout.splitlines()[-1])
