@@ -8,6 +8,9 @@ size=tiny | small.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.families.digits import DIGITS_ROUTERS, digits
@@ -18,3 +21,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     choices = {"router": DIGITS_ROUTERS, "size": ("tiny", "small")}
     arg = parse_arg(arg, choices=choices, router="token_choice", size="tiny")
     return digits(arg.router, arg.size)
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+    """The five routers that have experts, for `launch/xm_launch.py --sweep`."""
+    for router in DIGITS_ROUTERS:
+        if router != "dense":
+            yield {"arg": f"router={router}"}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import importlib.util
 import os
 import sys
 import threading
@@ -14,6 +12,7 @@ import jax
 
 from moe_diffusion.checks import require
 from moe_diffusion.errors import UserError, explained
+from moe_diffusion.xla_flags import on_tpu_vm
 
 WAIT = 300  # seconds in which all processes must come
 LOST = 60  # seconds without a sign of life, after which a process is lost and the others end
@@ -57,7 +56,7 @@ def initialize() -> None:
             "processes, each of which would train alone: start one process per host and set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or unset WORLD_SIZE"
         )
-    elif _is_tpu_vm():
+    elif on_tpu_vm():
         with contextlib.suppress(ValueError):  # a lone TPU host, as in a notebook: no coordinator
             jax.distributed.initialize(initialization_timeout=WAIT, **_NOTICE)
 
@@ -90,9 +89,3 @@ def _number(*names: str) -> int:
         return 1
     require(os.environ[name].isdecimal(), f"{name}={os.environ[name]} is no number: correct it")
     return int(os.environ[name])
-
-
-def _is_tpu_vm() -> bool:
-    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
-    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    return bool(wanted and chips and importlib.util.find_spec("libtpu"))

@@ -19,7 +19,7 @@ from moe_diffusion.errors import UserError
 
 # Scheme -> the packages that read and write there: files, and TensorBoard's events. Checkpoints
 # need none (tensorstore).
-_DRIVERS = {"gs": ("gcsfs",), "s3": ("s3fs", "boto3")}
+DRIVERS = {"gs": ("gcsfs",), "s3": ("s3fs", "boto3")}
 _EVERY = 60.0  # seconds between two writings of a log
 
 
@@ -33,7 +33,7 @@ def url_of(path: str | os.PathLike) -> str | None:
 
     A local path of that look would be a folder named "gs:", which nobody means.
     """
-    known = re.match(rf"({'|'.join(_DRIVERS)}):/+", os.fspath(path))
+    known = re.match(rf"({'|'.join(DRIVERS)}):/+", os.fspath(path))
     return known and f"{known[1]}://{os.fspath(path)[known.end() :]}"
 
 
@@ -49,10 +49,10 @@ def check(path: str | os.PathLike, what: str) -> None:
     scheme, url, _ = os.fspath(path).partition("://")
     if not url:
         return
-    if scheme not in _DRIVERS:
-        known = " and ".join(f"{name}://" for name in _DRIVERS)
+    if scheme not in DRIVERS:
+        known = " and ".join(f"{name}://" for name in DRIVERS)
         raise UserError(f"{what} {path}: {scheme}:// is not supported; {known} are")
-    missing = [name for name in _DRIVERS[scheme] if importlib.util.find_spec(name) is None]
+    missing = [name for name in DRIVERS[scheme] if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{what} {path} needs a driver: pip install {' '.join(missing)}")
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moe_diffusion import xla_flags
 from moe_diffusion.cli import Parser, exits_on_user_error
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def run_command(
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     args, overrides = parser.parse_with_overrides(argv)
+    xla_flags.apply()
     from moe_diffusion import fallback
     from moe_diffusion.kernels.cpu.heap import keep_freed_memory
     from moe_diffusion.parallel import distributed

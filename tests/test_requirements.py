@@ -51,7 +51,7 @@ def imported(*places: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module)
     tops = {name.partition(".")[0] for name in names}
-    own = {"moe_diffusion", "configs", "tests", "docs"}
+    own = {"moe_diffusion", "configs", "launch", "tests", "docs"}
     return {PART_OF.get(name, name) for name in tops - own - sys.stdlib_module_names}
 
 

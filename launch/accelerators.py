@@ -1,0 +1,140 @@
+"""What launchers know of accelerators: how many hosts one has, and what clusters call it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from moe_diffusion.errors import UserError
+from moe_diffusion.planning.chips import CHIPS
+
+GPUS_PER_HOST = 8
+CHIPS_PER_HOST = 4
+
+
+@dataclass(frozen=True)
+class _TPU:
+    """Names of a kind of TPU.
+
+    Attributes:
+      cloud: what Google's accelerator types begin with.
+      cores: what those types count for one chip.
+      runtime: the software version of a TPU VM (cloud.google.com/tpu/docs/runtimes); "" if the
+        Cloud TPU API does not offer this kind.
+      gke: value of the label cloud.google.com/gke-tpu-accelerator.
+    """
+
+    cloud: str
+    cores: int
+    runtime: str
+    gke: str
+
+
+TPUS = {
+    "v4": _TPU("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice"),
+    "v5e": _TPU("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
+    "v5p": _TPU("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
+    "v6e": _TPU("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
+    "tpu7x": _TPU("tpu7x", 2, "", "tpu7x"),
+}
+# Value of the label cloud.google.com/gke-accelerator.
+GPUS = {"a100": "nvidia-tesla-a100", "h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
+# The slices of v5e and v6e, by their number of chips; a number says nothing else of its shape.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_EXAMPLES = "v5e-256, v5p:4x4x4, h100:8 or cpu"
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One TPU slice, some GPUs, or CPUs.
+
+    Attributes:
+      kind: a key of `CHIPS`, or "cpu".
+      shape: of a TPU slice; (number,) of GPUs; () of CPUs.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def platform(self) -> str:
+        """ "tpu", "cuda" or "cpu"."""
+        return "cpu" if self.kind == "cpu" else CHIPS[self.kind].platform
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def hosts(self) -> int:
+        """Machines of this accelerator; one for CPUs, unless the job says otherwise."""
+        per_host = {"tpu": CHIPS_PER_HOST, "cuda": GPUS_PER_HOST, "cpu": 1}[self.platform]
+        return -(-self.chips // per_host)
+
+    @property
+    def topology(self) -> str:
+        """The shape as clusters write it: "4x4x4"."""
+        return "x".join(map(str, self.shape))
+
+    @property
+    def cloud_type(self) -> str:
+        """Google's name of a TPU slice, like v5litepod-256; of v4 and v5p it counts cores."""
+        names = TPUS[self.kind]
+        return f"{names.cloud}-{self.chips * names.cores}"
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.topology}" if self.shape else self.kind
+
+
+def parse(text: str) -> Accelerator:
+    """Reads an accelerator, spelled as for `plan` or by its number of chips.
+
+    "v5e:16x16" and "v5e-256" are the same slice; "v5p:4x4x4" has 64 chips; "h100:8" are eight GPUs.
+
+    Raises:
+      UserError: the kind is unknown, or has no such shape.
+    """
+    if text == "cpu":
+        return Accelerator("cpu", ())
+    match = re.fullmatch(r"(\w+)([:-])([1-9]\d*(?:x[1-9]\d*)*)", text)
+    if not match or match[1] not in CHIPS:
+        known = ", ".join([*CHIPS, "cpu"])
+        raise UserError(f"--accelerator {text} is unknown: choose one of {known}, like {_EXAMPLES}")
+    kind, sign, sizes = match.groups()
+    shape = tuple(map(int, sizes.split("x")))
+    if CHIPS[kind].platform == "cuda":
+        _check_gpus(text, shape)
+    elif sign == "-":
+        shape = _flat(text, kind, shape)
+    elif len(shape) != CHIPS[kind].dims:
+        raise UserError(
+            f"--accelerator {text}: a shape of {kind} has {CHIPS[kind].dims} sizes, as in "
+            f"{CHIPS[kind].examples.split()[-1]}"
+        )
+    if kind in TPUS and math.prod(shape) > CHIPS_PER_HOST and math.prod(shape) % CHIPS_PER_HOST:
+        raise UserError(f"--accelerator {text} is no slice: a host has {CHIPS_PER_HOST} chips")
+    return Accelerator(kind, shape)
+
+
+def _check_gpus(text: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 1 or shape[0] > GPUS_PER_HOST and shape[0] % GPUS_PER_HOST:
+        raise UserError(
+            f"--accelerator {text}: name a number of GPUs; more than {GPUS_PER_HOST} are whole "
+            "hosts of them"
+        )
+
+
+def _flat(text: str, kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of v5e-256 and the like."""
+    if CHIPS[kind].dims != 2:
+        raise UserError(
+            f"--accelerator {text}: Google's names of {kind} count cores, not chips; write the "
+            f"shape instead, like {CHIPS[kind].examples.split()[-1]}"
+        )
+    for flat in _FLAT:
+        sides = tuple(map(int, flat.split("x")))
+        if len(shape) == 1 and math.prod(sides) == shape[0]:
+            return sides
+    numbers = ", ".join(str(math.prod(map(int, flat.split("x")))) for flat in _FLAT)
+    raise UserError(f"--accelerator {text} is no slice: {kind} has {numbers} chips")
