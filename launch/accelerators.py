@@ -6,8 +6,9 @@ import math
 import re
 from dataclasses import dataclass
 
-from moe_diffusion.errors import UserError
 from moe_diffusion.planning.chips import CHIPS
+
+from moe_diffusion.errors import UserError
 
 GPUS_PER_HOST = 8
 CHIPS_PER_HOST = 4
