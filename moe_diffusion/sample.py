@@ -78,10 +78,13 @@ def check_columns(args: argparse.Namespace) -> None:
                 )
 
 
-def check_processes(args: argparse.Namespace) -> None:
-    """Raises a UserError for what one process does alone, if there are several."""
+def connect(args: argparse.Namespace) -> None:
+    """Connects the processes; raises a UserError for what one does alone, if there are several."""
     import jax
 
+    from moe_diffusion.parallel import distributed
+
+    distributed.initialize()
     alone = [flag for flag in ("stats", "trajectory", "teacher") if getattr(args, flag)]
     alone += ["top-k"] * ("," in (args.top_k or ""))
     if alone and jax.process_count() > 1:
@@ -158,8 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.sampling.generate import generate, pool_of
     from moe_diffusion.sampling.load import load_config
 
-    distributed.initialize()
-    check_processes(args)
+    connect(args)
     values = top_k.parse(args.top_k)
     if values:
         top_k.check(load_config(args.workdir, tuple(overrides)), values)
