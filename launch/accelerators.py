@@ -6,8 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from moe_diffusion.planning.chips import CHIPS
-
+from moe_diffusion.chips import CHIPS
 from moe_diffusion.errors import UserError
 
 GPUS_PER_HOST = 8
