@@ -45,7 +45,7 @@ class Bucket(MemoryFileSystem):
 def bucket(monkeypatch, tmp_path):
     """An empty gs://bucket, for a process whose current folder is empty, too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(remote, "_DRIVERS", {"gs": (), "s3": ("no_such_driver",)})
+    monkeypatch.setattr(remote, "DRIVERS", {"gs": (), "s3": ("no_such_driver",)})
     monkeypatch.setattr(Bucket, "store", {})
     monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
     fsspec.register_implementation("gcs", Bucket, clobber=True)
