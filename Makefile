@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SLOW_STAMP := $(VENV)/.installed-slow
 JOBS ?= 2
 SEEDS ?= 1
 PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile --prefer-binary
@@ -14,7 +15,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 GPU_PYTHON ?= python3
 OUT ?= runs/gpu-check
 
-.PHONY: install test test-slow test-all test-browser lint demo flux-demo dense2moe-demo bench gpu-check clean
+.PHONY: install test test-slow test-all test-browser lint docs notebooks demo flux-demo dense2moe-demo \
+	bench gpu-check clean
 
 install: $(STAMP)
 
@@ -26,6 +28,11 @@ $(STAMP): setup.cfg setup.py pyproject.toml
 	$(BIN)/python -m pip $(PIP_INSTALL) -e ".[dev]"
 	@touch $@
 
+# What runs notebooks and builds the site; `make test` does without.
+$(SLOW_STAMP): $(STAMP)
+	$(BIN)/python -m pip $(PIP_INSTALL) -e ".[dev,notebooks,docs]"
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +42,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Few and long ones: a worker without work takes another's, or one would run alone for minutes.
-test-slow: $(STAMP)
+test-slow: $(SLOW_STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not alone and not gpu and not tpu_aot and not browser"
 
 # The last, with 23 GB of memory, wants the machine for itself.
@@ -45,6 +52,14 @@ test-all: test test-slow
 # Reports in a real browser; skipped where no Chromium is installed.
 test-browser: $(STAMP)
 	$(BIN)/python -m pytest -m browser
+
+# The documentation as a site, in site/; a link that leads nowhere is an error.
+docs: $(SLOW_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Runs the notebooks and writes them with their outputs, about five minutes each.
+notebooks: $(SLOW_STAMP)
+	$(BIN)/python -m docs.notebooks
 
 demo: $(STAMP)
 	$(BIN)/python -m moe_diffusion.demo --workdir runs/digits
@@ -70,5 +85,5 @@ gpu-check:
 	$(GPU_PYTHON) -m moe_diffusion.bench suite --repeats 9 --minutes 6 --out $(OUT)/bench.json && exit $$tests
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""The roads of the pages with a model of labels: `demo`, and a DiT that becomes experts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from moe_diffusion import demo, distill, train
+from tests import cli
+
+pytestmark = pytest.mark.slow
+
+
+def test_digits_by_their_labels(tmp_path, capfd):
+    flags = ["--config.sampling.steps=1", "--config.sampling.sampler=euler"]
+    demo.main([*cli.digits(), *flags, "--workdir", str(tmp_path)])
+    *lines, last = capfd.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert {"class_accuracy", "nearest_train_distance", "seconds"} <= result.keys()
+    assert lines[-1].startswith("120 of 1000 drawn digits: ")
+    Image.open(result["picture"]).verify()
+
+
+def test_a_dit_becomes_experts(tmp_path, capfd):
+    """`distill` with the config of the pages: a dense teacher, its units dealt to experts."""
+    teacher, workdir = tmp_path / "teacher", tmp_path / "moe"
+    small = ["model.depth=2", "model.hidden_size=16", "model.num_heads=2", "data.batch_size=8"]
+    small += ["train.sample_every=0", "train.eval_samples=0", "ema.decays=()"]
+    dense = [*small, "train.num_steps=2", "optim.warmup_steps=1"]
+    train.run("digits:router=dense", str(teacher), dense)
+    changes = [*small, f"distill.teacher={teacher}", "distill.importance_batches=2"]
+    changes += [f"distill.{stage}.steps=2" for stage in ("shared", "experts")]
+    changes += ["optim.warmup_steps=1"]
+    flags = [f"--config.{change}" for change in changes]
+    distill.main(["--config", "configs/digits_moe.py", "--workdir", str(workdir), *flags, "--json"])
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert told["stage"] == str(workdir / "experts") and told["step"] == told["num_steps"] == 2
+    assert sorted(path.name for path in workdir.iterdir() if path.is_dir()) == [
+        *("experts", "shared", "student"),
+    ]
