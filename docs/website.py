@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
-# A page that is still being written: while the file is missing, so is its entry.
-COMING = ("pods.md",)
 # Page of the reference -> title, modules or packages, all of whose public names it shows.
 REFERENCE = {
     "moe": ("Routers and experts", ("moe",)),
@@ -45,17 +43,6 @@ REFERENCE = {
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s#]*)(#[^()\s]*)?\)")
 _REFERENCE = re.compile(r'<autoref identifier="(?!moe_diffusion)([^"]*)"[^>]*>(.*?)</autoref>')
 _CODE = re.compile(r"(^```.*?^```$|``.*?``|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leaves out the entries of COMING whose file is missing."""
-    missing = {name for name in COMING if not (ROOT / "docs" / name).exists()}
-    for section in config.nav:
-        (entries,) = section.values()
-        if isinstance(entries, list):
-            left_out = [e for e in entries if isinstance(e, dict) and missing & {*e.values()}]
-            entries[:] = [entry for entry in entries if entry not in left_out]
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -172,8 +159,8 @@ def _commands() -> str:
 
 def _names() -> str:
     """What `import moe_diffusion` offers, and where the reference has it."""
-    text = "# Reference\n\nWhat `import moe_diffusion` offers; [python.md](../python.md) shows how its "
-    text += "parts go together.\n\n| name in `moe_diffusion` | what it is |\n|---|---|\n"
+    text = "# Reference\n\nWhat `import moe_diffusion` offers; [python.md](../python.md) shows how "
+    text += "its parts go together.\n\n| name in `moe_diffusion` | what it is |\n|---|---|\n"
     for name, (module, there) in moe_diffusion._PLACES.items():
         path, first = _definition(f"moe_diffusion.{module}", there)
         text += f"| [`{name}`][{path}] | {first} |\n"
@@ -183,10 +170,8 @@ def _names() -> str:
 def _definition(module: str, name: str) -> tuple[str, str]:
     """Where a name is defined, "module.name", and the first line of its docstring."""
     place = ROOT / module.replace(".", "/")
-    tree = ast.parse(
-        (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text()
-    )
-    for node in tree.body:
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
             return _definition(node.module, name)
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:

@@ -57,7 +57,7 @@ import moe_diffusion
 from moe_diffusion.figures.images import image_grid
 
 pipe = moe_diffusion.load(TEACHER, overrides=["sampling.steps=3"] if TINY else [])
-prompts = ["a handwritten seven", "draw a small digit 3", "the number five", "a big 8"]
+prompts = ["a handwritten seven", "draw a small digit 3", "the number five", "show me a sketched 8"]
 image_grid(
     pipe(prompts=prompts, num=32, seed=0),
     [p for p in prompts for _ in range(8)],

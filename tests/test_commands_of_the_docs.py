@@ -270,6 +270,7 @@ def kind_of(name: str, flags: argparse.Namespace, spec: str | None) -> str:
 MAKEFILE = (cli.ROOT / "Makefile").read_text()
 _REPRODUCED = "tests/reproduction/test_reproduce.py::test_every_command_runs"
 _GOLDEN = "tests/golden/test_golden.py::test_import_then_export_keeps_every_bit"
+_DRY_RUN = "tests/launch/test_dry_runs.py::test_a_dry_run_prints_its_golden_text"
 _CI = ".ci/run"
 # Command and kind -> the test that executes it, small; or the script of CI.
 EXECUTED = {
@@ -299,6 +300,11 @@ EXECUTED = {
     "evaluate digits": "tests/test_evaluate_cli.py::test_a_run_on_digits_needs_nothing_else",
     "evaluate dsmoe": _REPRODUCED,
     "evaluate files": "tests/test_evaluate_cli.py::test_images_features_and_statistics_agree",
+    "launch.gke dsmoe": _DRY_RUN,
+    "launch.slurm dsmoe": _DRY_RUN,
+    "launch.tpu_vm dsmoe": _DRY_RUN,
+    "launch.xm_launch digits": _DRY_RUN,
+    "launch.xpk dsmoe": _DRY_RUN,
     "plan dsmoe": "tests/planning/test_aot.py::test_dsmoe_l_e48_for_256_chips_in_three_minutes",
     "plan flux": "tests/planning/test_aot.py::test_flux_dev_draws_one_image_on_eight_v5e",
     "plan flux_moe": "tests/planning/test_aot.py::test_every_config_fits_somewhere",
