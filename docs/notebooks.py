@@ -108,7 +108,9 @@ def execute(notebook: NotebookNode, folder: Path, tiny: bool) -> NotebookNode:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, TINY: str(int(tiny))}
     place = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=place)
+    quiet = ["--IPKernelApp.log_level=ERROR"]
+    options = {"kernel_name": "python3", "extra_arguments": quiet, "resources": place}
+    client = NotebookClient(notebook, timeout=3600, **options)
     return cleaned(client.execute(env=environment))
 
 
@@ -118,12 +120,27 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
         for output in cell.get("outputs", ()):
             if output.output_type in ("execute_result", "display_data"):
                 output.metadata = {}
                 if "image/png" in output.data or "image/gif" in output.data:
-                    output.data.pop("text/plain", None)  # <Figure ...>, <PIL.Image.Image ...>
+                    for other in ("text/plain", "image/jpeg"):  # <PIL.Image.Image ...>
+                        output.data.pop(other, None)
     return notebook
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """With one output in place of several in a row of the same stream."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        last = found[-1] if found else {}
+        if output.output_type == "stream" == last.get("output_type") and last.name == output.name:
+            last.text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def images(notebook: NotebookNode) -> Iterator[tuple[str, bytes]]:

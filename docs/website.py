@@ -40,9 +40,12 @@ REFERENCE = {
     "parallel": ("Devices and sharding", ("parallel", "tensor_parallel")),
     "planning": ("Planning", ("planning", "chips")),
 }
-_LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s#]*)(#[^()\s]*)?\)")
-_REFERENCE = re.compile(r'<autoref identifier="(?!moe_diffusion)([^"]*)"[^>]*>(.*?)</autoref>')
-_CODE = re.compile(r"(^```.*?^```$|``.*?``|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
+# A block of code, a link (its text may hold code), or code: the first that begins is meant.
+_LINK = re.compile(
+    r"^```.*?^```$|(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s#]*)(#[^()\s]*)?\)|``.*?``|`[^`\n]*`",
+    re.DOTALL | re.MULTILINE,
+)
+_REFERENCE = re.compile(r'<autoref [^>]*?identifier="([^".]*)"[^>]*>(.*?)</autoref>', re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -104,7 +107,7 @@ def moved(markdown: str, source: str, place: str) -> str:
 
     def link(found: re.Match) -> str:
         text, target, anchor = found[1], found[2], found[3] or ""
-        if not target or re.match(r"[a-z]+:", target):
+        if not target or re.match(r"[a-z]+:", target):  # code, an anchor, or another site
             return found[0]
         path = os.path.normpath(os.path.join(os.path.dirname(source), target))
         inside = path.removeprefix("docs/")
@@ -126,13 +129,7 @@ def moved(markdown: str, source: str, place: str) -> str:
             target = f"{REPOSITORY}/{kind}/main/{path}"
         return f"{text}({target}{anchor})"
 
-    return outside_code(lambda part: _LINK.sub(link, part), markdown)
-
-
-def outside_code(change: Any, markdown: str) -> str:
-    """Applies a function to the parts of a text that are not code."""
-    parts = _CODE.split(markdown)
-    return "".join(part if i % 2 else change(part) for i, part in enumerate(parts))
+    return _LINK.sub(link, markdown)
 
 
 def _router_page() -> str:

@@ -41,8 +41,8 @@ AUTOENCODER = None  # for a model of latents, like "sd-vae-ft-ema/"
 # %% [markdown]
 # ## The stand-in
 #
-# The authors describe a DSMoE by hyperparameters like these. `config_from_torch` makes a config of them. The model is
-# their architecture in small: layers of experts in every second block, eight experts of which a token takes two, one
+# The authors describe a DSMoE by hyperparameters like these. `config_from_torch` makes a config of them; below stands
+# what becomes of the router's. The model is their architecture in small: layers of experts in every second block, eight experts of which a token takes two, one
 # shared expert, a selection bias and rotary positions.
 
 # %%
@@ -78,7 +78,7 @@ AUTHORS = {
     },
 }
 found = interop.config_from_torch("dsmoe", AUTHORS)
-found.model
+print(found.model.router)
 
 # %% [markdown]
 # `my_dsmoe.py` is a config file of our own: that model, with the training of the config `digits`. Then
@@ -106,7 +106,8 @@ if CHECKPOINT is None:
     with contextlib.redirect_stdout(io.StringIO()):
         train.run("my_dsmoe.py", "runs/dsmoe_digits", changes)
     export = "--export --family dsmoe --input runs/dsmoe_digits --output DSMoE-digits.safetensors"
-    convert.main(export.split())
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        convert.main(export.split())
     Path("DSMoE-digits.json").write_text(json.dumps({"model": AUTHORS}))
     CHECKPOINT, HPARAMS = "DSMoE-digits.safetensors", "DSMoE-digits.json"
 
@@ -120,7 +121,9 @@ if CHECKPOINT is None:
 from moe_diffusion.interop.files import open_weights
 
 state = open_weights(CHECKPOINT, None).state
-for name in list(state)[:4] + [name for name in state if "blocks.1.mlp" in name][:8]:
+parts = ("x_embedder", "blocks.1.attn", "blocks.1.mlp.gate", "blocks.1.mlp.experts.blocks.0.")
+parts += ("blocks.1.mlp.shared",)
+for name in [name for name in state if name.startswith(parts)] or list(state)[:12]:
     print(f"{name:<48} {tuple(state[name].shape)}")
 print(f"... {len(state)} tensors")
 

@@ -1,4 +1,4 @@
-"""The roads of the pages with a model of labels: `demo`, and a DiT that becomes experts."""
+"""Roads of the pages with models of labels: `demo`, a DiT that becomes experts, all families."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import pytest
 from PIL import Image
 
+from docs import draw_families
+from moe_diffusion import config as configs
 from moe_diffusion import demo, distill, train
+from moe_diffusion.models import build
 from tests import cli
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_digits_by_their_labels(tmp_path, capfd):
     flags = ["--config.sampling.steps=1", "--config.sampling.sampler=euler"]
     demo.main([*cli.digits(), *flags, "--workdir", str(tmp_path)])
@@ -23,6 +25,7 @@ def test_digits_by_their_labels(tmp_path, capfd):
     Image.open(result["picture"]).verify()
 
 
+@pytest.mark.slow
 def test_a_dit_becomes_experts(tmp_path, capfd):
     """`distill` with the config of the pages: a dense teacher, its units dealt to experts."""
     teacher, workdir = tmp_path / "teacher", tmp_path / "moe"
@@ -40,3 +43,24 @@ def test_a_dit_becomes_experts(tmp_path, capfd):
     assert sorted(path.name for path in workdir.iterdir() if path.is_dir()) == [
         *("experts", "shared", "student"),
     ]
+
+
+@pytest.mark.parametrize("name", draw_families.FAMILIES)
+def test_families_of_the_picture_are_small(name):
+    spec, changes = draw_families.FAMILIES[name]
+    config = configs.load(spec, [*changes, "train.num_steps=600"])
+    assert build(config.model, sorted(config.loss_weights)).input_shape == (8, 8, 1)
+
+
+@pytest.mark.slow
+def test_a_picture_of_families(tmp_path, monkeypatch, capsys):
+    few = {name: draw_families.FAMILIES[name] for name in ("DSMoE", "JiT")}
+    monkeypatch.setattr(draw_families, "FAMILIES", few)
+    out, changes = tmp_path / "x.png", ["--config.sampling.steps=1", "--config.model.depth=2"]
+    changes += ["--config.optim.warmup_steps=1", "--config.data.batch_size=8", "--steps", "2"]
+    changes += ["--config.train.eval_samples=0", "--config.model.jit.in_context_start=1"]
+    places = ["--workdir", str(tmp_path), "--flux", str(tmp_path / "none"), "--out", str(out)]
+    draw_families.main([*places, *changes])
+    assert capsys.readouterr().out.split() == ["DSMoE", "JiT", str(out)]
+    with Image.open(out) as picture:
+        assert picture.height > 2 * 32
