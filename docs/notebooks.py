@@ -2,12 +2,15 @@
 
   python -m docs.notebooks
   python -m docs.notebooks 02_routers 04_own_router
+  python -m docs.notebooks 06_dense2moe --runs runs/digits_flux
   python -m docs.notebooks --tiny --check
 
 Both files of a notebook are kept. The .py file is the source: jupytext pairs the two, and a test
 fails where their cells differ. The first cell (a badge) and the first code cell (what Colab lacks)
 are the same in all notebooks and are written by this program, so that REPOSITORY stands here alone.
---tiny takes the small settings of the tests, --check runs the notebooks and writes nothing.
+--tiny takes the small settings of the tests, --check runs the notebooks and writes nothing. A
+notebook works in an empty folder; --runs copies finished runs into its runs/ first, such as the
+teacher of `make flux-demo`, which 06_dense2moe otherwise trains for a part of its steps.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import base64
 import copy
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -184,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("names", nargs="*", help="of notebooks, like 01_quickstart (all)")
     add("--tiny", action="store_true", help=f"run with {TINY}=1")
     add("--check", action="store_true", help="write nothing")
+    add("--runs", nargs="+", default=[], metavar="DIR", help="finished runs that notebooks find")
     args = parser.parse_args(argv)
     import nbformat
 
@@ -195,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.check:
             save_text(as_text(notebook), known[name])
         with tempfile.TemporaryDirectory() as folder:
+            for run in map(Path, args.runs):
+                shutil.copytree(run, Path(folder) / "runs" / run.name)
             notebook = execute(notebook, Path(folder), args.tiny)
         text = nbformat.writes(notebook) + "\n"
         print(f"{name}: {time.perf_counter() - started:.0f} s, {len(text):,} bytes")

@@ -45,7 +45,10 @@ _LINK = re.compile(
     r"^```.*?^```$|(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s#]*)(#[^()\s]*)?\)|``.*?``|`[^`\n]*`",
     re.DOTALL | re.MULTILINE,
 )
-_REFERENCE = re.compile(r'<autoref [^>]*?identifier="([^".]*)"[^>]*>(.*?)</autoref>', re.DOTALL)
+# A reference that must lead somewhere, to a name without a dot. Types of arguments need not.
+_REFERENCE = re.compile(
+    r'<autoref (?![^>]* optional)[^>]*?identifier="([^".]*)"[^>]*>(.*?)</autoref>', re.DOTALL
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

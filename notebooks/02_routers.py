@@ -190,7 +190,7 @@ from PIL import Image
 from moe_diffusion.figures.images import save_gif
 
 
-def frame(time, scale=5):
+def frame(time, scale=8):
     """One state of two digits for every router: image and map, image and map."""
     strips = []
     for router in ROUTERS:

@@ -37,15 +37,18 @@ if importlib.util.find_spec("moe_diffusion") is None:
 # $$s_{te} = \mathrm{softmax}_e\!\left(\frac{x_t \cdot w_e}{\tau\,|x_t|\,|w_e|}\right)$$
 #
 # * The **fields** of the class (`top_k`, `temperature`) become keys of the config, `model.router.temperature`.
-# * `provides` names the losses that it can return; `positive` says which fields must be positive.
+# * `provides` names the losses that it can return; `positive` says which fields must be positive, and `check` refuses
+#   combinations.
 # * `group_matters = False` says that it treats every token alone, so no device has to wait for another.
 # * `share` names the field that says how many experts a token meets.
 
 # %%
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
+from moe_diffusion.checks import at_most
 from moe_diffusion.moe.router import Aux, Router, balance, exact_matmul
 from moe_diffusion.moe.routing import by_token, expert_load, top_experts
 
@@ -60,6 +63,11 @@ class Cosine(Router):
     group_matters = False
     share = "top_k"
     positive = ("top_k", "temperature")
+
+    @classmethod
+    def check(cls, config, num_experts, group_tokens):
+        super().check(config, num_experts, group_tokens)
+        at_most("model.router.top_k", config.top_k, "model.moe.num_experts", num_experts)
 
     @nn.compact
     def __call__(self, x, is_null=None, train=False):
@@ -87,7 +95,7 @@ x = jax.random.normal(jax.random.key(0), (2, 3, 8))  # [G, T, D]
 variables = router.init(jax.random.key(1), x)
 routing, aux = router.apply(variables, x)
 for name in ("token", "expert", "weight"):
-    print(f"{name:<7}", jnp.round(getattr(routing, name)[0], 2))
+    print(f"{name:<7}", np.asarray(getattr(routing, name)[0]).round(2))
 
 # %% [markdown]
 # It is worth a test that the length of a token makes no difference.
@@ -170,8 +178,6 @@ for wrong in ("model.router.temperature=0", "model.router.temprature=1", "model.
 # Everything that draws and watches works with the new router.
 
 # %%
-import numpy as np
-
 from moe_diffusion.evaluation.routing_stats import RoutingObserver
 from moe_diffusion.figures.images import image_grid
 from moe_diffusion.figures.routing import experts_picture

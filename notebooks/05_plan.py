@@ -96,8 +96,7 @@ print(report.table(plan))
 
 # %%
 report.compare_presets(plan, config, silent)
-print(report.table(plan).partition("preset ")[2])
-print("recommended:", plan.recommended)
+print(report.table(plan).split("\n\n")[-1])
 
 # %%
 import matplotlib.pyplot as plt
@@ -131,17 +130,13 @@ if HAS_TPUS:
 # program that fits may still be slow, so measure some steps before you rent for weeks.
 
 # %%
-STEPS, SHARE, PRICE = (
-    700_000,
-    0.4,
-    1.2,
-)  # steps of the paper; share of the peak; price of a chip hour
+STEPS = 700_000  # of the paper
+SHARE = 0.4  # of the peak
+PRICE = 1.2  # of a chip hour
 if plan.floor_seconds:
     hours = STEPS * plan.floor_seconds / SHARE / 3600
     chips = topology.num_chips
-    print(
-        f"{hours:,.0f} hours on {chips} chips, {hours * chips * PRICE:,.0f} at {PRICE} a chip hour"
-    )
+    print(f"{hours:,.0f} hours on {chips} chips: {hours * chips * PRICE:,.0f}")
 
 # %% [markdown]
 # ## A model that does not fit
@@ -153,12 +148,11 @@ if plan.floor_seconds:
 from moe_diffusion.planning.compile import state_bytes
 
 large = moe_diffusion.load_config("digits" if TINY else "dsmoe_3b")
+if plan.limit:
+    print(f"a chip has   {plan.limit / 1e9:8.3f} GB")
 for preset in ("dp", "zero1", "fsdp"):
     other = report.with_keys(large, parallel__preset=preset)
-    gigabytes = state_bytes(other, "train", topology.devices) / 1e9
-    print(
-        f"{preset:<6} {gigabytes:8.3f} GB of state and gradients on a chip of {(plan.limit or 0) / 1e9:.1f}"
-    )
+    print(f"{preset:<6} needs {state_bytes(other, 'train', topology.devices) / 1e9:8.3f} GB")
 
 # %% [markdown]
 # [plan.md](../docs/plan.md) has more: topologies of TPU and GPU, samplers, FLUX.1 on eight chips, and what a plan does not know.
