@@ -111,6 +111,7 @@ def execute(notebook: NotebookNode, folder: Path, tiny: bool) -> NotebookNode:
 
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, TINY: str(int(tiny))}
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's complaint about a slow compilation
     place = {"metadata": {"path": str(folder)}}
     quiet = ["--IPKernelApp.log_level=ERROR"]
     options = {"kernel_name": "python3", "extra_arguments": quiet, "resources": place}

@@ -22,12 +22,14 @@ IMPORTED_AS = {
     "tensorflow-datasets": "tensorflow_datasets",
 }
 # Imported, but part of what another requirement brings.
-PART_OF = {"jaxlib": "jax", "ml_dtypes": "jax", "fsspec": "etils"}
+PART_OF = {"jaxlib": "jax", "ml_dtypes": "jax", "fsspec": "etils", "IPython": "ipykernel"}
 # A rival that `bench --compare` measures if the user has it.
 OPTIONAL = {"tokamax"}
 # tensorflow-datasets imports it and declares it for old versions of Python only.
 NOT_IMPORTED = {"importlib_resources"}
-TOOLS = {"build", "pytest-xdist", "ruff"}  # of the tests, run and not imported
+# Of the tests and the site, run and not imported.
+TOOLS = {"build", "pytest-xdist", "ruff", "mkdocs-material", "mkdocstrings-python"}
+WORKING = ("dev", "notebooks", "docs")  # extras for work on the project itself
 
 
 def requirements() -> dict[str, set[str]]:
@@ -61,13 +63,16 @@ def names_of(requirements: set[str]) -> set[str]:
 
 def test_the_package_imports_what_is_declared_and_nothing_else():
     declared = requirements()
-    dev = declared.pop("dev")
+    work = set().union(*(declared.pop(extra) for extra in WORKING))
     package = imported("moe_diffusion", "configs")
     assert names_of(set().union(*declared.values())) == package - OPTIONAL
-    assert imported("tests", "docs") - OPTIONAL <= package | names_of(dev)
+    assert imported("tests", "docs", "notebooks") - OPTIONAL <= package | names_of(work)
+    assert names_of(requirements()["docs"] | requirements()["notebooks"]) <= imported(
+        "docs", "notebooks"
+    )
 
 
-@pytest.mark.parametrize("extra", sorted(requirements().keys() - {"", "dev"}))
+@pytest.mark.parametrize("extra", sorted(requirements().keys() - {"", *WORKING}))
 def test_an_extra_brings_what_is_imported_when_it_is_needed(extra):
     """Each of its packages is imported, but not when a module is imported, jax apart."""
     names = names_of(requirements()[extra])
