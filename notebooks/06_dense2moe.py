@@ -99,7 +99,11 @@ mlps = [name for name in scores.files if name.startswith("units/")]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
 for name in mlps[:4]:
     units = np.sort(scores[name][-1])[::-1]
-    left.plot(np.linspace(0, 1, len(units)), units / units.max(), label=name.removeprefix("units/"))
+    left.plot(
+        np.linspace(0, 1, len(units)),
+        units / max(units.max(), 1e-30),
+        label=name.removeprefix("units/"),
+    )
 left.axvline(0.25, color="grey", linewidth=0.8)
 left.set_xlabel("share of the units")
 left.set_ylabel("importance")
