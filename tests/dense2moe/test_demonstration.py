@@ -94,4 +94,5 @@ def test_two_minutes_of_it(tmp_path):
     taylor, random = (rows[f"shared only, {name}"]["distance"] for name in ("Taylor", "random"))
     assert taylor < random
     assert rows["L: experts"]["activated"] < 0.65 * rows["teacher"]["activated"]
-    assert Image.open(told["picture"]).width > 600
+    with Image.open(told["picture"]) as image:
+        assert image.width > 600
