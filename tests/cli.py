@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -168,36 +167,3 @@ def read_checkpoint(workdir: Path, step: int) -> tuple[dict[str, np.ndarray], di
         data = reader.restore(folder / "data")
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}, data
-
-
-def together(
-    module: str, *args: str | Path, processes: int, devices: int = 1, optimize: bool = True
-) -> list[str]:
-    """Starts a command as several processes that train as one; returns what each printed.
-
-    devices: of each process.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, "-m", f"moe_diffusion.{module}", *map(str, args)]
-    env = environment(devices, optimize) | (cluster if processes > 1 else {})
-    running = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env | {"JAX_PROCESS_ID": str(number)} if processes > 1 else env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(processes)
-    ]
-    try:
-        outputs = [process.communicate(timeout=HANGS_AFTER)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)
-    return outputs

@@ -79,7 +79,7 @@ def train(
     """
     changes = _check(config, model, workdir, allow_change)
     caches.keep_programs(config.compile_cache)
-    run = prepare_run(config, model, loss_fn)
+    run, flops = prepare_run(config, model, loss_fn), training_flops(model)
     with locks.held(workdir, "training") as lock, contextlib.ExitStack() as stack:
         opened = partial(_open, stack)
         stop = stack.enter_context(StopSignal())
@@ -88,7 +88,7 @@ def train(
         checkpoints = opened(Checkpointer(workdir, config.checkpoint))
         state, untrained = _restore_or_create(run, checkpoints, iterator, known)
         start, num_steps, size = int(state.step), config.train.num_steps, config.data.batch_size
-        progress = opened(Progress(start, num_steps, size, workdir, training_flops(model)))
+        progress = opened(Progress(start, num_steps, size, workdir, flops))
         if start >= num_steps:
             progress.write(f"already trained: {workdir} is at step {start} of {num_steps}")
             return state

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
+from moe_diffusion.signals import RUN_AGAIN
 from tests import cli
 
 NUM_STEPS, SAVED_EVERY = 30, 5
@@ -161,7 +162,7 @@ class Case(contextlib.ExitStack):
         start, kill = self.at_random_step(SAVED_EVERY + 2, **how), self.rng.random() < 0.5
         start.wait_for(lambda: bool(cli.saved_steps(self.workdir)))
         self.send(start, signal.SIGKILL if kill else signal.SIGTERM)
-        if start.end() not in (0, -signal.SIGKILL):
+        if start.end() not in (0, RUN_AGAIN, -signal.SIGKILL):
             raise Fault(f"status {start.process.returncode}: {start.error.read_text()}")
         return self.workdir / "checkpoints" / str(max(cli.saved_steps(self.workdir)))
 

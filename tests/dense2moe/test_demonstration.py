@@ -69,7 +69,7 @@ def test_some_students():
 
 @pytest.mark.slow
 def test_two_minutes_of_it(tmp_path):
-    """A teacher of 200 steps; after 40 steps Taylor's split is nearer to it than a random one."""
+    """A teacher of 200 steps; after 25 steps Taylor's split is nearer to it than a random one."""
     teacher, workdir = tmp_path / "teacher", tmp_path / "demo"
     short = {"train.num_steps": 200, "optim.warmup_steps": 20, "data.batch_size": 64}
     short |= {"train.sample_every": 0, "sampling.steps": 6}
@@ -77,9 +77,10 @@ def test_two_minutes_of_it(tmp_path):
     options = {"optimize": True, "timeout": 900}
     train = ["--config", "configs/digits_flux.py", "--workdir", teacher, *flags]
     cli.succeed("train", *train, **options)
-    steps = {"shared": 40, "experts": 40, "groups": 0}
+    steps = {"shared": 25, "experts": 30, "groups": 0}
     flags = [f"--config.distill.{stage}.steps={number}" for stage, number in steps.items()]
-    flags += ["--config.distill.importance_batches=4", "--students=moe,random", "--images=100"]
+    flags += ["--config.distill.shared.learning_rate=5e-4"]
+    flags += ["--config.distill.importance_batches=8", "--students=moe,random", "--images=100"]
     output = cli.succeed(
         "distill_demo", "--teacher", teacher, "--workdir", workdir, *flags, **options
     )
@@ -93,4 +94,5 @@ def test_two_minutes_of_it(tmp_path):
     taylor, random = (rows[f"shared only, {name}"]["distance"] for name in ("Taylor", "random"))
     assert taylor < random
     assert rows["L: experts"]["activated"] < 0.65 * rows["teacher"]["activated"]
-    assert Image.open(told["picture"]).width > 600
+    with Image.open(told["picture"]) as image:
+        assert image.width > 600
