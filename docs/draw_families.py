@@ -15,20 +15,20 @@ from pathlib import Path
 
 from moe_diffusion.cli import Parser, exits_on_user_error
 
-_DIGITS = ("data.source=digits", "data.augment=none", "data.autoencoder=", "data.batch_size=128")
+_QUICK = ("optim.learning_rate=3e-3", "optim.warmup_steps=50", "data.batch_size=64")
+_DIGITS = (*_QUICK, "data.source=digits", "data.augment=none", "data.autoencoder=")
 _DIGITS += ("model.image_size=8", "model.channels=1", "model.patch_size=2", "model.num_classes=10")
 _DIGITS += ("model.hidden_size=96", "model.num_heads=4", "model.depth=6", "model.dtype=float32")
-_DIGITS += ("optim.learning_rate=1e-3", "optim.schedule=cosine", "optim.warmup_steps=50")
-_DIGITS += ("ema.decays=0.99,", "sampling.steps=25", "sampling.cfg=2.0")
+_DIGITS += ("optim.schedule=cosine", "ema.decays=0.99,", "sampling.steps=25", "sampling.cfg=2.0")
 _JIT = (*_DIGITS, "model.jit.bottleneck=4", "model.jit.in_context_tokens=4")
 _JIT += ("model.jit.in_context_start=2",)
 # Name of a row -> config, and changes that make it small.
 FAMILIES = {
-    "DiT": ("digits:router=dense", ()),
-    "TC-DiT": ("digits:router=token_choice", ()),
-    "EC-DiT": ("digits:router=expert_choice", ()),
-    "DiffMoE": ("digits:router=diffmoe", ()),
-    "Race-DiT": ("digits:router=expert_race", ()),
+    "DiT": ("digits:router=dense", _QUICK),
+    "TC-DiT": ("digits:router=token_choice", _QUICK),
+    "EC-DiT": ("digits:router=expert_choice", _QUICK),
+    "DiffMoE": ("digits:router=diffmoe", _QUICK),
+    "Race-DiT": ("digits:router=expert_race", _QUICK),
     "DSMoE": ("dsmoe_s", (*_DIGITS, "model.moe.hidden_size=96", "model.moe.shared_hidden_size=96")),
     "ProMoE": ("promoe_s", (*_DIGITS, "model.moe.hidden_size=192")),
     "JiT": ("jit_b16", _JIT),

@@ -53,9 +53,12 @@ from importlib.metadata import distributions
 
 TINY = os.environ.get("{TINY}") == "1"
 if importlib.util.find_spec("moe_diffusion") is None:
-    kept = [d for d in distributions() if d.name.startswith(("jax", "libtpu", "numpy"))]
+    there = {{}}
+    for found in distributions():  # of two with a name the first is the one that is imported
+        there.setdefault(found.name or "", found.version)
+    kept = [name for name in there if name.startswith(("jax", "libtpu", "numpy"))]
     with open("constraints.txt", "w") as file:
-        file.writelines(f"{{d.name}}=={{d.version}}\\n" for d in kept)
+        file.writelines(f"{{name}}=={{there[name]}}\\n" for name in kept)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt"]
     subprocess.run([*pip, "git+{REPOSITORY}"], check=True)'''
 _MOST_BYTES, _MOST_OF_AN_IMAGE = 1_000_000, 150_000

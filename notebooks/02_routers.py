@@ -28,9 +28,12 @@ from importlib.metadata import distributions
 
 TINY = os.environ.get("MOE_DIFFUSION_TINY") == "1"
 if importlib.util.find_spec("moe_diffusion") is None:
-    kept = [d for d in distributions() if d.name.startswith(("jax", "libtpu", "numpy"))]
+    there = {}
+    for found in distributions():  # of two with a name the first is the one that is imported
+        there.setdefault(found.name or "", found.version)
+    kept = [name for name in there if name.startswith(("jax", "libtpu", "numpy"))]
     with open("constraints.txt", "w") as file:
-        file.writelines(f"{d.name}=={d.version}\n" for d in kept)
+        file.writelines(f"{name}=={there[name]}\n" for name in kept)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt"]
     subprocess.run([*pip, "git+https://github.com/OWNER/moe_diffusion"], check=True)
 
@@ -48,10 +51,12 @@ from moe_diffusion import train
 
 ROUTERS = ("token_choice", "expert_choice", "diffmoe", "expert_race", "deepseek")
 changes = ["train.num_steps=300", "model.patch_size=1", "model.depth=4", "data.batch_size=64"]
+changes += ["optim.warmup_steps=50"]
 if TINY:
     changes = ["train.num_steps=4", "optim.warmup_steps=2", "model.patch_size=1", "model.depth=2"]
     changes += ["model.hidden_size=32", "data.batch_size=8"]
 changes += ["train.log_every=2" if TINY else "train.log_every=20", "train.sample_every=0"]
+changes += ["optim.learning_rate=3e-3"]
 for router in ROUTERS:
     with contextlib.redirect_stdout(io.StringIO()):  # the log of each, see 01_quickstart
         train.run(f"digits:router={router}", f"runs/{router}", changes)
@@ -190,7 +195,7 @@ from PIL import Image
 from moe_diffusion.figures.images import save_gif
 
 
-def frame(time, scale=8):
+def frame(time, scale=6):
     """One state of two digits for every router: image and map, image and map."""
     strips = []
     for router in ROUTERS:
@@ -205,7 +210,7 @@ def frame(time, scale=8):
     return Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
 
 
-save_gif([frame(time) for time in range(STEPS)], "experts.gif", seconds=4)
+save_gif([frame(time) for time in range(0, STEPS, 2)], "experts.gif", seconds=4)
 Show("experts.gif")
 
 # %% [markdown]

@@ -24,9 +24,12 @@ from importlib.metadata import distributions
 
 TINY = os.environ.get("MOE_DIFFUSION_TINY") == "1"
 if importlib.util.find_spec("moe_diffusion") is None:
-    kept = [d for d in distributions() if d.name.startswith(("jax", "libtpu", "numpy"))]
+    there = {}
+    for found in distributions():  # of two with a name the first is the one that is imported
+        there.setdefault(found.name or "", found.version)
+    kept = [name for name in there if name.startswith(("jax", "libtpu", "numpy"))]
     with open("constraints.txt", "w") as file:
-        file.writelines(f"{d.name}=={d.version}\n" for d in kept)
+        file.writelines(f"{name}=={there[name]}\n" for name in kept)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt"]
     subprocess.run([*pip, "git+https://github.com/OWNER/moe_diffusion"], check=True)
 
@@ -102,7 +105,8 @@ def get_config(arg=None):
 if CHECKPOINT is None:
     Path("my_dsmoe.py").write_text(CONFIG)
     changes = ["train.sample_every=0", f"train.num_steps={6 if TINY else 600}"]
-    changes += ["optim.warmup_steps=2", "data.batch_size=16"] if TINY else []
+    changes += ["optim.learning_rate=3e-3", f"optim.warmup_steps={2 if TINY else 50}"]
+    changes += ["data.batch_size=16"] if TINY else []
     with contextlib.redirect_stdout(io.StringIO()):
         train.run("my_dsmoe.py", "runs/dsmoe_digits", changes)
     export = "--export --family dsmoe --input runs/dsmoe_digits --output DSMoE-digits.safetensors"

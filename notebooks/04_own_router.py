@@ -21,9 +21,12 @@ from importlib.metadata import distributions
 
 TINY = os.environ.get("MOE_DIFFUSION_TINY") == "1"
 if importlib.util.find_spec("moe_diffusion") is None:
-    kept = [d for d in distributions() if d.name.startswith(("jax", "libtpu", "numpy"))]
+    there = {}
+    for found in distributions():  # of two with a name the first is the one that is imported
+        there.setdefault(found.name or "", found.version)
+    kept = [name for name in there if name.startswith(("jax", "libtpu", "numpy"))]
     with open("constraints.txt", "w") as file:
-        file.writelines(f"{d.name}=={d.version}\n" for d in kept)
+        file.writelines(f"{name}=={there[name]}\n" for name in kept)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt"]
     subprocess.run([*pip, "git+https://github.com/OWNER/moe_diffusion"], check=True)
 
@@ -137,7 +140,8 @@ import json
 
 from moe_diffusion import train
 
-changes = ["train.num_steps=300", "train.log_every=20", "train.sample_every=0"]
+changes = ["train.num_steps=400", "train.log_every=20", "train.sample_every=0"]
+changes += ["optim.learning_rate=3e-3", "optim.warmup_steps=50"]
 if TINY:
     changes = ["train.num_steps=4", "optim.warmup_steps=2", "model.depth=2", "train.sample_every=0"]
     changes += ["model.hidden_size=32", "data.batch_size=16", "train.log_every=2"]

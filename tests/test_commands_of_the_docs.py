@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import importlib
 import re
 import shlex
@@ -348,6 +349,25 @@ def test_every_command_is_executed_by_a_test(parse):
     bare = {kind for kind in missing if any(known.startswith(f"{kind} ") for known in EXECUTED)}
     assert missing == bare, "no test is named in EXECUTED"
     assert EXECUTED.keys() - kinds == set(), "no page has these"
+
+
+def test_what_other_programs_are_given_is_there():
+    """Extras for pip, tests and markers for pytest, files for docker."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    settings = configparser.ConfigParser()
+    settings.read(cli.ROOT / "setup.cfg")
+    extras = re.findall(r"pip install [^\n`]*?(?:moe_diffusion|\.)\[(\w+)\]", text)
+    assert "torch" in extras
+    assert set(extras) - {"EXTRA"} <= set(settings["options.extras_require"])
+    given = [words.split() for words in re.findall(r"python -m pytest ([^\n`#]+)", text)]
+    markers = re.findall(r"^(\w+):", settings["tool:pytest"]["markers"], re.MULTILINE)
+    for words in given:
+        assert words[-1] in markers if words[0] == "-m" else (cli.ROOT / words[-1]).exists(), words
+    builds = re.findall(r"docker build -f (\S+) --build-arg (\w+)=(\w+)", text)
+    for file, argument, extra in builds:
+        assert f"ARG {argument}" in (cli.ROOT / file).read_text()
+        assert extra in settings["options.extras_require"]
+    assert given and builds
 
 
 def recipe_of(target: str) -> list[Command]:

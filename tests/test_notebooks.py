@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import sys
 
 import jupytext
 import nbformat
@@ -82,6 +84,36 @@ def test_the_tool_names_what_is_not_there(capfd):
     assert "there is no notebook 09_x: choose 01_quickstart, " in cli.refused(
         capfd, notebooks.main, ["09_x"]
     )
+
+
+def test_the_setup_adds_what_is_missing_and_keeps_jax(tmp_path, monkeypatch):
+    """As in Colab: pip is told the versions of jax and numpy that are imported."""
+    ran, kinds = [], "name version"
+    there = [("jax", "0.10.1"), ("jax-cuda12-plugin", "0.10.1"), ("jaxlib", "0.10.1+a")]
+    there += [
+        ("numpy", "2.3.0"),
+        ("numpy", "1.26.4"),
+        ("flax", "0.11"),
+        (None, "1"),
+        ("libtpu", "9"),
+    ]
+    installed = [collections.namedtuple("Distribution", kinds)(*found) for found in there]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: installed)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append((command, check)))
+    setup = next(c.source for c in read(NAMES[0], ".py").cells if c.cell_type == "code")
+    exec(setup, {})
+    assert (tmp_path / "constraints.txt").read_text().splitlines() == [
+        *("jax==0.10.1", "jax-cuda12-plugin==0.10.1", "jaxlib==0.10.1+a", "numpy==2.3.0"),
+        "libtpu==9",
+    ]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt"]
+    assert ran == [([*pip, f"git+{notebooks.REPOSITORY}"], True)]
+    ran.clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    exec(setup, {})
+    assert ran == []  # the library is there
 
 
 @pytest.mark.slow
