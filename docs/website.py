@@ -87,7 +87,8 @@ def made() -> Iterator[tuple[str, str | bytes]]:
         yield f"api/{name}.md", f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in shown)
     notebooks = [ipynb for ipynb in (s.with_suffix(".ipynb") for s in sources()) if ipynb.exists()]
     rows = [f"* [{_title(ipynb)}]({ipynb.stem}.md)" for ipynb in notebooks]
-    head = "# Notebooks\n\nEvery notebook runs on a CPU, a GPU or one TPU chip, and opens in Colab.\n\n"
+    head = "# Notebooks\n\nEvery notebook runs on a CPU, a GPU or one TPU chip"
+    head += ", and opens in Colab.\n\n"
     yield "notebooks/index.md", head + "\n".join(rows) + "\n"
     for ipynb in notebooks:
         yield from _notebook(ipynb)
