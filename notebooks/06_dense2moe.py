@@ -89,7 +89,7 @@ folders
 # %% [markdown]
 # ### Which units and blocks matter?
 #
-# Left: the importance of the hidden units of four MLPs, sorted, as a share of the largest. The shared expert takes the
+# Left: the importance of the hidden units of an MLP of each kind, sorted, as a share of the largest. The shared expert takes the
 # first quarter, up to the line. Right: how much every block changes its input. Those that change little are the ones
 # that samples can skip.
 
@@ -100,7 +100,7 @@ import numpy as np
 scores = np.load("runs/moe/importance.npz")
 mlps = [name for name in scores.files if name.startswith("units/")]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-for name in mlps[:4]:
+for name in mlps:
     units = np.sort(scores[name][-1])[::-1]
     left.plot(
         np.linspace(0, 1, len(units)),
