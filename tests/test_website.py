@@ -104,5 +104,6 @@ def test_the_site_is_built(tmp_path):
                 dead.append(f"{page.relative_to(site)}: {link}")
     assert dead == []
     text = (site / "api" / "index.html").read_text()
-    assert "moe_diffusion.sampling.pipeline.load" in text and "a run's" in text.replace("’", "'")
+    assert "sampling/#moe_diffusion.sampling.pipeline.load" in text
+    assert "Loads a run, what <code>convert</code> wrote" in text
     assert re.search(r"by_token", (site / "api" / "moe" / "index.html").read_text())
