@@ -3,7 +3,8 @@
   python -m docs.draw_families --workdir runs/families --out docs/families.png
 
 It trains each of FAMILIES on handwritten digits, or goes on where it stopped, and draws one digit a
-column. Twelve minutes on two cores. The FLUX is that of `make flux-demo`: --flux names its workdir.
+column, all of the same noise. That takes a quarter of an hour on two cores. The FLUX is that of
+`make flux-demo`: --flux names its workdir.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows["FLUX"] = moe_diffusion.load(args.flux)(prompts=PROMPTS, seed=1)
     captions = [name for name in rows for _ in range(10)]
     heads = [str(digit) for digit in range(10)]
-    save_png(image_grid(np.concatenate([*rows.values()]), captions, 10, 4, heads=heads), args.out)
+    save_png(image_grid(np.concatenate([*rows.values()]), captions, 10, 6, heads=heads), args.out)
     print(args.out)
 
 
