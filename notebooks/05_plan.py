@@ -42,7 +42,7 @@ from importlib.metadata import requires
 os.environ["JAX_PLATFORMS"] = "cpu"  # compile for TPUs, run on none
 if not TINY and importlib.util.find_spec("libtpu") is None:
     (wanted,) = [line.partition(";")[0] for line in requires("jax") if line.startswith("libtpu")]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=False)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-qq", wanted], check=False)
 HAS_TPUS = not TINY and importlib.util.find_spec("libtpu") is not None
 TOPOLOGY = "v5e:4x4" if HAS_TPUS else "local"
 TOPOLOGY
@@ -50,7 +50,7 @@ TOPOLOGY
 # %% [markdown]
 # ## The model
 #
-# DSMoE-S has 97M parameters, of which a token meets 35M. Its config says 256 images a step.
+# DSMoE-S has 97M parameters, of which a token meets 35M. Its config says 512 images a step.
 
 # %%
 import moe_diffusion
