@@ -6,6 +6,7 @@ import ast
 import configparser
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,16 @@ def requirements() -> dict[str, set[str]]:
     }
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(*places: str) -> set[str]:
     """Top-level names of other projects that the files of some folders import anywhere."""
     names = set()
     for path in (path for place in places for path in (cli.ROOT / place).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -79,7 +85,7 @@ def test_an_extra_brings_what_is_imported_when_it_is_needed(extra):
     assert names and names <= imported("moe_diffusion")
     eager = set()
     for path in Path(cli.ROOT / "moe_diffusion").rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.Import):
                 eager |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
