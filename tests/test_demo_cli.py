@@ -36,6 +36,7 @@ def test_a_dit_becomes_experts(tmp_path, capfd):
     changes = [*small, f"distill.teacher={teacher}", "distill.importance_batches=2"]
     changes += [f"distill.{stage}.steps=2" for stage in ("shared", "experts")]
     changes += ["optim.warmup_steps=1"]
+    changes += ["model.moe.shared_hidden_size=16", "model.moe.hidden_size=4"]  # 16 + 12 * 4 = 64
     flags = [f"--config.{change}" for change in changes]
     distill.main(["--config", "configs/digits_moe.py", "--workdir", str(workdir), *flags, "--json"])
     told = json.loads(capfd.readouterr().out.splitlines()[-1])
