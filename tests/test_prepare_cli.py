@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -117,9 +116,6 @@ def test_killed_in_the_middle_and_run_again(inputs, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_folder(inputs, undisturbed, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     out = tmp_path / "latents"
     code = (
         "import jax; jax.config.update('jax_cpu_collectives_implementation', 'gloo');"
@@ -129,13 +125,11 @@ def test_two_processes_make_the_same_folder(inputs, undisturbed, tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=cli.ROOT,
-            env=cli.environment(2)
-            | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-            | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": os.fspath(cli.ROOT)},
+            env=cli.environment(2) | own | {"PYTHONPATH": os.fspath(cli.ROOT)},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for i in range(2)
+        for own in cli.cluster(2)
     ]
     outputs = [process.communicate(timeout=200)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
