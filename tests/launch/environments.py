@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -19,6 +20,13 @@ def python_with(name: str) -> Path:
     It is kept beside what else the tests can make again. There is no way to go on without it: where
     the registry cannot be reached, this fails.
     """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers may want it at the same time
+        return _made(name)
+
+
+def _made(name: str) -> Path:
     listed = cli.ROOT / "launch" / f"{name}.txt"
     folder = FOLDER / name
     python, done = folder / "bin" / "python", folder / "installed.txt"

@@ -54,7 +54,7 @@ def test_of_a_sweep_every_unit_runs_and_those_that_fail_are_named(experiment, tm
         "    yield {'data.source': 'folder:/nowhere'}\n"
         "    yield {'arg': 'router=token_choice', 'seed': 7}\n"
     )
-    code = experiment(tmp_path / "runs", "--config", str(swept), "--sweep")
+    code = experiment(tmp_path / "runs", "--config", str(swept), "--sweep", "--at-once", "2")
     output = capfd.readouterr()
     assert code == 1
     assert "failed: source-folder-nowhere\n" in output.err
