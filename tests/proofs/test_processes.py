@@ -28,7 +28,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "preset,router,processes",
-    [("dp", "token_choice", 2), ("fsdp", "diffmoe", 4), ("fsdp_ep", "token_choice", 2)],
+    [("fsdp", "diffmoe", 4), ("fsdp_ep", "token_choice", 2)],
 )
 def test_processes_train_as_one(tmp_path, alone, preset, router, processes):
     args = cli.digits(router, **CHANGES, parallel__preset=preset)
