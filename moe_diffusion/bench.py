@@ -13,8 +13,8 @@ time of a dense MLP over as many rows (tokens * K). Both are SwiGLU. They run in
 forward + backward, and the medians count. Without --shape it measures all shapes that the project
 reports. sparsity measures Dense2MoE's parts in turn with those of FLUX.1: experts with an MLP, a
 block with experts with one without, one of five blocks with all. train and sample measure a real
-training step and a real sampler on generated images; saving a real run, and what its checkpoints cost the
-steps that are made meanwhile.
+training step and a real sampler on generated images; saving measures a real run, whose checkpoints
+may slow down the steps that are made meanwhile.
 suite measures all of this, sized for this device.
 """
 

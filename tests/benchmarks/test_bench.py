@@ -102,7 +102,7 @@ def test_steps_of_a_config(what, capsys):
 @pytest.mark.slow
 def test_saving_tells_steps_during_a_save_from_others(capsys):
     args = ["saving", "--config", "configs/digits.py", "--json"]
-    changes = ["data.batch_size=2", "model.depth=2", "model.hidden_size=16"]
+    changes = ["data.batch_size=8", "model.depth=2", "model.hidden_size=16"]
     bench.main([*args, *(f"--config.{change}" for change in changes)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 3 <= result["steps_saving"] < 47 and result["gigabytes"] > 0
