@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from moe_diffusion import classes, locks, prepare
 from moe_diffusion.data.latents import Latents
+from moe_diffusion.signals import RUN_AGAIN
 from tests import cli, pictures
 
 
@@ -96,16 +98,20 @@ def test_pictures_that_are_not_square(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_run_again(inputs, undisturbed, tmp_path):
-    """With kill -9, on one device: in the end the folder that eight devices made undisturbed."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_in_the_middle_and_run_again(inputs, undisturbed, tmp_path, number):
+    """On one device: in the end it is the folder that eight devices made undisturbed."""
     out = tmp_path / "latents"
     args = pictures.prepare_args(*inputs, out)
     with cli.started("prepare", *args) as process:
         while len(done := {path.name for path in out.glob("latents-*.json")}) < 2:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.001)
-        process.kill()
-        process.wait()
+        process.send_signal(number)
+        code, told = process.wait(), process.stdout.read()
+    if number == signal.SIGTERM:
+        assert code == RUN_AGAIN
+        assert "stopped by SIGTERM; run the same command again to go on\n" in told
     assert not (out / "manifest.json").exists()
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
     cli.succeed("prepare", *args)
