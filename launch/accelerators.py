@@ -6,10 +6,10 @@ import math
 import re
 from dataclasses import dataclass
 
-from moe_diffusion.chips import CHIPS
+from moe_diffusion import chips
+from moe_diffusion.chips import CHIPS, GPUS_PER_HOST
 from moe_diffusion.errors import UserError
 
-GPUS_PER_HOST = 8
 CHIPS_PER_HOST = 4
 
 
@@ -41,8 +41,7 @@ TPUS = {
 # Value of the label cloud.google.com/gke-accelerator.
 GPUS = {"a100": "nvidia-tesla-a100", "h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb"}
 # The slices of v5e and v6e, by their number of chips; a number says nothing else of its shape.
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_EXAMPLES = "v5e-256, v5p:4x4x4, h100:8 or cpu"
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
 
 @dataclass(frozen=True)
@@ -97,44 +96,26 @@ def parse(text: str) -> Accelerator:
     """
     if text == "cpu":
         return Accelerator("cpu", ())
-    match = re.fullmatch(r"(\w+)([:-])([1-9]\d*(?:x[1-9]\d*)*)", text)
-    if not match or match[1] not in CHIPS:
-        known = ", ".join([*CHIPS, "cpu"])
-        raise UserError(f"--accelerator {text} is unknown: choose one of {known}, like {_EXAMPLES}")
-    kind, sign, sizes = match.groups()
-    shape = tuple(map(int, sizes.split("x")))
-    if CHIPS[kind].platform == "cuda":
-        _check_gpus(text, shape)
-    elif sign == "-":
-        shape = _flat(text, kind, shape)
-    elif len(shape) != CHIPS[kind].dims:
-        raise UserError(
-            f"--accelerator {text}: a shape of {kind} has {CHIPS[kind].dims} sizes, as in "
-            f"{CHIPS[kind].examples.split()[-1]}"
-        )
-    if kind in TPUS and math.prod(shape) > CHIPS_PER_HOST and math.prod(shape) % CHIPS_PER_HOST:
+    match = re.fullmatch(r"(\w+)-([1-9]\d*)", text)
+    if match and match[1] in CHIPS:
+        kind, number = match.groups()
+        shape = (int(number),) if kind in GPUS else _flat(text, kind, int(number))
+        text = str(Accelerator(kind, shape))
+    found = Accelerator(*chips.parse(text, "--accelerator", "cpu, v5e-256"))
+    if found.platform == "tpu" and found.chips > CHIPS_PER_HOST and found.chips % CHIPS_PER_HOST:
         raise UserError(f"--accelerator {text} is no slice: a host has {CHIPS_PER_HOST} chips")
-    return Accelerator(kind, shape)
+    return found
 
 
-def _check_gpus(text: str, shape: tuple[int, ...]) -> None:
-    if len(shape) != 1 or shape[0] > GPUS_PER_HOST and shape[0] % GPUS_PER_HOST:
-        raise UserError(
-            f"--accelerator {text}: name a number of GPUs; more than {GPUS_PER_HOST} are whole "
-            "hosts of them"
-        )
-
-
-def _flat(text: str, kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _flat(text: str, kind: str, number: int) -> tuple[int, ...]:
     """The shape of v5e-256 and the like."""
     if CHIPS[kind].dims != 2:
         raise UserError(
             f"--accelerator {text}: Google's names of {kind} count cores, not chips; write the "
             f"shape instead, like {CHIPS[kind].examples.split()[-1]}"
         )
-    for flat in _FLAT:
-        sides = tuple(map(int, flat.split("x")))
-        if len(shape) == 1 and math.prod(sides) == shape[0]:
-            return sides
-    numbers = ", ".join(str(math.prod(map(int, flat.split("x")))) for flat in _FLAT)
-    raise UserError(f"--accelerator {text} is no slice: {kind} has {numbers} chips")
+    shapes = {math.prod(shape): shape for shape in FLAT}
+    if number not in shapes:
+        numbers = ", ".join(map(str, shapes))
+        raise UserError(f"--accelerator {text} is no slice: {kind} has {numbers} chips")
+    return shapes[number]

@@ -5,6 +5,7 @@
   python -m moe_diffusion.bench sparsity --tokens 512 --out sparsity.json
   python -m moe_diffusion.bench train --config configs/dsmoe_s.py --config.data.batch_size=8
   python -m moe_diffusion.bench sample --config configs/dsmoe_s.py --config.data.batch_size=4
+  python -m moe_diffusion.bench saving --config configs/dsmoe_s.py --config.data.batch_size=8
   python -m moe_diffusion.bench suite --out docs/benchmarks/cpu.json
 
 dispatch measures rho, the time of an MoE layer (route, gather, experts, combine) divided by the
@@ -12,7 +13,8 @@ time of a dense MLP over as many rows (tokens * K). Both are SwiGLU. They run in
 forward + backward, and the medians count. Without --shape it measures all shapes that the project
 reports. sparsity measures Dense2MoE's parts in turn with those of FLUX.1: experts with an MLP, a
 block with experts with one without, one of five blocks with all. train and sample measure a real
-training step and a real sampler on generated images.
+training step and a real sampler on generated images; saving measures a real run, whose checkpoints
+may slow down the steps that are made meanwhile.
 suite measures all of this, sized for this device.
 """
 
@@ -30,6 +32,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.writing import check_outputs
 
 # The names in `benchmarks.dispatch.ROUTINGS`, `benchmarks.sparsity.CASES`, `moe.dispatch.BACKENDS`.
+KINDS = ("dispatch", "sparsity", "train", "sample", "saving", "suite")
 ROUTINGS = ("uniform", "zipf")
 CASES = ("ffn", "double", "single", "double-group", "single-group")
 BACKENDS = ("cpu", "tpu", "slots", "gpu", "blocked", "reference", "ragged_dot")
@@ -37,7 +40,7 @@ BACKENDS = ("cpu", "tpu", "slots", "gpu", "blocked", "reference", "ragged_dot")
 
 def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     parser = Parser("bench", __doc__)
-    parser.add_argument("what", choices=("dispatch", "sparsity", "train", "sample", "suite"))
+    parser.add_argument("what", choices=KINDS)
     add = parser.add_argument
     add("--shape", action="append", help="dispatch: D,H,E,K; may be given again (all)")
     add("--tokens", type=int, help="dispatch: T (4096); sparsity: text and image (512)")
@@ -46,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Namespace, list[str]]:
     add("--routing", default="uniform", choices=ROUTINGS, help="dispatch (%(default)s)")
     add("--backend", choices=BACKENDS, help="dispatch: instead of the platform's")
     add("--compare", action="store_true", help="dispatch: other kernels beside ours")
-    add("--config", default="configs/dsmoe_s.py", help="train, sample: which (%(default)s)")
+    add("--config", default="configs/dsmoe_s.py", help="train, sample, saving: which (%(default)s)")
     add("--repeats", type=int, default=11, help="runs of which the median counts (%(default)s)")
     add("--minutes", type=float, default=math.inf, help="start nothing after so long (no limit)")
     add("--out", help="file to write the results to, as JSON")
@@ -59,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse(argv)
     from moe_diffusion.benchmarks import report
     from moe_diffusion.benchmarks.dispatch import SHAPES, bench_dispatch, parse_shape
+    from moe_diffusion.benchmarks.saving import bench_saving
     from moe_diffusion.benchmarks.sparsity import bench_sparsity
     from moe_diffusion.benchmarks.steps import bench_sample, bench_train
     from moe_diffusion.benchmarks.timing import environment, gemm_flops
@@ -86,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"tokens": tokens, "dtype": args.dtype, "repeats": args.repeats}
         measure = partial(bench_sparsity, **options)
         measurements = report.measured("sparsity", args.case or CASES, measure)
+    elif args.what == "saving":
+        measure = partial(bench_saving, overrides=overrides)
+        measurements = report.measured("saving", [args.config], measure)
     else:
         measure = {"train": bench_train, "sample": bench_sample}[args.what]
         measure = partial(measure, overrides=overrides, repeats=args.repeats)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from moe_diffusion.checks import require
+from moe_diffusion.errors import UserError
 from moe_diffusion.gpus import memory_bytes
 
 GIB = 2**30
+GPUS_PER_HOST = 8
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,33 @@ def chip_of(device_kind: str) -> Chip | None:
     known = [chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)]
     # The longest match counts, because "TPU v5 lite" also begins with "TPU v5".
     return max(known, key=lambda chip: len(chip.device_kind), default=None)
+
+
+def parse(name: str, flag: str, beside: str) -> tuple[str, tuple[int, ...]]:
+    """Splits the name of a topology into kind and shape: "v5e:16x16" -> ("v5e", (16, 16)).
+
+    Args:
+      flag: what the name was given for, to begin a message with.
+      beside: the name that this flag also takes, for messages.
+
+    Raises:
+      UserError: the kind is unknown, or the shape is none of that kind.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not match or match[1] not in CHIPS:
+        raise UserError(f"{flag} {name!r} is unknown; known are {beside} and shapes of {known()}")
+    kind, shape = match[1], tuple(int(size) for size in match[2].split("x"))
+    chip = CHIPS[kind]
+    require(
+        len(shape) == chip.dims and 0 not in shape,
+        f"{flag} {name!r}: a shape of {kind} has {chip.dims} sizes from 1 on, as in "
+        f"{' or '.join(chip.examples.split())}",
+    )
+    require(
+        chip.platform == "tpu" or shape[0] <= GPUS_PER_HOST or shape[0] % GPUS_PER_HOST == 0,
+        f"{flag} {name!r}: more than {GPUS_PER_HOST} GPUs are whole hosts of them",
+    )
+    return kind, shape
 
 
 def known() -> str:

@@ -188,7 +188,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command line: a `UserError` becomes one line on stderr and exit status 2.
 
-    So does Ctrl-C, with status 130, where the command does not handle it.
+    So does Ctrl-C, with status 130, where the command does not handle it, and the loss of another
+    process of a run, with status 1.
     """
 
     @functools.wraps(main)
@@ -201,6 +202,12 @@ def exits_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             print("stopped by Ctrl-C", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:
+            if "jax" in sys.modules:
+                from moe_diffusion import clusters
+
+                clusters.end_if_lost(error)
+            raise
 
     return wrapped
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 from typing import Any
@@ -17,6 +18,11 @@ from moe_diffusion.xla_flags import on_tpu_vm
 WAIT = 300  # seconds in which all processes must come
 LOST = 60  # seconds without a sign of life, after which a process is lost and the others end
 _NOTICE = {"heartbeat_timeout_seconds": LOST, "shutdown_timeout_seconds": LOST}
+# What an error says that comes of the end of another process, on CPU, GPU and TPU.
+_OF_OTHERS = re.compile(
+    "gloo|nccl|connection (closed|reset|refused)|peer|heartbeat|coordination|barrier|preempted",
+    re.IGNORECASE,
+)
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -59,6 +65,27 @@ def initialize() -> None:
     elif on_tpu_vm():
         with contextlib.suppress(ValueError):  # a lone TPU host, as in a notebook: no coordinator
             jax.distributed.initialize(initialization_timeout=WAIT, **_NOTICE)
+
+
+def end_if_lost(error: BaseException | None) -> None:
+    """Ends this process with one line and code 1 if an error comes of the loss of another process.
+
+    Nothing is put away after that: jax would wait for the lost one, and abort with a core dump.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    while error is not None:
+        text = str(error).strip() or "?"
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _OF_OTHERS.search(text):
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} ends, since "
+                f"another is lost ({text.splitlines()[0][:200]}): start all of them again; the "
+                "run goes on from its newest checkpoint",
+                file=sys.stderr,
+            )
+            sys.stderr.flush()
+            os._exit(1)
+        error = error.__context__
 
 
 def _connect(whom: str, *address: Any, **cluster: Any) -> None:

@@ -13,6 +13,7 @@ docs/dense2moe.md walks from the files of FLUX.1 [dev] to FLUX.1-MoE-L.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -31,9 +32,12 @@ def run(
     Returns:
       {"workdir", "stage": folder of the last stage, "step", "num_steps" of that stage}.
     """
+    import jax
+
     from moe_diffusion.dense2moe import stages
     from moe_diffusion.parallel import distributed
     from moe_diffusion.sampling.load import load_config
+    from moe_diffusion.signals import ended_by_sigterm
     from moe_diffusion.train import loss_curves, where_everything_lies
     from moe_diffusion.training.checkpoint import saved_steps
 
@@ -41,7 +45,9 @@ def run(
     main, known = distributed.is_main_process(), job.known
     tell = partial(print, flush=True) if main else lambda line: None
     options = {"hooks": job.hooks, "known": known, "allow_change": allow_change, "tell": tell}
-    last = stages.distill(job.config, workdir, job.open_iterator, **options)
+    alone = jax.process_count() == 1  # of several, jax listens to the signal itself
+    with ended_by_sigterm() if alone else contextlib.nullcontext():
+        last = stages.distill(job.config, workdir, job.open_iterator, **options)
     if main:
         print(where_everything_lies(last, loss_curves(last)), flush=True)
     steps = {"step": saved_steps(last)[-1], "num_steps": load_config(last).train.num_steps}

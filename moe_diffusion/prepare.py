@@ -128,10 +128,11 @@ def run(job: encode.Job) -> dict[str, Any]:
     from moe_diffusion.data.latents import read_manifest
     from moe_diffusion.parallel import distributed
     from moe_diffusion.preparing import encode
+    from moe_diffusion.signals import ended_by_sigterm
 
     main = distributed.is_main_process()
     check_writable(job.folder)
-    with locks.held(job.folder, "prepare"):
+    with ended_by_sigterm(), locks.held(job.folder, "prepare"):
         unfinished = encode.begin(job) if main else True
         if multihost_utils.broadcast_one_to_all(unfinished):
             encode.write_shards(job, jax.process_index(), jax.process_count())

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 # The exit code of a command that a signal stopped and that saved what it had (EX_TEMPFAIL): a
 # launcher shall run the same command again.
 RUN_AGAIN = 75
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block at once, with `RUN_AGAIN`: for work that keeps its finished parts."""
+
+    def end(number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        tqdm.write(f"stopped by {name}; run the same command again to go on", file=sys.stderr)
+        sys.exit(RUN_AGAIN)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopSignal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -167,3 +168,47 @@ def read_checkpoint(workdir: Path, step: int) -> tuple[dict[str, np.ndarray], di
         data = reader.restore(folder / "data")
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}, data
+
+
+def cluster(processes: int) -> list[dict[str, str]]:
+    """What each of several processes finds in its environment, so that they train as one."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    all_have = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [all_have | {"JAX_PROCESS_ID": str(number)} for number in range(processes)]
+
+
+def together(
+    module: str,
+    *args: str | Path,
+    processes: int,
+    devices: int = 1,
+    optimize: bool = True,
+    timeout: float = HANGS_AFTER,
+) -> list[str]:
+    """Starts a command as several processes that train as one; returns what each printed.
+
+    devices: of each process.
+    """
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"moe_diffusion.{module}", *map(str, args)],
+            cwd=ROOT,
+            env=environment(devices, optimize) | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for own in cluster(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.stdout.close()
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)
+    return outputs

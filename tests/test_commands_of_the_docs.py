@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import pytest
 
+from moe_diffusion import chips, remote, shipped
 from moe_diffusion import cli as command_lines
 from moe_diffusion import config as configs
-from moe_diffusion import remote, shipped
 from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation import protocol
-from moe_diffusion.planning import topologies
 from moe_diffusion.reproduction.items import find
 from tests import cli
 
@@ -244,7 +243,7 @@ def check(command: Command, parse) -> tuple[str, str]:
     if getattr(flags, "protocol", None):
         protocol.load(flags.protocol)
     if (getattr(flags, "topology", None) or "local") != "local":
-        topologies.parse(flags.topology)
+        chips.parse(flags.topology, "--topology", "local")
     if name == "reproduce" and flags.name:
         find(flags.name)
     return name, kind_of(name, flags, spec)

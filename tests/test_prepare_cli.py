@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ import pytest
 
 from moe_diffusion import classes, locks, prepare
 from moe_diffusion.data.latents import Latents
+from moe_diffusion.signals import RUN_AGAIN
 from tests import cli, pictures
 
 
@@ -97,16 +98,20 @@ def test_pictures_that_are_not_square(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_run_again(inputs, undisturbed, tmp_path):
-    """With kill -9, on one device: in the end the folder that eight devices made undisturbed."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_in_the_middle_and_run_again(inputs, undisturbed, tmp_path, number):
+    """On one device: in the end it is the folder that eight devices made undisturbed."""
     out = tmp_path / "latents"
     args = pictures.prepare_args(*inputs, out)
     with cli.started("prepare", *args) as process:
         while len(done := {path.name for path in out.glob("latents-*.json")}) < 2:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.001)
-        process.kill()
-        process.wait()
+        process.send_signal(number)
+        code, told = process.wait(), process.stdout.read()
+    if number == signal.SIGTERM:
+        assert code == RUN_AGAIN
+        assert "stopped by SIGTERM; run the same command again to go on\n" in told
     assert not (out / "manifest.json").exists()
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
     cli.succeed("prepare", *args)
@@ -117,9 +122,6 @@ def test_killed_in_the_middle_and_run_again(inputs, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_folder(inputs, undisturbed, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     out = tmp_path / "latents"
     code = (
         "import jax; jax.config.update('jax_cpu_collectives_implementation', 'gloo');"
@@ -129,13 +131,11 @@ def test_two_processes_make_the_same_folder(inputs, undisturbed, tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=cli.ROOT,
-            env=cli.environment(2)
-            | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-            | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": os.fspath(cli.ROOT)},
+            env=cli.environment(2) | own | {"PYTHONPATH": os.fspath(cli.ROOT)},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for i in range(2)
+        for own in cli.cluster(2)
     ]
     outputs = [process.communicate(timeout=200)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]

@@ -34,7 +34,7 @@ def mean_square(tree: Tree) -> jax.Array:
     """The mean of the squares of all values of a tree, f32."""
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
-    return total / sum(x.size for x in leaves)
+    return total / float(sum(x.size for x in leaves))  # above 2**31 in a batch of a pod
 
 
 def difference(teacher: Tree, student: Tree) -> jax.Array:

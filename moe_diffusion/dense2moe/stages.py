@@ -25,6 +25,7 @@ from etils import epath
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
@@ -53,7 +54,13 @@ from moe_diffusion.parallel.mesh import num_batch_shards
 from moe_diffusion.sampling.load import load_config, load_workdir
 from moe_diffusion.training.checkpoint import Checkpointer, saved_steps
 from moe_diffusion.training.loop import train
-from moe_diffusion.training.run import Run, prepare_run, shardings, tracing_for
+from moe_diffusion.training.run import (
+    Run,
+    on_every_device,
+    prepare_run,
+    shardings,
+    tracing_for,
+)
 from moe_diffusion.training.state import TrainState
 
 Tree = Any
@@ -240,7 +247,7 @@ def _student(
         made = jax.jit(make, out_shardings=shardings(run.variables["params"]))(params)
     values = ungrouped(config).to_dict()
     values["distill"]["blocks"] = ranges(taken)
-    save_weights(configs.settle(values), made, place)
+    save_weights(configs.settle(values), made, place, run.mesh)
     return taken
 
 
@@ -273,12 +280,17 @@ def _start(config: ConfigDict, before: epath.Path, at: epath.Path) -> epath.Path
     with run.on_mesh():
         places = shardings(run.variables["params"])
         params = jax.jit(make, out_shardings=places)(variables["params"])
-    save_weights(config, params, place)
+    save_weights(config, params, place, run.mesh)
     return place
 
 
-def save_weights(config: ConfigDict, params: Tree, folder: epath.Path) -> None:
-    """Writes a folder like those of `convert`: weights without averages, and config.json last."""
+def save_weights(
+    config: ConfigDict, params: Tree, folder: epath.Path, mesh: Mesh | None = None
+) -> None:
+    """Writes a folder like those of `convert`: weights without averages, and config.json last.
+
+    mesh: where the params lie, if they are those of several processes.
+    """
     values = config.to_dict()
     values["ema"]["decays"], values["init_from"] = (), ""
     values["checkpoint"]["asynchronous"] = False
@@ -287,7 +299,9 @@ def save_weights(config: ConfigDict, params: Tree, folder: epath.Path) -> None:
         folder.rmtree()  # what a killed process left; whole folders have a config.json
     _together(f"begin {folder.name}")
     with contextlib.closing(Checkpointer(folder, plain.checkpoint)) as checkpoints:
-        checkpoints.save(0, TrainState(jnp.zeros([], jnp.int32), params, {}, {}, {}), {})
+        step = jnp.zeros([], jnp.int32)
+        step = step if mesh is None else on_every_device(mesh, step)
+        checkpoints.save(0, TrainState(step, params, {}, {}, {}), {})
     if is_main_process():
         configs.save_json(plain, folder / "config.json")
     _together(f"end {folder.name}")

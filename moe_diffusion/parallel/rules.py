@@ -98,15 +98,21 @@ def shardings_of(mesh: Mesh, table: Table, tree: Any, logical_axes: Any) -> Any:
 def spec_of(
     shape: tuple[int, ...], axes: LogicalAxes, table: Table, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """Splits each dimension as the table says, unless it does not divide or the axis is taken."""
-    spec: list[str | tuple[str, ...] | None] = []
-    taken: set[str] = set()
+    """Splits each dimension as the table says, over those of the axes that divide and are free."""
+    spec, taken = [], set()
     for size, name in zip(shape, axes, strict=False):
-        free = tuple(a for a in table.get(name, ()) if a not in taken and mesh.shape.get(a, 1) > 1)
-        used = free if size % math.prod(mesh.shape[axis] for axis in free) == 0 else ()
+        used = dividing(size, tuple(a for a in table.get(name, ()) if a not in taken), mesh)
         taken.update(used)
         spec.append(used[0] if len(used) == 1 else used or None)
     return PartitionSpec(*spec)
+
+
+def dividing(size: int, axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The longest beginning of the mesh axes whose devices divide a dimension of a size."""
+    axes = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+    while size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -67,10 +67,12 @@ def recommend(outcomes: Mapping[str, Outcome], limit: int | None) -> tuple[str |
     return best, "; ".join([sends, *reasons])
 
 
-def layout_of(mesh: Mesh, preset: str) -> str:
+def layout_of(mesh: Mesh, preset: str, width: int) -> str:
     """How a preset splits weights and batch, with the sizes of the mesh axes.
 
     "weights: heads, mlp over tensor=8; batch over data=1"
+
+    width: of the model, its logical axis `embed`.
     """
 
     def over(axes: tuple[str, ...]) -> str:
@@ -79,7 +81,9 @@ def layout_of(mesh: Mesh, preset: str) -> str:
 
     places: dict[str, list[str]] = {}
     for name, axes in rules.PRESETS[preset].params.items():
-        places.setdefault(over(axes), []).append(name)
+        used = rules.dividing(width, axes, mesh) if name == "embed" else axes
+        note = "" if over(used) == over(axes) else f" ({over(axes)} does not divide {width})"
+        places.setdefault(f"{over(used)}{note}", []).append(name)
     weights = ", ".join(f"{', '.join(names)} over {place}" for place, names in places.items())
     return f"weights: {weights or 'whole'}; batch over {over(batch_axes(mesh))}"
 

@@ -264,7 +264,8 @@ def _outcome(plan: Plan) -> Outcome:
 
 
 def _layout(config: ConfigDict, topology: Topology) -> str:
-    return layout_of(make_mesh(config.parallel, topology.devices), config.parallel.preset)
+    mesh = make_mesh(config.parallel, topology.devices)
+    return layout_of(mesh, config.parallel.preset, config.model.hidden_size)
 
 
 def _candidates(config: ConfigDict, plan: Plan) -> list[str]:

@@ -11,19 +11,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+from moe_diffusion import chips
 from moe_diffusion.checks import require
-from moe_diffusion.chips import CHIPS, Chip, chip_of, known
+from moe_diffusion.chips import CHIPS, GPUS_PER_HOST, Chip, chip_of
 from moe_diffusion.errors import UserError, first_line
 from moe_diffusion.gpus import target_config
-
-GPUS_PER_HOST = 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ def describe(name: str, slices: int = 1) -> Topology:
     Raises:
       UserError: the name is unknown, there is no such slice, or its compiler is missing.
     """
-    platform = None if name == "local" else CHIPS[parse(name)[0]].platform
+    kind, shape = ("", ()) if name == "local" else chips.parse(name, "--topology", "local")
+    platform = CHIPS[kind].platform if kind else None
     require(slices >= 1, f"--slices {slices}: at least 1")
     require(
         slices == 1 or platform == "tpu", f"--slices {slices}: {name} has no slices of TPU chips"
@@ -78,7 +77,6 @@ def describe(name: str, slices: int = 1) -> Topology:
     if name == "local":
         devices = tuple(jax.devices())
         return Topology(name, chip_of(devices[0].device_kind), (len(devices),), devices)
-    kind, shape = parse(name)
     chip = CHIPS[kind]
     if chip.platform == "tpu":
         devices = tuple(_tpu_devices(name, kind, shape, slices))
@@ -87,25 +85,6 @@ def describe(name: str, slices: int = 1) -> Topology:
     if len(devices) != slices * math.prod(shape) * chip.devices:
         raise UserError(f"--topology {name}: the compiler made {len(devices)} devices of it")
     return Topology(name, chip, shape, devices, slices)
-
-
-def parse(name: str) -> tuple[str, tuple[int, ...]]:
-    """Splits a name into kind and shape: "v5e:16x16" -> ("v5e", (16, 16)).
-
-    Raises:
-      UserError: the kind is unknown, or the shape is none of that kind.
-    """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    if not match or match[1] not in CHIPS:
-        raise UserError(f"--topology {name!r} is unknown; known are local and shapes of {known()}")
-    kind, shape = match[1], tuple(int(size) for size in match[2].split("x"))
-    chip = CHIPS[kind]
-    if len(shape) != chip.dims or 0 in shape:
-        raise UserError(
-            f"--topology {name!r}: a shape of {kind} has {chip.dims} sizes from 1 on, as in "
-            f"{' or '.join(chip.examples.split())}"
-        )
-    return kind, shape
 
 
 def _tpu_devices(name: str, kind: str, shape: tuple[int, ...], slices: int) -> list[Any]:
@@ -131,10 +110,6 @@ def _tpu_devices(name: str, kind: str, shape: tuple[int, ...], slices: int) -> l
 
 def _gpu_devices(name: str, kind: str, shape: tuple[int, ...]) -> list[Any]:
     (gpus,) = shape
-    if gpus > GPUS_PER_HOST and gpus % GPUS_PER_HOST:
-        raise UserError(
-            f"--topology {name}: more than {GPUS_PER_HOST} GPUs are whole hosts of them"
-        )
     hosts = -(-gpus // GPUS_PER_HOST)
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if not any(importlib.util.find_spec(plugin) for plugin in plugins):

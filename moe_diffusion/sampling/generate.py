@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -78,23 +79,22 @@ def generate_batches(
     key = jax.random.key(seed)
     key_of_steps = jax.random.fold_in(key, _NO_IMAGE)
 
-    @jax.jit
+    placed = None if mesh is None else batch_sharding(mesh)
+
+    @partial(jax.jit, out_shardings=placed)  # device_put takes no keys to several processes
     @jax.vmap
     def randomness(i):
         noise = jax.random.normal(jax.random.fold_in(key, i), image_shape, jnp.float32)
         return noise, jax.random.fold_in(key_of_steps, i)
 
-    def place(tree: Any) -> Any:
-        return tree if mesh is None else jax.device_put(tree, batch_sharding(mesh))
-
     with tqdm(total=num, unit="image", desc="sampling", disable=not progress) as bar:
         for start in range(0, num, batch_size):
             index = np.arange(start, start + batch_size)
-            wanted = {name: jnp.asarray(values[index % num]) for name, values in cond.items()}
-            noise, keys = randomness(jnp.asarray(index))
+            wanted = {name: values[index % num] for name, values in cond.items()}
+            noise, keys = randomness(index)
             # The mesh is set only here, because the caller may use another between two batches.
             with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-                batch = sampler(variables, place(noise), place(wanted), place(keys))
+                batch = sampler(variables, noise, jax.device_put(wanted, placed), keys)
             kept = min(batch_size, num - start)
             batch = multihost_utils.process_allgather(batch, tiled=True)[:kept]
             if not np.isfinite(batch).all():

@@ -99,6 +99,16 @@ def test_steps_of_a_config(what, capsys):
     assert (0 < result["mfu"] < 1) if what == "train" else (result["steps"] == 1)
 
 
+@pytest.mark.slow
+def test_saving_tells_steps_during_a_save_from_others(capsys):
+    args = ["saving", "--config", "configs/digits.py", "--json"]
+    changes = ["data.batch_size=8", "model.depth=2", "model.hidden_size=16"]
+    bench.main([*args, *(f"--config.{change}" for change in changes)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 3 <= result["steps_saving"] < 47 and result["gigabytes"] > 0
+    assert 0 < result["ratio"] <= result["most"] and result["seconds"] > 0
+
+
 SMALL = {"hidden_size": 32, "num_heads": 2, "flux.rope_axes": (4, 6, 6), "moe.hidden_size": 8}
 SMALL |= {"moe.shared_hidden_size": 32, "flux.single_depth": 1, "depth": 1}
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ import jax  # isort: skip
 import numpy as np  # isort: skip
 import orbax.checkpoint as ocp  # isort: skip
 
+from docs import pages  # isort: skip
+from moe_diffusion.writing import save_text  # isort: skip
 from tests import cli  # isort: skip
 from tests.campaign.disturbances import KINDS  # isort: skip
 from tests.campaign.started import NUM_STEPS, Case, Fault, LeftOut  # isort: skip
@@ -39,8 +41,8 @@ from tests.campaign.started import NUM_STEPS, Case, Fault, LeftOut  # isort: ski
 EXACT, NAMED = "bit-exact", "named, then bit-exact"
 FAULT, LEFT_OUT = "fault", "left out"
 RESULTS = (EXACT, NAMED, FAULT, LEFT_OUT)
-MARKS = "<!-- disturbed -->", "<!-- /disturbed -->"  # in docs/reliability.md
 End = dict[str, Any]
+Kinds = Mapping[str, Callable[[Any], None]]
 
 
 def end_of(workdir: Path) -> End:
@@ -63,30 +65,39 @@ def differences(end: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str
     return [name for name in names if name not in both or not same(end[name], expected[name])]
 
 
-def undisturbed(folder: Path) -> End:
-    """The end of a run that nothing disturbs."""
-    with Case(folder, "undisturbed") as case:
+def undisturbed(folder: Path, make: type[Case] = Case) -> End:
+    """The end of a run that nothing disturbs; make: of the runs that are compared with it."""
+    with make(folder, "undisturbed") as case:
         case.finish()
         return end_of(case.workdir)
 
 
-def disturb(folder: Path, kind: str, turn: int, seed: int, expected: End) -> dict[str, Any]:
+def disturb(
+    folder: Path,
+    kind: str,
+    turn: int,
+    seed: int,
+    expected: End,
+    kinds: Kinds = KINDS,
+    make: type[Case] = Case,
+) -> dict[str, Any]:
     """One disturbed run; returns what became of it.
 
     Args:
       folder: a new one, for this run.
-      kind: one of `KINDS`.
+      kind: one of `kinds`.
       turn: the number of this run among those of its kind.
       expected: the `undisturbed` end.
+      kinds: name -> what disturbs a case of `make` and brings it to its end.
 
     Returns:
       {"kind", "turn", "result": one of `RESULTS`, "fault": text, "notes": what was done,
       "refusals": lines, "starts": commands, "seconds"}.
     """
     began, fault = time.monotonic(), ""
-    with Case(folder, kind, turn, seed) as case:
+    with make(folder, kind, turn, seed) as case:
         try:
-            KINDS[kind](case)
+            kinds[kind](case)
             case.check_gone()
             if case.reference is not None:
                 expected = end_of(case.reference)
@@ -111,18 +122,18 @@ def disturb(folder: Path, kind: str, turn: int, seed: int, expected: End) -> dic
 
 
 def campaign(
-    runs: int, seed: int, kinds: list[str], folder: Path, before: Mapping[int, Any]
+    runs: int, seed: int, kinds: Kinds, make: type[Case], folder: Path, before: Mapping[int, Any]
 ) -> Iterator[dict[str, Any]]:
     """Disturbs `runs` runs, whose kinds take turns.
 
     before: number -> what became of it; those that are no fault are not made again.
     """
     left = [n for n in range(runs) if before.get(n, {"result": FAULT})["result"] == FAULT]
-    expected = undisturbed(folder / "undisturbed") if left else {}
+    expected = undisturbed(folder / "undisturbed", make) if left else {}
     for number in left:
         turn, kind = divmod(number, len(kinds))
-        place = folder / str(number)
-        yield {"number": number} | disturb(place, kinds[kind], turn, seed, expected)
+        place, name = folder / str(number), list(kinds)[kind]
+        yield {"number": number} | disturb(place, name, turn, seed, expected, kinds, make)
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -139,6 +150,11 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def named(versions: Mapping[str, str]) -> str:
+    """Like "python 3.11.7, jax 0.10.2"."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(), "jax": jax.__version__, "orbax": ocp.__version__,
@@ -146,31 +162,39 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(
+    name: str = "disturbed",
+    doc: str = __doc__,
+    runs: int = 50,
+    known: Kinds = KINDS,
+    make: type[Case] = Case,
+) -> None:
+    """The command line of a campaign; the arguments are those of another than this file's."""
     parser = argparse.ArgumentParser(
-        "python -m tests.campaign.disturbed",
-        description=__doc__,
+        f"python -m tests.campaign.{name}",
+        description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--runs", type=int, default=50, help="how many runs (50)")
+    parser.add_argument("--runs", type=int, default=runs, help="how many runs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
     parser.add_argument(
-        "--kinds", default=",".join(KINDS), help="names, with commas; all: %(default)s"
+        "--kinds", default=",".join(known), help="names, with commas; all: %(default)s"
     )
     parser.add_argument("--out", required=True, metavar="FILE.json", help="what became of each run")
     parser.add_argument("--page", metavar="FILE.md", help="a page whose table is written anew")
     args = parser.parse_args()
     kinds = args.kinds.split(",")
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        parser.error(f"unknown kinds {unknown}; known: {', '.join(KINDS)}")
-    out, folder = Path(args.out), Path(tempfile.mkdtemp(prefix="disturbed-"))
+    if unknown := [kind for kind in kinds if kind not in known]:
+        parser.error(f"unknown kinds {unknown}; known: {', '.join(known)}")
+    out, folder = Path(args.out), Path(tempfile.mkdtemp(prefix=f"{name}-"))
     about = {"seed": args.seed, "kinds": kinds, "versions": versions()}
     earlier = json.loads(out.read_text()) if out.exists() else about | {"runs": []}
     if any(earlier[key] != about[key] for key in about):
         parser.error(f"{out} is of another campaign: name another file")
     found = {run["number"]: run for run in earlier["runs"]}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a case puts away what it made
-    for run in campaign(args.runs, args.seed, kinds, folder, found):
+    chosen = {kind: known[kind] for kind in kinds}
+    for run in campaign(args.runs, args.seed, chosen, make, folder, found):
         found[run["number"]] = run
         out.write_text(json.dumps(about | {"runs": [found[n] for n in sorted(found)]}, indent=1))
         text = run["fault"] or "; ".join(run["refusals"])
@@ -179,15 +203,13 @@ def main() -> None:
         if run["result"] != FAULT:
             shutil.rmtree(folder / str(run["number"]))
     rows = table([found[n] for n in sorted(found)])
-    print(rows, f"\n{about['versions']}, {out}")
+    minutes = round(sum(run["seconds"] for run in found.values()) / 60)
+    told = f"Seed {args.seed}; {named(about['versions'])}; {minutes} minutes on two cores with "
+    told += "other work."
+    print(rows, told, out, sep="\n")
     if args.page:
-        page = Path(args.page)
-        before, _, rest = page.read_text().partition(MARKS[0])
-        about_it = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        minutes = round(sum(run["seconds"] for run in found.values()) / 60)
-        told = f"Seed {args.seed}; {about_it}; {minutes} minutes on two cores with other work."
-        text = f"{before}{MARKS[0]}\n{rows}\n\n{told}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
-        page.write_text(text)
+        page, begin = Path(args.page), f"<!-- begin: written by tests.campaign.{name} -->"
+        save_text(pages.renewed(page.read_text(), begin, f"{rows}\n\n{told}"), page)
     if any(run["result"] == FAULT for run in found.values()):
         sys.exit(f"the folders of the faults are in {folder}")
     shutil.rmtree(folder)

@@ -12,24 +12,16 @@ campaign was stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import signal
-import socket
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import tests.conftest  # noqa: F401  the environment of children; before anything imports jax
 
 from moe_diffusion.clusters import LOST  # isort: skip
 from moe_diffusion.signals import RUN_AGAIN  # isort: skip
 from tests import cli  # isort: skip
-from tests.campaign.disturbed import EXACT, FAULT, differences, end_of, table, versions  # isort: skip
+from tests.campaign import disturbed  # isort: skip
 from tests.campaign.started import ARGS, NUM_STEPS, SAVED_EVERY, Case, Fault, Start  # isort: skip
 
 PROCESSES = 2
@@ -42,21 +34,12 @@ class Pair(Case):
 
     def begin(self) -> list[Start]:
         """Starts both."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
         self.starts += 1
-        cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(PROCESSES)}
-        cluster |= {"PYTHONPATH": str(cli.ROOT)} | self.mark
         args = [*ARGS, "--workdir", str(self.workdir)]
+        own = cli.environment(1) | {"PYTHONPATH": str(cli.ROOT)} | self.mark
         return [
-            Start(
-                self.folder,
-                10 * self.starts + number,
-                args,
-                cli.environment(1) | cluster | {"JAX_PROCESS_ID": str(number)},
-            )
-            for number in range(PROCESSES)
+            Start(self.folder, 10 * self.starts + number, args, own | place)
+            for number, place in enumerate(cli.cluster(PROCESSES))
         ]
 
     def at_step(self, pair: list[Start], step: int) -> None:
@@ -79,7 +62,7 @@ class Pair(Case):
             self.note(f"the last ended {time.monotonic() - lost_at:.0f} s after the first")
         return [start.process.returncode for start in pair]
 
-    def finish_together(self) -> None:
+    def finish(self) -> None:
         """The launcher's loop: both again, until both end with 0."""
         for _ in range(RESTARTS):
             codes = self.ended(self.begin())
@@ -112,7 +95,7 @@ def _signalled(number: int, both: bool, saving: bool) -> Callable[[Pair], None]:
         case.note(f"ended with {codes}")
         if number == signal.SIGTERM and set(codes) - {0, RUN_AGAIN}:
             raise Fault(f"told to stop, they ended with {codes}")
-        case.finish_together()
+        case.finish()
 
     return disturb
 
@@ -144,7 +127,7 @@ def _hung(case: Pair) -> None:
     case.note(f"process {hung} hung at step {step}, noticed after {time.monotonic() - since:.0f} s")
     pair[hung].send(signal.SIGKILL)
     pair[hung].process.wait()
-    case.finish_together()
+    case.finish()
 
 
 KINDS: dict[str, Callable[[Pair], None]] = {
@@ -160,56 +143,5 @@ KINDS: dict[str, Callable[[Pair], None]] = {
 }
 
 
-def disturb(folder: Path, kind: str, turn: int, seed: int, expected: Any) -> dict[str, Any]:
-    """One disturbed run of two processes; returns what `disturbed.disturb` returns."""
-    began, result, fault = time.monotonic(), EXACT, ""
-    with Pair(folder, kind, turn, seed) as case:
-        try:
-            KINDS[kind](case)
-            case.check_gone()
-            if wrong := differences(end_of(case.workdir), expected):
-                raise Fault(f"{len(wrong)} things differ, such as {', '.join(wrong[:3])}")
-        except (Fault, OSError, ValueError) as error:
-            result, fault = FAULT, str(error)
-    return {
-        "kind": kind, "turn": turn, "result": result, "fault": fault, "notes": case.notes,
-        "refusals": [], "starts": case.starts, "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m tests.campaign.several",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--runs", type=int, default=30, help="how many runs (30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="what became of each run")
-    args = parser.parse_args()
-    out, folder = Path(args.out), Path(tempfile.mkdtemp(prefix="several-"))
-    found = (
-        {run["number"]: run for run in json.loads(out.read_text())["runs"]} if out.exists() else {}
-    )
-    with Pair(folder / "undisturbed", "undisturbed") as case:
-        case.finish_together()
-        expected = end_of(case.workdir)
-    kinds = list(KINDS)
-    for number in range(args.runs):
-        if found.get(number, {"result": FAULT})["result"] != FAULT:
-            continue
-        turn, kind = divmod(number, len(kinds))
-        run = disturb(folder / str(number), kinds[kind], turn, args.seed, expected)
-        found[number] = {"number": number} | run
-        about = {"seed": args.seed, "versions": versions()}
-        out.write_text(json.dumps(about | {"runs": [found[n] for n in sorted(found)]}, indent=1))
-        print(f"{number + 1}/{args.runs} {run['kind']}: {run['result']} ({run['seconds']} s; "
-              f"{', '.join(run['notes'])}) {run['fault']}", flush=True)  # fmt: skip
-    print(table([found[n] for n in sorted(found)]))
-    if any(run["result"] == FAULT for run in found.values()):
-        sys.exit(f"the folders of the faults are in {folder}")
-    shutil.rmtree(folder)
-
-
 if __name__ == "__main__":
-    main()
+    disturbed.main("several", __doc__, 30, KINDS, Pair)

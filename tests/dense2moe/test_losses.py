@@ -26,6 +26,12 @@ def test_a_double_blocks_feature_is_both_of_its_streams():
     np.testing.assert_allclose(difference(teacher, student), (1 + 4 + 9) / 3, rtol=1e-6)
 
 
+def test_features_of_a_pods_batch_have_more_values_than_an_int32():
+    """512 images of 4,096 tokens and 3,072 channels, traced alone."""
+    wide = jax.ShapeDtypeStruct((512, 4096 + 512, 3072), jnp.bfloat16)
+    assert jax.eval_shape(difference, wide, wide).shape == ()
+
+
 def test_weights_of_eq_9_by_hand():
     """distill = 6, L = (2, 3), norms (1, 3) with mean 2: w = 6/2 * 2/1 and 6/3 * 2/3."""
     weights = feature_weights(jnp.float32(6), jnp.array([2.0, 3]), jnp.array([1.0, 3]))

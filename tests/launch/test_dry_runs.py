@@ -73,29 +73,36 @@ def test_a_jobset_has_the_fields_of_jobset(name):
 
 
 def test_which_failures_restart_a_jobset():
-    """The first rule counts whose reason and pattern fit; the default restarts and is counted."""
+    """As pkg/controllers/failure_policy.go of JobSet has it: the first rule that fits any job that
+    has failed counts; without one the set restarts, which is counted."""
     found = yaml.safe_load((dry_runs.GOLDENS / "gke.txt").read_text())
     rules = found["spec"]["failurePolicy"]["rules"]
 
-    def action(reason: str, message: str) -> str:
-        for rule in rules:
-            patterns = rule.get("onJobFailureMessagePatterns", [""])
-            if reason in rule["onJobFailureReasons"] and any(
-                re.search(pattern, message) for pattern in patterns
-            ):
-                return rule["action"]
-        return "RestartJobSet"
+    def fits(rule: dict, reason: str, message: str) -> bool:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        known = any(re.search(pattern, message) for pattern in patterns)
+        return known and reason in rule["onJobFailureReasons"]
 
-    # The messages of Kubernetes, see KEP-262 of JobSet.
-    failed = (
-        "Container main for pod lab/x-0-0 failed with exit code {} matching FailJob rule at index 0"
-    )
-    lost = "Pod lab/x-0-0 has condition DisruptionTarget matching FailJob rule at index 1"
+    def action(*failed: tuple[str, str]) -> str:
+        fitting = (rule["action"] for rule in rules if any(fits(rule, *one) for one in failed))
+        return next(fitting, "RestartJobSet")
+
+    def ended_with(code: int) -> tuple[str, str]:
+        """The message of Kubernetes, in pkg/controller/job/pod_failure_policy.go."""
+        message = f"Container main for pod lab/x-0-0 failed with exit code {code} matching FailJob"
+        return "PodFailurePolicy", f"{message} rule at index 0"
+
+    message = "Pod lab/x-0-0 has condition DisruptionTarget matching FailJob rule at index 1"
+    lost = ("PodFailurePolicy", message)
+    crashed = ("BackoffLimitExceeded", "Job has reached the specified backoff limit")
     ignore = "RestartJobSetAndIgnoreMaxRestarts"
-    assert action("PodFailurePolicy", failed.format(75)) == ignore
-    assert action("PodFailurePolicy", lost) == ignore
-    assert action("PodFailurePolicy", failed.format(2)) == "FailJobSet"
-    assert action("BackoffLimitExceeded", "Job has reached the limit") == "RestartJobSet"
+    assert action(ended_with(job.RUN_AGAIN)) == ignore
+    assert action(lost) == ignore
+    assert action(ended_with(job.USER_ERROR)) == "FailJobSet"
+    assert action(crashed) == "RestartJobSet"
+    # Of several slices: who loses the others crashes.
+    assert action(crashed, lost) == ignore
+    assert action(crashed, ended_with(job.USER_ERROR)) == "FailJobSet"
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

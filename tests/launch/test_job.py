@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 
 from launch import accelerators, job, sweeps, xm_launch
+from moe_diffusion import signals
+from moe_diffusion.chips import CHIPS
 from moe_diffusion.errors import UserError
 from tests import cli
 
@@ -45,22 +48,39 @@ def test_accelerators(text, shape, chips, hosts, cloud):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("v9:2x2", "--accelerator v9:2x2 is unknown: choose one of v4, v5e, v5p, v6e, tpu7x, a100"),
-        ("v5e", "--accelerator v5e is unknown"),
-        ("cpu:4", "--accelerator cpu:4 is unknown"),
-        ("v5e:0x4", "--accelerator v5e:0x4 is unknown"),
+        ("v9:2x2", "--accelerator 'v9:2x2' is unknown; known are cpu, v5e-256 and shapes of v4 ("),
+        ("v5e", "--accelerator 'v5e' is unknown"),
+        ("cpu:4", "--accelerator 'cpu:4' is unknown"),
+        ("v5e:0x4", "a shape of v5e has 2 sizes from 1 on, as in v5e:2x2 or v5e:16x16"),
         ("v5e-12", "v5e-12 is no slice: v5e has 1, 4, 8, 16, 32, 64, 128, 256 chips"),
-        ("v5e:4x4x4", "a shape of v5e has 2 sizes, as in v5e:16x16"),
+        ("v5e:4x4x4", "a shape of v5e has 2 sizes from 1 on, as in v5e:2x2 or v5e:16x16"),
         ("v5e:3x3", "v5e:3x3 is no slice: a host has 4 chips"),
         ("v5p-128", "names of v5p count cores, not chips; write the shape instead, like v5p:8x8x8"),
-        ("h100:12", "more than 8 are whole hosts of them"),
-        ("h100:2x4", "name a number of GPUs"),
+        ("h100:12", "more than 8 GPUs are whole hosts of them"),
+        ("h100-12", "more than 8 GPUs are whole hosts of them"),
+        ("h100:2x4", "a shape of h100 has 1 sizes from 1 on, as in h100:8"),
     ],
 )
 def test_what_is_no_accelerator(text, message):
     with pytest.raises(UserError, match="--accelerator") as refused:
         accelerators.parse(text)
     assert message in str(refused.value)
+
+
+@pytest.mark.tpu_aot
+def test_the_slices_of_launchers_are_those_of_the_compiler():
+    """`plan` compiles for each of them, with as many chips; what is none is refused by both."""
+    from moe_diffusion.planning.topologies import describe
+
+    flat = [f"{kind}-{math.prod(shape)}" for kind in ("v5e", "v6e") for shape in accelerators.FLAT]
+    shapes = [name for kind in accelerators.TPUS for name in CHIPS[kind].examples.split()]
+    for name in [*flat, *shapes]:
+        found = accelerators.parse(name)
+        assert describe(str(found)).num_chips == found.chips, name
+    for name in ("v5e:3x3", "v5p:1x1x5"):
+        for parse in (accelerators.parse, describe):
+            with pytest.raises(UserError, match=f"{name} is no slice"):
+                parse(name)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +171,7 @@ def test_the_command_of_a_job():
 
 
 def test_the_exit_code_is_that_of_the_commands():
-    signals = importlib.import_module("moe_diffusion.signals")
-    assert job.RUN_AGAIN == 75 == getattr(signals, "RUN_AGAIN", 75)
+    assert job.RUN_AGAIN == 75 == signals.RUN_AGAIN
 
 
 # Sweeps

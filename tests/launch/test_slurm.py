@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -99,26 +100,41 @@ def test_the_signal_reaches_the_tasks_and_the_shell_outlives_it(cluster):
 
 
 @pytest.mark.slow
-def test_two_tasks_train_together(cluster, capfd, monkeypatch):
-    """jax finds the first task by Slurm's variables, and two processes train over loopback."""
+def test_two_tasks_train_together_and_go_on_after_a_preemption(cluster, capfd, monkeypatch):
+    """jax finds the first task by Slurm's variables, and two processes train over loopback.
+
+    SIGTERM at the third step: both save the same step and end with 75, the job goes back into the
+    queue, and its second run makes the steps that are missing.
+    """
     for name, value in cli.environment(1).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
     )
     monkeypatch.setenv("PORT", str(free_port()))
-    settings = cli.digits(train__num_steps=2, checkpoint__every=2)[2:]
-    words = f"--accelerator cpu --nodes 2 --config digits --workdir {cluster}/run --name two"
-    assert ends_with(words, *settings) == 0
+    monkeypatch.setattr(slurm, "SHORTEST", 0)
+    steps, run = 60, cluster / "run"
+    (cluster / "preempt").write_text(f"{run}/metrics.jsonl 3")
+    # Steps that wait for their data, because jax looks for the signal once a second.
+    slow = {"data__source": "tests.campaign.slow:Slow", "data__prefetch": 1}
+    settings = cli.digits(train__num_steps=steps, checkpoint__every=1000, **slow)[2:]
+    words = f"--accelerator cpu --nodes 2 --config digits --workdir {run} --name two"
+    assert ends_with(words, "--max-restarts", "0", *settings) == 0
     output = capfd.readouterr().out
-    assert output.count("waiting for 2 processes of this Slurm step on 127.0.0.1") == 2
-    assert output.count("2 x cpu, preset") == 1  # one process speaks, of both their devices
-    assert [line["step"] for line in cli.metrics(cluster / "run")] == [1, 2]
-    assert cli.saved_steps(cluster / "run") == [2]
-    owners = {
-        path.name for path in (cluster / "run" / "checkpoints" / "2" / "state").glob("ocdbt*")
-    }
-    assert owners == {"ocdbt.process_0", "ocdbt.process_1"}
+    assert output.count("waiting for 2 processes of this Slurm step on 127.0.0.1") == 4
+    assert output.count("2 x cpu, preset") == 2  # one process speaks, of both their devices
+    stopped = int(
+        re.search(r"stopped by SIGTERM after step (\d+) of 60, which is saved", output)[1]
+    )
+    assert 3 <= stopped < steps
+    assert re.search(r"code 75 after \d+ s: back into the queue, time 1 of at most 100", output)
+    made = [int(step) for step in re.findall(rf"^step (\d+)/{steps}:", output, re.MULTILINE)]
+    assert made == list(range(1, steps + 1))  # by the two runs together, each once
+    assert [line["step"] for line in cli.metrics(run)] == made
+    assert cli.saved_steps(run) == [stopped, steps]
+    for step in (stopped, steps):
+        parts = (run / "checkpoints" / str(step) / "state").glob("ocdbt*")
+        assert {path.name for path in parts} == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from moe_diffusion import xla_flags
+from moe_diffusion.chips import CHIPS
 from moe_diffusion.errors import UserError
 from tests import cli
 
@@ -93,40 +94,54 @@ def test_the_switch(machine, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_jaxlib_accepts_the_flags_of_gpus():
+def test_a_cpu_trains_with_the_flags_of_all_accelerators(monkeypatch, tmp_path):
     """jaxlib reads the flags of all platforms, and ends the process at unknown ones."""
+    flags = xla_flags.for_hardware("cuda", devices=8) | xla_flags.for_hardware("tpu", slices=2)
+    assert set(flags) == {"XLA_FLAGS", "LIBTPU_INIT_ARGS"}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", flags["LIBTPU_INIT_ARGS"])
+    usual = os.environ["XLA_FLAGS"]
+    words = [*cli.digits(train__num_steps=1), "--workdir", tmp_path]
+    monkeypatch.setenv("XLA_FLAGS", f"{usual} --xla_gpu_there_is_no_such_flag=true")
+    ran = cli.run("train", *words)
+    assert ran.returncode == 1 and "xla_gpu_there_is_no_such_flag" in ran.stderr
+    monkeypatch.setenv("XLA_FLAGS", f"{usual} {flags['XLA_FLAGS']}")
+    cli.succeed("train", *words)
+    assert cli.saved_steps(tmp_path) == [1]
 
-    def ends_with(flags: str) -> int:
-        code = "import jax; jax.devices()"
-        env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True).returncode
 
-    assert ends_with(xla_flags.for_hardware("cuda", devices=8)["XLA_FLAGS"]) == 0
-    assert ends_with("--xla_gpu_there_is_no_such_flag=true") != 0
+# A sum over the chips of every kind of TPU, of one slice and of two.
+COMPILE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from moe_diffusion.chips import CHIPS
+from moe_diffusion.planning.topologies import describe
+for kind, chip in CHIPS.items():
+    if chip.platform == "tpu":
+        for slices in (1, 2):
+            topology = describe(chip.examples.split()[0], slices)
+            mesh = Mesh(np.array(topology.devices), ("data",))
+            put = lambda *axes: NamedSharding(mesh, P(*axes))
+            x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=put("data"))
+            sums = jax.jit(lambda x: (x.T @ x).sum(0), out_shardings=put())
+            assert "all-reduce" in sums.lower(x).compile().as_text()
+            print(kind, slices, len(topology.devices), flush=True)
+"""
 
 
 @pytest.mark.tpu_aot
 def test_libtpu_compiles_with_the_flags_of_tpus():
-    """A sum over four chips, with the flags of one and of several slices."""
-    code = """
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import numpy as np
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-mesh = Mesh(np.array(devices), ("data",))
-x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
-jax.jit(lambda x: (x.T @ x).sum(0), out_shardings=NamedSharding(mesh, P())).lower(x).compile()
-"""
-    environment = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    environment |= {"TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+    """For every kind, with those of one and of several slices; an unknown one ends the process."""
 
-    def ends_with(flags: str) -> int:
-        env = os.environ | environment | {"LIBTPU_INIT_ARGS": flags}
-        ran = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, cwd=cli.ROOT
-        )
-        return ran.returncode
+    def ended(flags: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
+        words = [sys.executable, "-c", COMPILE]
+        return subprocess.run(words, env=env, capture_output=True, text=True, cwd=cli.ROOT)
 
-    assert ends_with(xla_flags.for_hardware("tpu", slices=2)["LIBTPU_INIT_ARGS"]) == 0
-    assert ends_with("--xla_tpu_there_is_no_such_flag=true") != 0
+    kinds = [kind for kind, chip in CHIPS.items() if chip.platform == "tpu"]
+    for slices in (1, 2):
+        ran = ended(xla_flags.for_hardware("tpu", slices=slices)["LIBTPU_INIT_ARGS"])
+        assert ran.returncode == 0, ran.stderr
+        compiled = [line.split()[:2] for line in ran.stdout.splitlines()]
+        assert compiled == [[kind, number] for kind in kinds for number in "12"]
+    ran = ended("--xla_tpu_there_is_no_such_flag=true")
+    assert ran.returncode != 0 and "xla_tpu_there_is_no_such_flag" in ran.stderr

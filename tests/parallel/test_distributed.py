@@ -148,20 +148,14 @@ def test_nobody_waits_longer_than_it_says(tmp_path):
 
 
 def start(workdir, processes, steps, seconds=0.0):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
     }
-    if processes > 1:
-        env |= cluster
     command = [sys.executable, "-c", WORKER, str(workdir), str(steps), str(seconds)]
     return [
-        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE)
-        for i in range(processes)
+        subprocess.Popen(command, env=env | own, stdout=subprocess.PIPE)
+        for own in cli.cluster(processes)
     ]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from moe_diffusion.parallel import rules
@@ -48,6 +49,15 @@ def test_an_axis_is_used_once(kind):
     axes = {"kernel": kind(*names) if kind is P else names}
     shapes = {"kernel": jax.ShapeDtypeStruct((16, 16), np.float32)}
     assert rules.shardings_of(mesh, table, shapes, axes)["kernel"].spec == P("data", None)
+
+
+@pytest.mark.parametrize(
+    "width,expected", [(1024, ("fsdp", "data")), (1152, "fsdp"), (1000, None), (2**7, "fsdp")]
+)
+def test_a_dimension_is_split_over_as_many_axes_as_divide_it(width, expected):
+    """16 x 16 chips. 1152, the width of DiT-XL, is 2**7 * 9; 1000 = 8 * 125."""
+    mesh, table = AbstractMesh((16, 16), ("data", "fsdp")), rules.PRESETS["fsdp"].params
+    assert rules.spec_of((3, width), ("layers", "embed"), table, mesh) == P(None, expected)
 
 
 def test_initial_values_do_not_depend_on_the_mesh():

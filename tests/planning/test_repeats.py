@@ -6,13 +6,14 @@ import re
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from moe_diffusion import config as configs
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import products
 from moe_diffusion.models.stack import abstract_inputs, abstract_variables
-from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.parallel.mesh import AXES, make_mesh
 from moe_diffusion.planning import hlo, report
 from moe_diffusion.planning.presets import Outcome, layout_of, recommend
 from moe_diffusion.planning.repeats import _path_of, repeats_of, repeats_text
@@ -162,9 +163,14 @@ def test_a_preset_that_computes_more_is_recommended_only_if_nothing_else_fits():
 
 def test_how_a_preset_splits():
     config = load(parallel__preset="fsdp").parallel
-    assert layout_of(make_mesh(config), "fsdp") == "weights: embed over fsdp=8; batch over fsdp=8"
-    assert layout_of(make_mesh(load(parallel__preset="dp").parallel), "dp") == (
-        "weights: whole; batch over data=8"
+    layout = layout_of(make_mesh(config), "fsdp", 1152)
+    assert layout == "weights: embed over fsdp=8; batch over fsdp=8"
+    layout = layout_of(make_mesh(load(parallel__preset="dp").parallel), "dp", 1152)
+    assert layout == "weights: whole; batch over data=8"
+    mesh = AbstractMesh((1, 16, 16, 1, 1), AXES)  # v5e:16x16; 1152 = 2**7 * 9
+    assert layout_of(mesh, "fsdp", 1152) == (
+        "weights: embed over fsdp=16 (fsdp=16 x data=16 does not divide 1152); "
+        "batch over data=16 x fsdp=16"
     )
 
 

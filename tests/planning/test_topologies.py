@@ -6,6 +6,7 @@ import re
 import jax
 import pytest
 
+from moe_diffusion import chips
 from moe_diffusion.errors import UserError
 from moe_diffusion.gpus import memory_bytes, target_config
 from moe_diffusion.planning import topologies
@@ -23,7 +24,7 @@ from moe_diffusion.planning import topologies
     ],
 )
 def test_names(name, kind, shape):
-    assert topologies.parse(name) == (kind, shape)
+    assert chips.parse(name, "--topology", "local") == (kind, shape)
 
 
 @pytest.mark.parametrize("name", ["v7:2x2", "v5e", "v5e:", "v5e:axb", "v5e-256", "V5E:2x2", ""])
@@ -65,7 +66,7 @@ def test_local_is_what_is_here():
 def test_every_chip_has_examples_of_its_own_shape():
     for kind, chip in topologies.CHIPS.items():
         for example in chip.examples.split():
-            assert topologies.parse(example)[0] == kind
+            assert chips.parse(example, "--topology", "local")[0] == kind
 
 
 def test_gpu_descriptions_differ_in_memory():

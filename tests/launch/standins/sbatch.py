@@ -3,7 +3,9 @@
 `sbatch` runs the script here and now, again as long as `scontrol requeue` asks for it, and ends
 with its last exit code. `srun` starts the tasks as processes, which see the variables of a step.
 STANDIN is a folder for what the three tell each other; PORT is where the first task listens, from
-which jax computes it by the number of the job.
+which jax computes it by the number of the job. The file `preempt` there, if it is there, has the
+name of a file: once that has as many lines as the second word says, Slurm takes the job's first
+place away, which is SIGTERM to all tasks.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 LOWEST_PORT = 65535 - 2**12 + 1  # of jax, for Slurm
@@ -49,7 +52,23 @@ def srun(words: list[str]) -> int:
     for number in range(tasks):
         place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number % (tasks // nodes))}
         running.append(subprocess.Popen(command, env=os.environ | step | place))
+    preempt(running)
     return max(process.wait() for process in running)
+
+
+def preempt(tasks: list[subprocess.Popen]) -> None:
+    """SIGTERM to all tasks, once in the life of a job, when it has come so far."""
+    order = folder / "preempt"
+    if not order.exists():
+        return
+    path, lines = order.read_text().split()
+    order.unlink()
+    while all(task.poll() is None for task in tasks):
+        if Path(path).exists() and Path(path).read_text().count("\n") >= int(lines):
+            for task in tasks:
+                task.terminate()
+            return
+        time.sleep(0.1)
 
 
 if me == "sbatch":
