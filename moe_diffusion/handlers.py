@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe_diffusion import digests
+from moe_diffusion import digests, priorities
 
 
 def silence() -> None:
@@ -38,7 +38,8 @@ def silence() -> None:
 def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     """For a tree of arrays; the options are those of orbax.
 
-    Of several processes, each reads back what it wrote itself, if saving is asynchronous.
+    Of several processes, each reads back what it wrote itself, if saving is asynchronous. The
+    threads that write give way to training.
     """
     silence()
     handler = _with_digests(ocp.PyTreeCheckpointHandler(**options))
@@ -46,6 +47,7 @@ def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
 
     async def async_save(directory: Any, *args: Any, **kwargs: Any) -> Any:
         writes = await save(directory, *args, **kwargs)
+        priorities.lower_writers()
         return [_Written(writes, directory)] if jax.process_count() > 1 else writes
 
     handler.async_save = async_save
@@ -63,6 +65,7 @@ def _with_digests(handler: Any) -> Any:
 
     def finalize_with_digests(directory: epath.Path) -> None:
         # It runs on one process, when all have written their files.
+        priorities.lower_own()
         finalize(directory)
         digests.write(directory)
 
