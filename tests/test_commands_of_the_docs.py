@@ -320,6 +320,7 @@ EXECUTED = {
     "tests.campaign": "tests/campaign/test_readers.py::test_damaged_inputs",
     "tests.campaign.disturbed": "tests/campaign/test_disturbed.py::"
     "test_a_disturbed_run_ends_as_an_undisturbed_one",
+    "tests.campaign.processes": "tests/proofs/test_processes.py::test_processes_train_as_one",
     "tests.interop.full_size": "tests/interop/test_full_size.py::"
     "test_a_small_one_comes_back_bit_by_bit",
     "thresholds digits": "tests/test_thresholds_cli.py::test_search",
