@@ -275,6 +275,7 @@ _CI = ".ci/run"
 # Command and kind -> the test that executes it, small; or the script of CI.
 EXECUTED = {
     "bench dispatch": "tests/benchmarks/test_bench.py::test_dispatch_ends_with_one_line_of_json",
+    "bench saving": "tests/benchmarks/test_bench.py::test_saving_beside_the_steps_between",
     "bench sparsity": "tests/benchmarks/test_bench.py::test_sparsity_measures_two_structures",
     "bench suite": "tests/benchmarks/test_bench.py::test_nothing_starts_when_the_time_is_over",
     "cli --help": "tests/test_help.py::test_the_console_command_lists_the_commands",

@@ -19,13 +19,13 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.training.loop import train
 
+SAVES = 3  # checkpoints that are measured
+EVERY = 12  # steps between them
 WARM = 2  # first steps, which are not counted
 
 
-def bench_saving(
-    spec: str, overrides: Sequence[str], saves: int = 3, every: int = 12
-) -> dict[str, Any]:
-    """A real run of a config in a temporary folder, with `saves` checkpoints before its last.
+def bench_saving(spec: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A real run of a config in a temporary folder, with SAVES checkpoints before its last.
 
     ratio: median time of the steps that begin or end while a checkpoint is under way over that of
     the others; most: the longest of them over the same.
@@ -33,8 +33,8 @@ def bench_saving(
     Raises:
       UserError: no step ended during a save, or each did.
     """
-    steps = every * (saves + 1)
-    own = {"train.num_steps": steps, "checkpoint.every": every, "checkpoint.keep_last": 1}
+    steps = EVERY * (SAVES + 1)
+    own = {"train.num_steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": 1}
     own |= {"train.sample_every": 1, "train.log_every": steps, "optim.schedule": "constant"}
     own |= {"optim.warmup_steps": 0, "data.source": "synthetic"}
     config = configs.load(spec, [f"{key}={value}" for key, value in own.items()] + [*overrides])

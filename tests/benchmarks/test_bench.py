@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_diffusion import bench, tune
-from moe_diffusion.benchmarks import dispatch, report, sparsity, tiles
+from moe_diffusion.benchmarks import dispatch, report, saving, sparsity, tiles
 from moe_diffusion.benchmarks.dispatch import bench_dispatch, parse_shape
 from moe_diffusion.errors import UserError
 from tests import cli
@@ -68,6 +68,17 @@ def test_nothing_starts_when_the_time_is_over(monkeypatch, capsys):
     output = capsys.readouterr().out
     assert json.loads(output.splitlines()[-1])["times_torch_loop"] == 3
     assert "--minutes 0 are over" in output
+
+
+@pytest.mark.slow
+def test_saving_beside_the_steps_between(capsys, monkeypatch):
+    monkeypatch.setattr(saving, "SAVES", 1)
+    small = ["depth=2", "hidden_size=16", "num_heads=2", "mlp_ratio=1.0"]
+    args = ["--config", "configs/digits.py", "--config.data.batch_size=8", "--json"]
+    bench.main(["saving", *args, *(f"--config.model.{key}" for key in small)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < result["ratio"] <= result["most"] and result["gigabytes"] > 0
+    assert 0 < result["steps_saving"] < 24
 
 
 def test_rivals_that_fail_are_named(monkeypatch):
