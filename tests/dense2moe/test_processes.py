@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -16,8 +14,8 @@ from tests.dense2moe.tiny import GROUPS, teacher
 def test_two_processes_distil_as_one(tmp_path):
     """Importance and conversion, losses and gradients of all stages, and the weights.
 
-    The weights of a stage are compared on average: Adam divides an element's gradient by its own
-    size, so that where it is nearly nothing, the rounding of its sum makes a step of its own.
+    One element in ten thousand may be further away: Adam divides a gradient by its own size, so
+    that where it is nearly nothing (1e-10 where 2e-5 is usual), its rounding becomes a step.
     """
     source = teacher(tmp_path / "teacher")
     flags = [f"--config.{change}" for change in (*MOE, *GROUPS, f"distill.teacher={source}")]
@@ -35,13 +33,14 @@ def test_two_processes_distil_as_one(tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=stage)
         trained, whole = (arrays(place / stage) for place in (two, one))
         assert trained.keys() == whole.keys()
-        for path, value in whole.items():
-            assert np.abs(trained[path] - value).mean() < 1e-6, f"{stage} {path}"
+        distances = {path: np.abs(trained[path] - value) for path, value in whole.items()}
+        assert {path: d.mean() for path, d in distances.items() if d.mean() >= 1e-6} == {}, stage
+        far = np.concatenate([d.ravel() for d in distances.values()]) > 1e-5
+        assert far.mean() < 1e-4, stage
 
 
 def _steps(workdir):
     """(loss, norm of the gradient) of every step."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    found = [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+    found = [(line["loss"], line["grad_norm"]) for line in cli.metrics(workdir)]
     assert found
     return found
