@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from moe_diffusion import empty_prompt
 from moe_diffusion.conditions import Field
+from moe_diffusion.empty_prompt import EmptyPrompt
 from moe_diffusion.errors import UserError, explained
 from moe_diffusion.pictures import printable
 from moe_diffusion.reading import read_table
@@ -40,6 +42,7 @@ class Classes:
       num_values: of every scalar field of the condition, how many values the data has.
       names, counts: of each class, and its images; () if they are not known.
       source, records: the `data.source` that they are of, and how many records it has.
+      empty: what the data has for the empty prompt; see `empty_prompt`.
     """
 
     num_values: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -47,6 +50,7 @@ class Classes:
     counts: Sequence[int] = ()
     source: str = ""
     records: int = 0
+    empty: EmptyPrompt | None = None
 
     def limit(self, field: str, most: int) -> int:
         """How many of the `most` values of a model's field were trained: all if it is not known."""
@@ -66,9 +70,11 @@ class Classes:
         return [lower[key] for key in difflib.get_close_matches(name.lower(), lower, cutoff=0.4)]
 
     def save(self, workdir: str | os.PathLike) -> None:
-        """Writes the workdir's `data.json`, unless nothing is known."""
+        """Writes the workdir's `data.json`, unless nothing is known, and its empty prompt."""
         if self == NOTHING:
             return
+        if self.empty:
+            self.empty.save(workdir)
         values = {
             "source": self.source,
             "records": self.records,
@@ -97,9 +103,8 @@ def of_source(source: Any, name: str = "") -> Classes:
     if labels.size and 0 <= labels.min() and labels.max() < classes:
         counts = np.bincount(labels, minlength=classes).tolist()
     names, counts = (tuple(found) if len(found) == classes else () for found in (names, counts))
-    return Classes(
-        num_values, names, counts, name, len(source) if hasattr(source, "__len__") else 0
-    )
+    records = len(source) if hasattr(source, "__len__") else 0
+    return Classes(num_values, names, counts, name, records, empty_prompt.of_source(source))
 
 
 def table(classes: Classes) -> str:
@@ -139,7 +144,8 @@ def of_run(workdir: str | os.PathLike) -> Classes:
         source, records = values.get("source", ""), values.get("records", 0)
         if not isinstance(source, str) or type(records) is not int:
             raise ValueError("source is no text, or records no number")
-    return Classes(num_values, tuple(names), tuple(counts), source, records)
+    empty = empty_prompt.of_run(workdir)
+    return Classes(num_values, tuple(names), tuple(counts), source, records, empty)
 
 
 def _is_count(value: Any) -> bool:
@@ -156,11 +162,16 @@ def _checked(values: dict, key: str, kind: type, fits: Callable[[Any], bool]) ->
 
 
 def check_same(before: Classes, now: Classes, workdir: str | os.PathLike) -> None:
-    """Checks, when a run is resumed, that every label still means what it meant.
+    """Checks, when a run is resumed, that labels and the empty prompt mean what they meant.
 
     Raises:
-      UserError: the same source has other classes than when the run began.
+      UserError: the same source has other classes or another empty prompt than when the run began.
     """
+    if before.empty and before.empty != now.empty:
+        raise UserError(
+            f"data.source={now.source} has another empty prompt than when {workdir} began, so it "
+            "is made by other text encoders: use the data that it began with, or another workdir"
+        )
     if not before.num_values or before.source != now.source:
         return
     was, has = (known.num_values.get(LABEL, 0) for known in (before, now))

@@ -22,8 +22,8 @@ VOCABULARY = "digits"
 _OPENINGS = ("", "a", "the", "one", "draw a", "show me a", "a picture of the", "an image of a")
 _ADJECTIVES = ("", "handwritten", "small", "sketched")
 _NOUNS = ("", "digit", "number", "figure")
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_NUMERALS = tuple("0123456789")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMERALS = tuple("0123456789")
 _ENDINGS = ("", ", written by hand", "in black ink", "on white paper", "with a pen")
 
 
@@ -32,12 +32,32 @@ def prompts(digit: int, held_out: bool = False) -> list[str]:
     name in place of the other's."""
     found = []
     for (start, opening), adjective, noun, name, (end, ending) in product(
-        enumerate(_OPENINGS), _ADJECTIVES, _NOUNS, (_WORDS[digit], str(digit)), enumerate(_ENDINGS)
+        enumerate(_OPENINGS), _ADJECTIVES, _NOUNS, (WORDS[digit], str(digit)), enumerate(_ENDINGS)
     ):
         if ((start + end) % len(_ENDINGS) == 0) == held_out:
             text = " ".join(filter(None, (opening, adjective, noun, name, ending)))
-            found.append(re.sub(r"\ba (?=8|eight)", "an ", text).replace(" ,", ","))
+            found.append(spelt(text))
     return found
+
+
+def spelt(text: str) -> str:
+    """A text put together from parts, with "an" before an eight and no space before a comma."""
+    return re.sub(r"\ba (?=8|eight)", "an ", text).replace(" ,", ",")
+
+
+def check_length(cond_spec: Mapping[str, Field], longest: int, source: str) -> int:
+    """The tokens of a prompt of a model, or `longest` if it takes none.
+
+    Raises:
+      UserError: they are fewer than the `longest` prompt of a source has words.
+    """
+    length = cond_spec[TOKENS].shape[0] if TOKENS in cond_spec else longest
+    if length < longest:
+        raise UserError(
+            f"data.source={source} has prompts of {longest} tokens, the model takes {length}: "
+            f"set its text_tokens to {longest}, like model.flux.text_tokens={longest}"
+        )
+    return length
 
 
 def held_out_prompts(number: int) -> list[tuple[str, int]]:
@@ -60,10 +80,10 @@ def digit_of(prompt: str) -> str | None:
 
     "one handwritten seven" asks for a seven.
     """
-    named = [word for word in split_words(prompt) if word in _WORDS or word in _NUMERALS]
+    named = [word for word in split_words(prompt) if word in WORDS or word in NUMERALS]
     if not named:
         return None
-    return named[-1] if named[-1] in _NUMERALS else str(_WORDS.index(named[-1]))
+    return named[-1] if named[-1] in NUMERALS else str(WORDS.index(named[-1]))
 
 
 LONGEST = max(len(split_words(text)) for held_out in (False, True) for text in prompts(8, held_out))
@@ -85,12 +105,7 @@ class DigitPrompts:
     """
 
     def __init__(self, digits: Any, held_out: bool, cond_spec: Mapping[str, Field]):
-        length = cond_spec[TOKENS].shape[0] if TOKENS in cond_spec else LONGEST
-        if length < LONGEST:
-            raise UserError(
-                f"data.source=digits_prompts has prompts of {LONGEST} tokens, the model takes "
-                f"{length}: set model.flux.text_tokens={LONGEST}"
-            )
+        length = check_length(cond_spec, LONGEST, "digits_prompts")
         self.image_shape, self.levels = digits.image_shape, digits.levels
         vocabulary = VOCABULARIES[VOCABULARY]
         self.cond_spec = {TOKENS: Field((length,), "int32", len(vocabulary))}

@@ -15,7 +15,9 @@ from moe_diffusion import plugins
 from moe_diffusion.checks import require
 from moe_diffusion.conditions import IMAGE, Field, check_fields, fields_of
 
-BUILT_IN = "digits, synthetic, folder:<path>, tfds:<name>, latents:<path>, digits_prompts"
+BUILT_IN = (
+    "digits, synthetic, folder:<path>, tfds:<name>, latents:<path>, digits_prompts, digit_pairs"
+)
 _WANTED = ("image_shape", "cond_spec", "__len__", "__getitem__")
 
 

@@ -73,15 +73,17 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
 
 
 def by_heads(function: Callable[..., jax.Array], *arrays: jax.Array) -> Any:
-    """function(q, k, v) of [B, heads, S, d], each device for its own samples and heads.
+    """function(q, k, v, ..) of [B, heads, S, d], each device for its own samples and heads.
 
-    Heads are split only where they divide, those of k and v too.
+    Heads are split only where they divide, those of k and v too. What stands after v may be [B, 1,
+    ..], for all heads.
     """
     mesh, (q, k, *_) = current_mesh(), arrays
     if mesh.size <= 1 or q.shape[0] % num_batch_shards():
         return function(*arrays)
     spec = jax.P(batch_axes(), AXIS if num_head_parts(k.shape[1]) > 1 else None)
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+    specs = tuple(spec if x.shape[1] > 1 else jax.P(batch_axes()) for x in arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
 def _spec(shape: tuple[int, ...], axes: LogicalAxes) -> jax.P:

@@ -71,6 +71,7 @@ def open_job(spec: str, workdir: str, overrides: Sequence[str]) -> Job:
     from moe_diffusion import classes, remote
     from moe_diffusion import config as configs
     from moe_diffusion.data.sources import open_source
+    from moe_diffusion.empty_prompt import told
     from moe_diffusion.interop import autoencoder as autoencoders
     from moe_diffusion.models import build
     from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
@@ -85,6 +86,7 @@ def open_job(spec: str, workdir: str, overrides: Sequence[str]) -> Job:
     source = open_source(config.data, model.input_shape, model.cond_spec())
     known = classes.of_source(source, config.data.source)
     classes.check_same(classes.of_run(workdir), known, workdir)
+    model = told(model, known.empty)
     autoencoder = autoencoders.for_config(config)
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "

@@ -1,7 +1,7 @@
 """Prompts as rows of numbers, a number a word, for models that learn to read while they train.
 
-`VOCABULARIES` has them by name (`model.flux.vocabulary`). The place of a word is part of what a run
-has learned: new words go to the end.
+`VOCABULARIES` has them by name (`vocabulary` in `model.flux` and `model.dit_t2i`). The place of a
+word is part of what a run has learned: new words go to the end.
 """
 
 from __future__ import annotations
@@ -84,4 +84,10 @@ def warn_of_loss(length: int, lost: str) -> None:
 _DIGITS = "zero one two three four five six seven eight nine 0 1 2 3 4 5 6 7 8 9"
 _DIGITS += " a an the draw show me picture image of handwritten small sketched digit number figure"
 _DIGITS += " , written by hand in black ink on white paper with pen"
-VOCABULARIES = {"digits": Vocabulary(_DIGITS.split())}
+_PAIRS = "zero one two three four five six seven eight nine 0 1 2 3 4 5 6 7 8 9"
+_PAIRS += " a an the draw show me picture image of small handwritten"
+_PAIRS += " left right to side on and then followed by after before beside it with , :"
+VOCABULARIES = {
+    "digits": Vocabulary(_DIGITS.split()),
+    "digit_pairs": Vocabulary(_PAIRS.split()),
+}

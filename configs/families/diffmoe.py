@@ -30,9 +30,9 @@ def diffmoe(size: str, arg: str | None, router: str = "diffmoe") -> ConfigDict:
     model.moe.num_experts = chosen.experts
     model.moe.hidden_size = 4 * model.hidden_size
     model.moe.mlp, model.moe.bias = "gelu", True
-    {"diffmoe": _diffmoe, "tcdit": _tcdit, "ecdit": _ecdit}[router](config)
+    {"diffmoe": give_diffmoe, "tcdit": _tcdit, "ecdit": _ecdit}[router](config)
     if predicts:
-        _diffmoe(config)
+        give_diffmoe(config)
         model.router.group = "sample"
 
     config.data.batch_size = 512  # the yaml files; the paper, and so its settings, have 256
@@ -41,7 +41,7 @@ def diffmoe(size: str, arg: str | None, router: str = "diffmoe") -> ConfigDict:
     return config
 
 
-def _diffmoe(config: ConfigDict) -> None:
+def give_diffmoe(config: ConfigDict) -> None:
     router = config.model.router
     router.name, router.capacity = "diffmoe", 1.0
     router.group = "shard"  # the authors pool the tokens of one GPU

@@ -24,6 +24,22 @@ def digits(router: str, size: str) -> ConfigDict:
     model.depth, model.hidden_size, model.num_heads = _DIGITS_SIZES[size]
     model.image_size, model.channels, model.patch_size, model.num_classes = 8, 1, 2, 10
     model.positions = "rope2d"
+    give_router(config, router)
+
+    config.data.batch_size = 128
+    config.optim.learning_rate = 1e-3
+    config.optim.schedule, config.optim.warmup_steps = "cosine", 100
+    config.ema.decays, config.ema.warmup = (0.999,), True
+    config.train.num_steps = 1300
+    config.train.sample_every, config.train.eval_samples = 500, 100
+    config.checkpoint.every = 500
+    config.sampling.steps = 25
+    return config
+
+
+def give_router(config: ConfigDict, router: str) -> None:
+    """Gives a small model the experts of a router; see `digits`."""
+    model = config.model
     model.moe.num_experts = 8
     model.moe.hidden_size = 2 * model.hidden_size
     model.moe.mlp, model.moe.bias = "gelu", True
@@ -35,16 +51,6 @@ def digits(router: str, size: str) -> ConfigDict:
         "deepseek": _deepseek,
         "dense": _dense,
     }[router](config)
-
-    config.data.batch_size = 128
-    config.optim.learning_rate = 1e-3
-    config.optim.schedule, config.optim.warmup_steps = "cosine", 100
-    config.ema.decays, config.ema.warmup = (0.999,), True
-    config.train.num_steps = 1300
-    config.train.sample_every, config.train.eval_samples = 500, 100
-    config.checkpoint.every = 500
-    config.sampling.steps = 25
-    return config
 
 
 def _token_choice(config: ConfigDict) -> None:

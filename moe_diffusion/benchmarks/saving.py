@@ -13,10 +13,10 @@ import numpy as np
 
 from moe_diffusion import config as configs
 from moe_diffusion.data.pipeline import make_iterator
-from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
+from moe_diffusion.synthetic import Synthetic
 from moe_diffusion.training.loop import train
 
 SAVES = 3  # checkpoints that are measured

@@ -12,9 +12,9 @@ import numpy as np
 from moe_diffusion import config as configs
 from moe_diffusion.benchmarks.timing import medians, peak_flops
 from moe_diffusion.conditions import IMAGE, cond_of
-from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.models.accounting import BACKWARD, forward_flops
+from moe_diffusion.synthetic import Synthetic
 from moe_diffusion.training.run import prepare_run
 from moe_diffusion.training.step import Frozen
 

@@ -23,7 +23,8 @@ DEFAULTS: dict[str, Any] = {
         "reset": ("none",),
     },
     "model": {
-        # dit (and what descends from it) | jit (large patches of pixels) | flux (texts, FLUX.1)
+        # dit (and what descends from it) | dit_t2i (dit that attends to texts) | jit (large patches
+        # of pixels) | flux (texts, FLUX.1)
         "architecture": "dit",
         "image_size": 32,  # height of the model's input, in pixels or latents
         "image_width": 0,  # its width; 0 = as image_size
@@ -97,7 +98,9 @@ DEFAULTS: dict[str, Any] = {
         "prediction": "velocity",  # of a flow: velocity | data (JiT: the network predicts x)
         "t_eps": 0.05,  # prediction=data: velocity = (data - x_t) / max(1 - t, t_eps)
         "noise_scale": 1.0,  # standard deviation of the noise at t = 0
-        "time_shift": 1.0,  # s: the share of noise u becomes s u / (1 + (s - 1) u)
+        # s: the share of noise u becomes s u / (1 + (s - 1) u); 0 takes the s of the image's size
+        # with which FLUX.1 [dev] samples
+        "time_shift": 1.0,
         "time_sampling": "uniform",  # uniform | logit_normal
         "time_mean": 0.0,  # logit_normal: mean of logit(t)
         "time_std": 1.0,  # and its standard deviation
@@ -130,7 +133,8 @@ DEFAULTS: dict[str, Any] = {
     },
     "loss_weights": {},  # auxiliary loss of the router -> its weight
     "data": {
-        # digits | digits_prompts | synthetic | folder:<path> | tfds:<name> | latents:<path>
+        # digits | digits_prompts | digit_pairs | synthetic | folder:<path> | tfds:<name> |
+        # latents:<path>
         "source": "digits",
         "split": "train",  # of digits, with and without prompts, and tfds
         "skip_broken": False,  # folder: skip files that are no images, and name them

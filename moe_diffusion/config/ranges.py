@@ -50,7 +50,7 @@ _POSITIVE = (
     *(f"model.{k}" for k in ("num_heads", "mlp_ratio", "num_classes", "time_scale")),
     "model.qk_norm_eps",
     *(f"model.moe.{k}" for k in ("hidden_size", "capacity_factor")),
-    *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale", "time_shift")),
+    *(f"diffusion.{k}" for k in ("time_std", "t_eps", "noise_scale")),
     *(f"sampling.{k}" for k in ("steps", "rtol", "atol", "sde_norm", "sde_last_step_size")),
     *("data.batch_size", "optim.learning_rate", "distill.importance_batches"),
     *(f"distill.{k}.learning_rate" for k in ("shared", "experts", "groups")),
@@ -64,7 +64,7 @@ _NOT_NEGATIVE = (
     *("sampling.cfg", "sampling.cfg_channels", "sampling.pool", "distill.feature_weight"),
     *(f"distill.{k}.steps" for k in ("shared", "experts", "groups")),
     *("parallel.expert", "data.num_workers", "data.prefetch", "optim.warmup_steps"),
-    *("parallel.tensor", "optim.weight_decay", "optim.min_learning_rate"),
+    *("parallel.tensor", "optim.weight_decay", "optim.min_learning_rate", "diffusion.time_shift"),
     *("optim.clip_norm", "train.sample_every", "train.eval_samples", "checkpoint.keep_every"),
 )
 

@@ -16,6 +16,7 @@ _MOST = 1 << 14  # pixels; no machine draws more
 _IMAGES = (1, 3)  # channels of a model that makes images without an autoencoder
 # Keys of what a model is given: the same weights serve any size of image and any length of text.
 SIZES = ("model.image_size", "model.image_width", "model.flux.text_tokens", "model.flux.text_dtype")
+SIZES += ("model.dit_t2i.text_tokens", "model.dit_t2i.text_dtype")
 
 
 def parse_size(size: Size, asked_by: str = "size") -> tuple[int, int]:

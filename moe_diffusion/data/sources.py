@@ -2,8 +2,9 @@
 
 | name                              | what it is                                  | where        |
 |-----------------------------------|---------------------------------------------|--------------|
-| `digits`, `synthetic`             | offline, for tests and demonstrations       | here         |
-| `digits_prompts`                  | the same images with prompts                | one floor up |
+| `digits`                          | offline, for demonstrations                 | here         |
+| `digits_prompts`, `digit_pairs`   | the same images with prompts                | one floor up |
+| `synthetic`                       | made up, for tests                          | one floor up |
 | `folder:<path>`                   | image files, a sub-folder per class         | `images.py`  |
 | `tfds:<name>`, `tfds:<path>`      | prepared by TensorFlow Datasets             | `tfds.py`    |
 | `latents:<path>`                  | written by `python -m moe_diffusion.prepare`| `latents.py` |
@@ -35,9 +36,11 @@ from moe_diffusion.conditions import Field, check_fields, fields_of
 from moe_diffusion.data.images import ImageFolder
 from moe_diffusion.data.latents import Latents
 from moe_diffusion.data.tfds import TfdsImages
+from moe_diffusion.digit_pairs import DigitPairs
 from moe_diffusion.digit_prompts import DigitPrompts
 from moe_diffusion.errors import UserError
 from moe_diffusion.own_data import find_source
+from moe_diffusion.synthetic import Synthetic
 
 Batch = dict[str, np.ndarray]
 Shape = tuple[int, int, int]  # (H, W, C)
@@ -89,71 +92,6 @@ class Digits:
     take = __getitem__
 
 
-class Synthetic:
-    """Endless supply of images for tests, benchmarks and machines without data; stores nothing.
-
-    Record i is a pure function of i, so every process makes the same record. Both splits are the
-    same records. Image i is a plane wave: its class, which is i modulo the number of classes, fixes
-    the direction and the colours; a hash of i fixes the phase and the strength. So a model can
-    learn the classes.
-
-    The condition has every field of `cond_spec`, so any model can be tried out. With j the position
-    inside the field: integers are (i + j) modulo `num_values`; a mask is true for the first
-    1 + i mod L of its L places along the last axis; floats are a hash of (i, j), uniform with mean
-    0 and variance 1. The number of classes is the `num_values` of the first field that has one.
-    """
-
-    def __init__(self, image_shape: Shape, cond_spec: Spec, size: int = 65_536):
-        self.image_shape, self.cond_spec, self._size = tuple(image_shape), dict(cond_spec), size
-        self._classes = next((f.num_values for f in cond_spec.values() if f.num_values), 10)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: values[0] for name, values in self.take(np.array([index])).items()}
-
-    def take(self, indices: np.ndarray) -> Batch:
-        fields = enumerate(self.cond_spec.items(), 1)
-        cond = {name: _made_up(field, indices, number) for number, (name, field) in fields}
-        return {"image": self._images(indices), **cond}
-
-    def _images(self, indices: np.ndarray) -> np.ndarray:
-        """f32[B, H, W, C]."""
-        height, width, channels = self.image_shape
-        classes = indices % self._classes
-        phase, strength = _hashed_uniform(indices, 2)[..., None, None]
-        colours = 1 - 2 * _hashed_uniform(classes, channels + 1)[1:].T[:, None, None, :]
-        rows = np.arange(height)[None, :, None] * (classes % 4)[:, None, None] / height
-        columns = np.arange(width)[None, None, :] * (classes // 4 % 4)[:, None, None] / width
-        # The addition theorem of cos(a + b) needs cosines of H + W angles an image, not of H * W.
-        a, b = 2 * np.pi * (rows + phase), 2 * np.pi * columns
-        wave = (np.cos(a) * np.cos(b) - np.sin(a) * np.sin(b)) * (0.5 + 0.5 * strength)
-        return wave.astype(np.float32)[..., None] * colours.astype(np.float32)
-
-
-def _made_up(field: Field, indices: np.ndarray, number: int) -> np.ndarray:
-    """The values [B, *shape] of field `number` (1, 2, ...) in records i64[B]; see `Synthetic`."""
-    dtype, size = np.dtype(field.dtype), int(np.prod(field.shape))
-    if dtype.kind == "b":
-        length = field.shape[-1] if field.shape else 1
-        values = np.arange(size) % length <= indices[:, None] % length
-    elif dtype.kind in "iu":
-        values = (indices[:, None] + np.arange(size)) % (field.num_values or 128)
-    else:
-        values = (2 * _hashed_uniform(indices + (number << 32), size).T - 1) * 3**0.5
-    return values.reshape(len(indices), *field.shape).astype(dtype)
-
-
-def _hashed_uniform(numbers: np.ndarray, count: int) -> np.ndarray:
-    """f64[count, N] uniform in [0, 1), a pure function of each number (SplitMix64's mixer)."""
-    streams = np.arange(1, count + 1, dtype=np.uint64)[:, None] << np.uint64(40)
-    z = (numbers.astype(np.uint64) + streams) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-
-
 def open_source(data: Any, input_shape: Shape, cond_spec: Spec) -> Source:
     """Opens `data.source` and checks that it fits the model.
 
@@ -195,12 +133,13 @@ def open_images(
     Raises:
       UserError: the name or split is unknown, or the data cannot be read.
     """
-    if name in ("digits", "digits_prompts", "synthetic"):
+    if name in ("digits", "digits_prompts", "digit_pairs", "synthetic"):
         if split not in SPLITS:
             raise UserError(f"data.split={split!r} is unknown; known are: {', '.join(SPLITS)}")
-        if name == "digits_prompts":
-            return DigitPrompts(Digits(split), split == "test", cond_spec)
-        return Digits(split) if name == "digits" else Synthetic(image_shape, cond_spec)
+        if name == "synthetic":
+            return Synthetic(image_shape, cond_spec)
+        prompted = {"digits_prompts": DigitPrompts, "digit_pairs": DigitPairs}.get(name)
+        return prompted(Digits(split), split == "test", cond_spec) if prompted else Digits(split)
     kind, _, place = name.partition(":")
     if kind in ("folder", "latents") and split != "train":
         raise UserError(

@@ -45,6 +45,7 @@ from moe_diffusion.dense2moe.stage_configs import (
     stages,
     ungrouped,
 )
+from moe_diffusion.empty_prompt import told
 from moe_diffusion.models import build
 from moe_diffusion.models.parts import compute_dtype
 from moe_diffusion.models.stack import Model, abstract_weights, init_variables
@@ -174,7 +175,7 @@ def distill(
             values["distill"]["blocks"] = ranges(taken)
             start = load_config(at).init_from if steps else _start(stage.config, before, at)
             settled = configs.settle(values | {"init_from": os.fspath(start)})
-            model = build(settled.model, losses=sorted(settled.loss_weights))
+            model = told(build(settled.model, losses=sorted(settled.loss_weights)), known.empty)
             layers = features(stage.kind, model, teacher, taken)
             weight = config.distill.feature_weight
             loss = make_distillation_loss(teacher, model, settled, layers, weight)

@@ -60,7 +60,7 @@ def draw(rng: jax.Array, shape: tuple[int, ...], diffusion: ConfigDict) -> Draws
     if diffusion.path == "ddpm":
         t = jax.random.randint(rng_t, shape[:1], 0, ddpm.NUM_TIMESTEPS)
     else:
-        t = paths.sample_time(rng_t, shape[:1], diffusion)
+        t = paths.sample_time(rng_t, shape, diffusion)
     noise = jax.random.normal(rng_noise, shape)
     return Draws(t, noise, jax.random.uniform(rng_drop, shape[:1]), rng_dropout)
 

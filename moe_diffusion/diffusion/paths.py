@@ -69,21 +69,22 @@ def sample_time(rng: jax.Array, shape: tuple[int, ...], diffusion: ConfigDict) -
     """Training times in (0, 1), float32.
 
     Args:
+      shape: (B, H, W, C) of the images; the result is f32[B].
       diffusion: the section of a config, of which this function reads:
 
         * time_sampling: "uniform", or "logit_normal": sigmoid(time_mean + time_std * normal)
           (arXiv 2403.03206, eq. 19; JiTMoE uses mean -0.8, std 0.8).
-        * time_shift: see `shift_time`.
+        * time_shift: see `shift_time`; 0 takes `resolution_shift` of the images.
 
     Raises:
       UserError: unknown `time_sampling`.
     """
     sampling = diffusion.time_sampling
     if sampling == "uniform":
-        t = jax.random.uniform(rng, shape)
+        t = jax.random.uniform(rng, shape[:1])
     elif sampling == "logit_normal":
-        normal = jax.random.normal(rng, shape)
+        normal = jax.random.normal(rng, shape[:1])
         t = jax.nn.sigmoid(diffusion.time_mean + diffusion.time_std * normal)
     else:
         raise UserError(f"diffusion.time_sampling is {sampling!r}; choose uniform | logit_normal")
-    return shift_time(t, diffusion.time_shift)
+    return shift_time(t, diffusion.time_shift or resolution_shift(shape[1:3]))

@@ -1,6 +1,9 @@
-"""Attention over the tokens of an image: one function with the best implementation of a platform.
+"""Attention of tokens to tokens: one function with the best implementation of a platform.
 
     softmax(q k^T / sqrt(d)) v
+
+Queries and keys are those of one sequence, or of two (cross-attention). Of the keys a mask may hide
+some, as it does the padding of a text.
 
 | implementation | what it does                                | default for                       |
 |----------------|---------------------------------------------|-----------------------------------|
@@ -34,6 +37,7 @@ from moe_diffusion.tensor_parallel import by_heads, num_head_parts
 _SEQ_MINOR = splash_attention_kernel.QKVLayout.SEQ_MINOR
 IMPLEMENTATIONS = ("xla", "own_gradient", "splash", "cudnn")
 _PARTS = 4  # a batch is cut into so many, which run side by side
+_HIDDEN = -1e30  # the score of a key that is not seen; infinity would make NaN where none is
 _SPLASH_FROM = 2**26  # bytes of scores in f32
 _SPLASH_BLOCKS = (512, 384, 256, 128)  # tokens of a tile: the largest that divides their number
 
@@ -48,15 +52,17 @@ def default_implementation(platform: str, scores: int) -> str:
     return "own_gradient" if platform == "cpu" else "cudnn"
 
 
-def can_run(name: str, q: jax.Array) -> bool:
-    """Whether an implementation can take queries q [B, heads, S, d] here.
+def can_run(name: str, q: jax.Array, k: jax.Array, masked: bool = False) -> bool:
+    """Whether an implementation can take queries q [B, heads, S, d] and keys k [B, .., T, d] here.
 
-    `splash` needs S to be a multiple of 128; on a CPU it is interpreted, for tests. `cudnn` needs a
-    GPU that is present, from Ampere on, 16-bit numbers, and d to be a multiple of 8 up to 128.
+    `splash` needs S = T to be a multiple of 128 and takes no mask; on a CPU it is interpreted, for
+    tests. `cudnn` needs a GPU that is present, from Ampere on, 16-bit numbers, and d to be a
+    multiple of 8 up to 128.
     """
     tokens, head_dim = q.shape[2:]
     if name == "splash":
-        return tokens % _SPLASH_BLOCKS[-1] == 0 and platform() in ("tpu", "cpu")
+        fits = tokens == k.shape[2] and tokens % _SPLASH_BLOCKS[-1] == 0 and not masked
+        return fits and platform() in ("tpu", "cpu")
     if name == "cudnn":
         # Tracing asks cuDNN for its version, so no program for absent GPUs can use it.
         if jax.default_backend() != "gpu" or platform() not in ("cuda", "gpu"):
@@ -67,23 +73,29 @@ def can_run(name: str, q: jax.Array) -> bool:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    implementation: str | None = None,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v.
 
     Args:
       q: [B, heads, S, d].
-      k, v: [B, kv_heads, S, d]. Key head j serves the query heads j * r to j * r + r - 1, where
+      k, v: [B, kv_heads, T, d]. Key head j serves the query heads j * r to j * r + r - 1, where
         r = heads / kv_heads.
       implementation: one of `IMPLEMENTATIONS`; None: the default for the platform of the mesh.
+      seen: bool[B, T], the keys that may be attended to; None: all. Without any in a sample the
+        result is the mean of its v.
 
     Returns:
       [B, heads, S, d], with the name "attention" for remat policies.
     """
     devices = num_batch_shards() * num_head_parts(k.shape[1])
-    scores = q.size // q.shape[3] * q.shape[2] // devices
+    scores = q.size // q.shape[3] * k.shape[2] // devices
     name = implementation or default_implementation(platform(), scores)
-    if not can_run(name, q):
+    if not can_run(name, q, k, seen is not None):
         name = "xla"
     function = {
         "xla": _xla,
@@ -91,57 +103,62 @@ def attend(
         "splash": partial(by_heads, _splash),
         "cudnn": _cudnn,
     }[name]
+    mask = () if seen is None else (seen[:, None, None],)  # [B, 1, 1, T]
     with jax.named_scope("attention_maps"):
-        return checkpoint_name(function(q, k, v), "attention")
+        return checkpoint_name(function(q, k, v, *mask), "attention")
 
 
 @jax.checkpoint
-def _xla(q, k, v):
-    """The backward pass computes the S x S weights in f32 again: cheaper than to keep them."""
+def _xla(q, k, v, *mask):
+    """The backward pass computes the S x T weights in f32 again: cheaper than to keep them."""
     b, heads, s, d = q.shape
     q = q.reshape(b, k.shape[1], -1, d) * d**-0.5  # the queries of one key head side by side
     scores = jnp.einsum("bgrd,bgtd->bgrt", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
+    weights = jax.nn.softmax(_hide(scores, *mask)).astype(v.dtype)
     return jnp.einsum("bgrt,bgtd->bgrd", weights, v).reshape(b, heads, s, d)
 
 
-def _in_parts(q, k, v):
+def _hide(scores, mask=None):
+    return scores if mask is None else jnp.where(mask, scores, _HIDDEN)
+
+
+def _in_parts(q, k, v, *mask):
     """Cuts the batch into up to _PARTS parts: XLA:CPU runs a batched product on one core, but
     several products on all cores."""
     parts = gcd(q.shape[0], _PARTS)
     b, heads, s, d = q.shape
     q = q.reshape(b, k.shape[1], -1, d)
-    split = ([*lax.split(x, [b // parts] * parts)] for x in (q, k, v))
+    split = ([*lax.split(x, [b // parts] * parts)] for x in (q, k, v, *mask))
     return jnp.concatenate([_own_gradient(*part) for part in zip(*split, strict=True)]).reshape(
         b, heads, s, d
     )
 
 
 @jax.custom_vjp
-def _own_gradient(q, k, v):
-    """Attention of q [B, H, R, d] over k, v [B, H, S, d].
+def _own_gradient(q, k, v, *mask):
+    """Attention of q [B, H, R, d] over k, v [B, H, T, d]; mask bool[B, 1, 1, T], or none.
 
     The gradient remembers the logarithm of every row's sum and computes the weights again. All
     products have the form X Y or X Y^T, because X^T Y takes XLA:CPU twice as long. Without the
     barriers in `_transposed_product` XLA would turn one of them into X^T Y.
     """
-    return _remember(q, k, v)[0]
+    return _remember(q, k, v, *mask)[0]
 
 
-def _remember(q, k, v):
-    scores = _scores(q, k)
+def _remember(q, k, v, *mask):
+    scores = _scores(q, k, *mask)
     most = scores.max(-1, keepdims=True)
     exponentials = jnp.exp(scores - most)
     sums = exponentials.sum(-1, keepdims=True)
     out = jnp.einsum("bgrt,bgtd->bgrd", (exponentials / sums).astype(v.dtype), v)
     # Without these names a remat policy would compute again what the gradient remembers.
     out, log_sums = (checkpoint_name(x, "attention") for x in (out, most + jnp.log(sums)))
-    return out, (q, k, v, out, log_sums)
+    return out, (q, k, v, out, log_sums, mask)
 
 
 def _pull_back(residuals, d_out):
-    q, k, v, out, log_sums = residuals
-    weights = jnp.exp(_scores(q, k) - log_sums)
+    q, k, v, out, log_sums, mask = residuals
+    weights = jnp.exp(_scores(q, k, *mask) - log_sums)
     d_weights = jnp.einsum("bgrd,bgtd->bgrt", d_out, v, preferred_element_type=jnp.float32)
     # sum_t weights d_weights = <d_out, out>
     row = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
@@ -151,16 +168,18 @@ def _pull_back(residuals, d_out):
         d_q,
         _transposed_product(d_scores, q),
         _transposed_product(weights.astype(v.dtype), d_out),
+        *[None] * len(mask),
     )
 
 
-def _scores(q, k):
+def _scores(q, k, *mask):
     q = q * q.shape[-1] ** -0.5
-    return jnp.einsum("bgrd,bgtd->bgrt", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bgrd,bgtd->bgrt", q, k, preferred_element_type=jnp.float32)
+    return _hide(scores, *mask)
 
 
 def _transposed_product(x, y):
-    """x^T y [.., S, d] for x [.., R, S] and the narrow y [.., R, d], as (y^T x)^T."""
+    """x^T y [.., T, d] for x [.., R, T] and the narrow y [.., R, d], as (y^T x)^T."""
     y = lax.optimization_barrier(y.swapaxes(-1, -2))
     return lax.optimization_barrier(jnp.einsum("bgdr,bgrt->bgdt", y, x)).swapaxes(-1, -2)
 
@@ -195,6 +214,9 @@ def _splash(q, k, v):
         return jax.vmap(kernel)(q * head_dim**-0.5, k, v)
 
 
-def _cudnn(q, k, v):
+def _cudnn(q, k, v, mask=None):
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, S, heads, d]
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").swapaxes(1, 2)
+    if mask is not None:  # cuDNN takes one for every query
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[3]))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return out.swapaxes(1, 2)

@@ -26,6 +26,7 @@ __all__ = ["ARCHITECTURES", "abstract_variables", "architecture", "build", "num_
 
 ARCHITECTURES = {
     "dit": "moe_diffusion.models.dit",
+    "dit_t2i": "moe_diffusion.models.dit_t2i",
     "jit": "moe_diffusion.models.jit",
     "flux": "moe_diffusion.models.flux",
 }

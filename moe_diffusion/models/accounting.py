@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from moe_diffusion.models.blocks import Attention
+from moe_diffusion.models.blocks import Attention, CrossAttention
 from moe_diffusion.models.flux_blocks import JointAttention
 from moe_diffusion.models.stack import Model, abstract_variables
 from moe_diffusion.moe.layer import MoE
@@ -73,8 +73,8 @@ def forward_flops(
 
     The model is traced, and the shapes that reach a module (a block's tokens, an image's condition)
     show how often its weights are used. So this holds for every model made of these modules. The
-    row "attention maps" is q k^T and its product with v, 4 S^2 D per layer. A training step costs
-    `1 + BACKWARD` times as much.
+    row "attention maps" is q k^T and its product with v, 4 S^2 D per layer, and 4 S L D with a text
+    of L tokens. A training step costs `1 + BACKWARD` times as much.
 
     Args:
       experts_per_token: see `parameter_counts`. The padding and copies that a backend of the
@@ -114,9 +114,9 @@ def products(
         elif name == "kernel" and module in rows:
             weights[path] = 2 * rows[module] * leaf.size * share(path)
     maps = {}
-    for path, shape in shapes.items():
+    for path, (shape, keys) in shapes.items():
         layers = sum(b.share for b in model.blocks() if path.startswith(f"{b.path}/"))
-        flops = 4 * shape[-2] * math.prod(shape) * (layers or 1)
+        flops = 4 * keys * math.prod(shape) * (layers or 1)
         maps[path] = Maps(flops, shape[-2])
     return weights, maps
 
@@ -139,11 +139,12 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
     """Traces the model for one image.
 
     Returns:
-      Three tables by path: the shapes of the parameters, how many rows reach each module, and the
-      shape of the tokens [1, S, D] or queries [1, heads, S, d] that reach an attention.
+      Three tables by path: the shapes of the parameters, how many rows reach each module, and, for
+      an attention, the shape of its tokens [1, S, D] or queries [1, heads, S, d] and its number of
+      keys.
     """
     rows: dict[str, int] = {}
-    maps: dict[str, tuple[int, ...]] = {}
+    maps: dict[str, tuple[tuple[int, ...], int]] = {}
 
     def watch(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module, path = context.module, "/".join(context.module.path)
@@ -154,7 +155,8 @@ def _trace(model: Model) -> tuple[dict, dict, dict]:
             contract = getattr(module, "contract", 1)  # trailing axes that a Linear sums over
             rows[path] = math.prod(shape[:-contract])
             if isinstance(module, Attention | JointAttention):  # x [1, S, D] or q [1, heads, S, d]
-                maps[path] = shape
+                keys = args[1] if isinstance(module, CrossAttention) else args[0]
+                maps[path] = shape, keys.shape[-2]
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):

@@ -309,6 +309,30 @@ class Attention(nn.Module):
         return drop(proj(out), self.dropout)
 
 
+class CrossAttention(Attention):
+    """Attention of the image's tokens to those of a text, [B, S, D] -> [B, S, D].
+
+    The fields are those of `Attention`; nothing is turned. It starts at zero, so that a model with
+    it begins as one without.
+    """
+
+    @nn.compact
+    def __call__(self, x, text, seen=None):
+        """x [B, S, D], text [B, L, D], seen bool[B, L]: the text's tokens that are not padding."""
+        width, make = x.shape[-1], partial(linear, dtype=self.dtype)
+        head_dim, kv_axes = width // self.num_heads, ("embed", None, "heads", None)
+        q = make((self.num_heads, head_dim), ("embed", "heads", None), name="q")(x).swapaxes(1, 2)
+        kv = make((2, self.num_kv_heads, head_dim), kv_axes, name="kv")(text)
+        k, v = (part[0] for part in jax.lax.split(kv.transpose(2, 0, 3, 1, 4), (1, 1)))
+        if self.qk_norm:
+            norm = partial(Norm, self.qk_norm_kind, self.qk_norm_eps)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        out = attend(q, k, v, self.implementation, seen).swapaxes(1, 2)
+        axes = ("heads", None, "embed")
+        proj = make(width, axes, name="proj", kernel_init=ZEROS, contract=2)
+        return drop(proj(out), self.dropout)
+
+
 class FinalLayer(nn.Module):
     """adaLN, then a linear layer to the values of a patch; both start at zero."""
 

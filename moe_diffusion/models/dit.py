@@ -1,11 +1,13 @@
 """DiT: one class for DiT, SiT, TC-DiT, EC-DiT, DiffMoE, DSMoE, DiT-MoE and ProMoE.
 
 All of them are class-conditional transformers on patches of an image or a latent (2212.09748). In
-some blocks, experts take the place of the MLP. The models differ only in their config.
+some blocks, experts take the place of the MLP. The models differ only in their config. dit_t2i.py
+has one for texts.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -38,23 +40,29 @@ class DiT(PatchTransformer):
     @nn.compact
     def __call__(self, x, t, cond, train: bool, capture: tuple[int, ...] = ()):
         """See `Model`. Only the routers use `train`; features are tokens [B, S, D]."""
-        width, dtype, label = self.hidden_size, self.dtype, cond["label"]
+        width, dtype = self.hidden_size, self.dtype
         embed = blocks.linear(width, (None, "embed"), name="patch_embed", dtype=dtype)
         x = embed(blocks.patchify(x, self.patch_size)).astype(self.residual_dtype)
         if self.positions == "sincos":
             x += jnp.asarray(blocks.sincos_table(self.grid, width), x.dtype)
         time = (1 - t if self.reverse_time else t) * self.time_scale
         c = blocks.VectorEmbed(width, dtype, name="time_embed")(blocks.time_features(time))
-        c += blocks.LabelEmbed(self.num_classes, width, name="label_embed")(label)
-        is_null, cond = label == self.num_classes, c
-        if self.adaln_shared:
-            cond = adaln.compressed(c, self.adaln_rank, dtype)
-        x, features = self.layers(train)(x, cond, is_null, capture=capture)
+        of_cond, *seen_by_blocks = self.condition(cond)
+        c += of_cond
+        modulating = adaln.compressed(c, self.adaln_rank, dtype) if self.adaln_shared else c
+        x, features = self.layers(train)(x, modulating, *seen_by_blocks, capture=capture)
         x = self.to_image(x, c)
         if self.reverse_time:
             channels = self.input_shape[-1]
             x = jnp.concatenate([-x[..., :channels], x[..., channels:]], axis=-1)
         return (x, features) if capture else x
+
+    @nn.nowrap
+    def condition(self, cond: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        """What `__call__` adds to the time [B, D], is_null bool[B], and more for the blocks."""
+        label = cond["label"]
+        embed = blocks.LabelEmbed(self.num_classes, self.hidden_size, name="label_embed")
+        return embed(label), label == self.num_classes
 
 
 def build(config: ConfigDict, losses: tuple[str, ...]) -> DiT:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from moe_diffusion import empty_prompt
 from moe_diffusion.checks import check_values, divides, require
 from moe_diffusion.conditions import Field
 from moe_diffusion.models import mixture_of_blocks
@@ -125,6 +126,7 @@ class Flux(Model):
       mixture: which blocks are grouped, see mixture_of_blocks.py.
       remat, unroll: see `Stack`.
       attention: None, or one of kernels/attention.py.
+      empty: the empty prompt, which `null` puts in; None puts in zeros.
     """
 
     input_shape: tuple[int, int, int]
@@ -151,6 +153,7 @@ class Flux(Model):
     remat: str
     unroll: int
     attention: str | None
+    empty: empty_prompt.EmptyPrompt | None = None
 
     parts = {"final": "final layer", "words": "text encoder", "adaLN_down": "adaLN"}
     parts |= dict.fromkeys(
@@ -236,8 +239,8 @@ class Flux(Model):
         return prompt | ({"guidance": Field((), "float32")} if self.guidance else {})
 
     def null(self, cond: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Zeros in place of the text, or no word; the guidance scale stays what it is."""
-        return {n: v if n == "guidance" else jnp.zeros_like(v) for n, v in cond.items()}
+        """The empty prompt, or no word; the guidance scale stays what it is."""
+        return empty_prompt.null(cond, self.empty)
 
     def routers(self) -> dict[str, Router]:
         streams = {"double": ("image_", "text_"), "single": ("",)}

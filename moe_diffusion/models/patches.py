@@ -1,4 +1,4 @@
-"""What DiT and JiT share: both are class-conditional transformers on patches of an image."""
+"""What DiT and JiT share: both are transformers on patches of an image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from flax import linen as nn
 
 from moe_diffusion.conditions import Field
 from moe_diffusion.models.adaln import activated, modulation
-from moe_diffusion.models.blocks import Attention, Dtype, FinalLayer, Norm, unpatchify
+from moe_diffusion.models.blocks import (
+    Attention,
+    CrossAttention,
+    Dtype,
+    FinalLayer,
+    Norm,
+    unpatchify,
+)
 from moe_diffusion.models.mixture_of_blocks import Mixture, make_layer
 from moe_diffusion.models.stack import Model, Stack
 from moe_diffusion.moe.router import Router
@@ -20,7 +27,10 @@ from moe_diffusion.moe.router import Router
 class TransformerBlock(nn.Module):
     """adaLN-Zero block: x += gate * attention(norm(x)); x += gate * ffn(norm(x)), in x's dtype.
 
+    With a text, x += cross(norm(x), text) stands between the two.
+
     Attributes:
+      make_cross: makes a `CrossAttention`; None: there is no text.
       make_ffn: makes an `MLP`, or a layer of experts (moe/layer.py).
       make_modulation: makes the layer from `adaln.activated` to 6 values per channel.
       train: passed on to the layer of experts.
@@ -32,14 +42,21 @@ class TransformerBlock(nn.Module):
     make_modulation: Callable[..., nn.Module]
     train: bool
     dtype: Dtype
+    make_cross: Callable[..., CrossAttention] | None = None
 
     @nn.compact
-    def __call__(self, x, c, is_null):
-        """x [B, S, D], condition c (adaln.py), is_null bool[B] -> [B, S, D]."""
+    def __call__(self, x, c, is_null, *text):
+        """x [B, S, D], condition c (adaln.py), is_null bool[B] -> [B, S, D].
+
+        text: [B, L, D], and bool[B, L], which of its tokens are seen.
+        """
         adaln = self.make_modulation(6, "adaLN")(activated(c))
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.split(adaln, 6, axis=-1)
         h = Norm(self.norm, name="norm1")(x, (shift_a, scale_a)).astype(self.dtype)
         x += (gate_a[:, None] * self.make_attention(name="attn")(h)).astype(x.dtype)
+        if self.make_cross:
+            h = Norm(self.norm, name="norm_cross")(x).astype(self.dtype)
+            x += self.make_cross(name="cross")(h, *text).astype(x.dtype)
         h = Norm(self.norm, name="norm2")(x, (shift_f, scale_f)).astype(self.dtype)
         return x + (gate_f[:, None] * self.make_ffn()(h, is_null, self.train)).astype(x.dtype)
 
@@ -91,6 +108,8 @@ class PatchTransformer(Model):
     layer_parts |= {"experts": "routed experts", "shared": "shared experts"}
     layer_parts |= {"block_router": "router"}
     layer_parts |= {"norm1": "norms", "norm2": "norms", "predictor": "capacity predictor"}
+    layer_parts |= {"cross": "cross-attention", "norm_cross": "norms"}
+    reads_text = False  # whether every block has cross-attention
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -128,7 +147,8 @@ class PatchTransformer(Model):
         make_attention = partial(Attention, **options)
         sizes = (self.hidden_size, self.adaln_rank, self.adaln_shared, self.dtype)
         layers = (make_attention, ffn, partial(modulation, *sizes))
-        return partial(TransformerBlock, self.norm, *layers, train, self.dtype)
+        cross = partial(CrossAttention, **options) if self.reads_text else None
+        return partial(TransformerBlock, self.norm, *layers, train, self.dtype, cross)
 
     @nn.nowrap
     def to_image(self, tokens: jax.Array, c: jax.Array, norm: str = "layernorm") -> jax.Array:

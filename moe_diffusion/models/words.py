@@ -23,7 +23,7 @@ class WordEncoder(nn.Module):
     Attributes:
       vocab_size: numbers of the vocabulary.
       width: D, a multiple of `HEADS`.
-      pooled_width: P.
+      pooled_width: P; 0 leaves out the field.
     """
 
     vocab_size: int
@@ -51,5 +51,7 @@ class WordEncoder(nn.Module):
             )
             x = block(x, jnp.float32(0))
         x = make_norm(name="final_norm")(x)
+        if not self.pooled_width:
+            return {"text": x}
         make = partial(linear, self.pooled_width, ("embed", None), dtype=self.dtype)
         return {"text": x, "pooled": make(name="pooled")(x.mean(1))}

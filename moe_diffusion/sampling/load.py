@@ -13,6 +13,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
+from moe_diffusion.empty_prompt import of_run, told
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.models.stack import Model, abstract_weights
@@ -64,7 +65,7 @@ def load_workdir(
     config = load_config(workdir, overrides)
     if ema is None:
         ema = first_average(config) or "none"
-    model = build(config.model)
+    model = told(build(config.model), of_run(workdir))
     if mesh is not None:
         model = model.clone(preset=preset or config.parallel.preset)
     variables, axes = abstract_weights(model)

@@ -28,6 +28,7 @@ from moe_diffusion.classes import LABEL, NOTHING, Classes, of_run
 from moe_diffusion.conditions import Field, check_fields
 from moe_diffusion.config.sizes import Size, size_changes
 from moe_diffusion.diffusion.samplers import Sampler, make_sampler
+from moe_diffusion.empty_prompt import told
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import to_pixels
 from moe_diffusion.interop import autoencoder as autoencoders
@@ -170,7 +171,9 @@ class Pipeline:
         if prompts is not None and labels is not None:
             raise UserError("labels and prompts both say what to draw: give one of them")
         config, cond = self._settings(sampling, size), dict(cond or {})
-        model = self.model if config.model == self.config.model else models.build(config.model)
+        model = self.model
+        if config.model != self.config.model:
+            model = told(models.build(config.model), getattr(model, "empty", None))
         if prompts is not None:
             prompts = [prompts] if isinstance(prompts, str) else list(prompts)
             cond |= condition(self._encode, model, prompts, num, guidance).cond

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.conditions import Field
+from moe_diffusion.empty_prompt import GUIDANCE
 from moe_diffusion.errors import UserError, explained, shown
 from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.models.stack import Model
@@ -21,7 +22,6 @@ from moe_diffusion.reading import Key, check_keys, read_text, table_of
 from moe_diffusion.sampling.conditions import spread
 from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
-GUIDANCE = "guidance"  # the field of models that were distilled with a guidance scale
 USUAL_GUIDANCE = 3.5  # what FLUX.1 [dev] and Hyper-FLUX are published for
 _MOST_GUIDANCE = 1000
 _LARGEST = 1 << 20  # bytes of a file of prompts
@@ -84,12 +84,12 @@ class PipelinePrompts:
 class WordPrompts:
     """Of a model that has a vocabulary and encodes its words itself: {"tokens": i32[N, L]}.
 
-    config: of the run; reads `model.flux`.
+    model: with `text_tokens`, L, and the name of its `vocabulary`.
     """
 
-    def __init__(self, config: ConfigDict):
-        self.max_tokens = config.model.flux.text_tokens
-        self._vocabulary = VOCABULARIES[config.model.flux.vocabulary]
+    def __init__(self, model: Model):
+        self.max_tokens = model.text_tokens
+        self._vocabulary = VOCABULARIES[model.vocabulary]
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Raises a UserError about a word that is not in the vocabulary."""
@@ -100,7 +100,7 @@ class WordPrompts:
 # perhaps others.
 ENCODERS: dict[str, Callable[[ConfigDict, Model, str | None], PromptEncoder]] = {
     "text": lambda config, model, folder: PipelinePrompts(model.cond_spec(), folder),
-    TOKENS: lambda config, model, folder: WordPrompts(config),
+    TOKENS: lambda config, model, folder: WordPrompts(model),
 }
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from moe_diffusion import models
 from moe_diffusion.config.sizes import size_changes
 from moe_diffusion.diffusion.samplers import make_sampler
+from moe_diffusion.empty_prompt import told
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import few_enough, image_grid, save_png
 from moe_diffusion.models.stack import Model
@@ -75,7 +76,8 @@ def save_columns(run: OpenRun, args: Namespace, values: Sequence[int]) -> int:
     for value in values:
         changed = config.copy_and_resolve_references()
         changed.model.router.top_k = value
-        other = models.build(changed.model).clone(preset=model.preset)
+        other = told(models.build(changed.model), getattr(model, "empty", None))
+        other = other.clone(preset=model.preset)
         columns[f"top-k {value}"] = draw(changed, other, variables)
     images = np.stack([*columns.values()], 1)  # [N, columns, H, W, C]
     rows = few_enough(num, (images.shape[2], images.shape[3] * len(columns)))

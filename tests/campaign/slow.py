@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from moe_diffusion.data.sources import Synthetic
+from moe_diffusion.synthetic import Synthetic
 
 SECONDS = 0.004  # a record; 16 of them are a batch
 

@@ -24,10 +24,10 @@ def test_velocity_is_the_derivative_of_the_path():
     np.testing.assert_allclose(derivative, paths.velocity(data, noise), rtol=1e-5)
 
 
-def times(num, **changes):
+def times(num, sides=(8, 8), **changes):
     diffusion = config.default().diffusion
     diffusion.update(changes)
-    return np.asarray(paths.sample_time(jax.random.key(0), (num,), diffusion))
+    return np.asarray(paths.sample_time(jax.random.key(0), (num, *sides, 4), diffusion))
 
 
 def test_uniform_times():

@@ -9,11 +9,11 @@ import numpy as np
 from moe_diffusion import config as configs
 from moe_diffusion import train
 from moe_diffusion.conditions import Field
-from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.evaluation import periodic
 from moe_diffusion.evaluation.periodic import PooledFeatures
 from moe_diffusion.models import build
 from moe_diffusion.sampling import hooks
+from moe_diffusion.synthetic import Synthetic
 from tests import cli
 
 

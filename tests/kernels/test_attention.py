@@ -49,7 +49,7 @@ def test_xla_by_hand(kv_heads):
 )
 def test_splash_has_the_values_and_gradients_of_xla(heads, kv_heads, tokens, head_dim):
     arrays = inputs(2, heads, kv_heads, tokens, head_dim)
-    assert attention.can_run("splash", arrays[0])
+    assert attention.can_run("splash", *arrays[:2])
     compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
     jax.tree.map(
         compare, value_and_gradients("splash", *arrays), value_and_gradients("xla", *arrays)
@@ -75,6 +75,54 @@ def test_own_gradient_has_the_values_and_gradients_of_xla(batch, kv_heads):
         value_and_gradients("own_gradient", *arrays),
         value_and_gradients("xla", *arrays),
     )
+
+
+def crossed(dtype="float32", batch=4, tokens=16, head_dim=8):
+    """q, k, v and a cotangent, for the 12 tokens of a text, and which of them are seen."""
+    q, _, _, cotangent = inputs(batch, 4, 2, tokens, head_dim, dtype)
+    _, k, v, _ = inputs(batch, 4, 2, 12, head_dim, dtype)
+    lengths = jnp.array([12, 1, 5, 9])[:batch]
+    return (q, k, v, cotangent), jnp.arange(12) < lengths[:, None]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "own_gradient"])
+def test_a_mask_hides_keys_by_hand(implementation):
+    (q, k, v, _), seen = crossed()
+    got = attention.attend(q, k, v, implementation, seen)
+    for sample, length in enumerate(seen.sum(1)):
+        one = (np.asarray(x)[sample : sample + 1, :, :cut] for x, cut in ((q, None), (k, length)))
+        expected = by_hand(*one, np.asarray(v)[sample : sample + 1, :, :length])
+        np.testing.assert_allclose(got[sample : sample + 1], expected, atol=1e-5)
+
+
+def masked_gradients(implementation, arrays, seen):
+    q, k, v, cotangent = arrays
+    y, pull = jax.vjp(lambda *a: attention.attend(*a, implementation, seen), q, k, v)
+    return y, pull(cotangent)
+
+
+def test_own_gradient_of_a_text_is_that_of_xla():
+    arrays, seen = crossed()
+    got, expected = (masked_gradients(n, arrays, seen) for n in ("own_gradient", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    hidden = ~np.asarray(seen)[:, None, :, None]
+    for gradient in got[1][1:]:  # of k and v
+        assert not np.any(np.where(hidden, gradient, 0))
+
+
+def test_a_text_without_tokens_gives_finite_numbers():
+    (q, k, v, cotangent), seen = crossed()
+    for name in ("xla", "own_gradient"):
+        y, gradients = masked_gradients(name, (q, k, v, cotangent), jnp.zeros_like(seen))
+        mean = np.repeat(np.asarray(v).mean(2, keepdims=True), 2, axis=1)
+        np.testing.assert_allclose(y, np.broadcast_to(mean, y.shape), atol=1e-6)
+        assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_splash_leaves_texts_and_masks_to_xla():
+    q, k, v, _ = inputs(tokens=128)
+    assert not attention.can_run("splash", q, k, masked=True)
+    assert not attention.can_run("splash", q, k[:, :, :64])
 
 
 def test_a_remat_policy_keeps_what_own_gradient_remembers():
@@ -109,7 +157,7 @@ def test_what_a_kernel_cannot_take_is_left_to_xla():
     odd = inputs(tokens=96)  # no multiple of 128
     half = inputs(dtype="bfloat16")  # cuDNN's type, but there is no GPU
     for name, (q, k, v, _) in (("splash", odd), ("cudnn", half)):
-        assert not attention.can_run(name, q)
+        assert not attention.can_run(name, q, k)
         np.testing.assert_array_equal(
             attention.attend(q, k, v, name), attention.attend(q, k, v, "xla")
         )
@@ -133,7 +181,7 @@ def test_when_cudnn_runs(monkeypatch, there, capability, dtype, head_dim, runs):
     device = SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     q = jax.ShapeDtypeStruct((2, 4, 256, head_dim), dtype)
-    assert attention.can_run("cudnn", q) == runs
+    assert attention.can_run("cudnn", q, q) == runs
 
 
 def compiled_text(topology, implementation, shape, kv_heads, dtype="bfloat16"):
@@ -173,10 +221,23 @@ def test_a_plan_for_absent_gpus_has_attention_in_xla():
 
 
 @pytest.mark.gpu
+def test_cudnn_takes_the_mask_of_a_text():
+    arrays, seen = crossed("bfloat16", tokens=256, head_dim=64)
+    assert attention.can_run("cudnn", *arrays[:2], masked=True)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.05, atol=0.02
+        ),
+        masked_gradients("cudnn", arrays, seen),
+        masked_gradients("xla", arrays, seen),
+    )
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 16, 64), (16, 4, 72)])
 def test_cudnn_has_the_values_and_gradients_of_xla(heads, kv_heads, head_dim):
     arrays = inputs(2, heads, kv_heads, 256, head_dim, "bfloat16")
-    assert attention.can_run("cudnn", arrays[0])
+    assert attention.can_run("cudnn", *arrays[:2])
 
     def compare(a, b):
         np.testing.assert_allclose(

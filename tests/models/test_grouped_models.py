@@ -10,9 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from moe_diffusion.data.pipeline import make_iterator
-from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.errors import UserError
 from moe_diffusion.models.stack import abstract_weights
+from moe_diffusion.synthetic import Synthetic
 from moe_diffusion.training.loop import train
 from moe_diffusion.training.run import prepare_run
 from tests.models.grouped import (

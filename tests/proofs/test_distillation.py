@@ -24,12 +24,12 @@ from moe_diffusion import config as configs
 from moe_diffusion import models
 from moe_diffusion.conditions import cond_of
 from moe_diffusion.data.pipeline import make_iterator
-from moe_diffusion.data.sources import Synthetic
 from moe_diffusion.diffusion import paths
 from moe_diffusion.diffusion.objectives import draw, with_router_losses
 from moe_diffusion.models.stack import Model, abstract_inputs, abstract_variables
 from moe_diffusion.parallel import rules
 from moe_diffusion.parallel.mesh import make_mesh
+from moe_diffusion.synthetic import Synthetic
 from moe_diffusion.training import loop
 from moe_diffusion.training.checkpoint import StoredWeights
 from moe_diffusion.training.run import on_every_device, prepare_run

@@ -19,7 +19,7 @@ from moe_diffusion import config as configs
 from moe_diffusion import models
 from moe_diffusion.conditions import check_fields, cond_of, drop, fields_of
 from moe_diffusion.data.pipeline import make_iterator
-from moe_diffusion.data.sources import Synthetic, open_source
+from moe_diffusion.data.sources import open_source
 from moe_diffusion.diffusion.objectives import make_loss
 from moe_diffusion.diffusion.samplers import make_sampler
 from moe_diffusion.errors import UserError
@@ -28,6 +28,7 @@ from moe_diffusion.models.stack import abstract_inputs, abstract_variables
 from moe_diffusion.planning import report
 from moe_diffusion.planning.compile import lower_train
 from moe_diffusion.planning.topologies import describe
+from moe_diffusion.synthetic import Synthetic
 from moe_diffusion.training import loop
 from tests.preparing import latents_folder
 from tests.training import toy

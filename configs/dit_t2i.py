@@ -1,0 +1,18 @@
+"""Dense-DiT-T2I-Flow (arXiv 2503.14487, table 7; 1.2B parameters) on captioned 256x256 latents.
+
+    python -m moe_diffusion.train --config configs/dit_t2i.py --workdir runs/dit_t2i
+
+Arguments: stage=pretrain | sft (supervised fine-tuning of runs/dit_t2i on JourneyDB).
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.families.t2i import STAGES, t2i
+from moe_diffusion.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, choices={"stage": STAGES}, stage="pretrain")
+    return t2i("dit_t2i", "dense", arg.stage)
