@@ -86,7 +86,7 @@ _DIGITS += " a an the draw show me picture image of handwritten small sketched d
 _DIGITS += " , written by hand in black ink on white paper with pen"
 _PAIRS = "zero one two three four five six seven eight nine 0 1 2 3 4 5 6 7 8 9"
 _PAIRS += " a an the draw show me picture image of small handwritten"
-_PAIRS += " left right to side on and then followed by after before beside it with , :"
+_PAIRS += " left right to side on and then followed by after ,"
 VOCABULARIES = {
     "digits": Vocabulary(_DIGITS.split()),
     "digit_pairs": Vocabulary(_PAIRS.split()),

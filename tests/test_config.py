@@ -84,7 +84,7 @@ def test_a_bare_name_is_one_of_the_projects_configs(name, tmp_path, monkeypatch)
     for _ in range(2):
         if name == "configs/digits":  # a path has its suffix
             with raises(
-                "no config file 'configs/digits'; in the project are: digits, digits_moe, dit_s"
+                "no config file 'configs/digits'; in the project are: digits, digits_moe, digits_t2i"
             ):
                 configs.load(name)
         else:

@@ -84,8 +84,19 @@ DENSE2MOE = [
         for match in "lm"
     ),
 ]
+T2I = [
+    *(
+        f"configs/{name}.py:stage={stage}"
+        for name in ("dit_t2i", "diffmoe_t2i")
+        for stage in ("pretrain", "sft")
+    ),
+    *(
+        f"configs/digits_t2i.py:router={router},seed=1"
+        for router in ("dense", "token_choice", "expert_choice", "diffmoe")
+    ),
+]
 SPECS = DIGITS + DSMOE + JIT + ABLATIONS + DENSE + CHOICE + PROMOE + DIT_MOE + PREDICTOR + FLUX
-SPECS += DENSE2MOE
+SPECS += DENSE2MOE + T2I
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -56,6 +56,10 @@ SLOW = [
     ["flux_moe_ablation.py:variant=groups1x12"],
     ["flux_tiny.py"],
     ["digits_flux.py"],
+    ["dit_t2i.py"],
+    ["diffmoe_t2i.py"],
+    *([f"digits_t2i.py:router={name}"] for name in ("diffmoe", "dense", "token_choice")),
+    ["digits_t2i.py:router=expert_choice"],
     ["dit_xl_moe.py"],
     ["dit_xl_moe.py:objective=flow", "sit_xl_moe.py"],
     ["digits_moe.py"],
@@ -94,6 +98,9 @@ def small(spec: str) -> configs.ConfigDict:
         "model.flux.text_tokens": 3,
         "model.flux.text_width": 4,
         "model.flux.pooled_width": 4,
+        "model.dit_t2i.text_tokens": 3,
+        "model.dit_t2i.text_width": 4,
+        "model.dit_t2i.text_dtype": "float32",
         "data.batch_size": BATCH,
         "data.source": "synthetic",
         # No part of a step on one device, and different from size to size:
@@ -107,6 +114,8 @@ def small(spec: str) -> configs.ConfigDict:
         sizes["model.moe.shared_hidden_size"] = 8
     if model.router.name in ("expert_choice", "diffmoe"):
         sizes["model.moe.num_experts"] = 4  # as many as an image has tokens
+    if model.dit_t2i.pooled_width:
+        sizes["model.dit_t2i.pooled_width"] = 4
     if model.num_kv_heads:
         sizes["model.num_kv_heads"] = 1
     if model.architecture == "flux":

@@ -22,6 +22,9 @@ KEYS = {
     "flux_3_heads": ("configs/flux_tiny.py", FLUX | {"num_heads": 3, "hidden_size": 48,
                                                      "flux.rope_axes": (4, 8, 4)}),
     "dit": ("configs/digits.py:router=dense", {"depth": 2, "hidden_size": 64, "num_heads": 8}),
+    "text": ("configs/dit_t2i.py", {"depth": 2, "hidden_size": 64, "num_heads": 8, "image_size": 8,
+                                    "dit_t2i.text_tokens": 8, "dit_t2i.text_width": 8,
+                                    "dit_t2i.text_dtype": "float32", "remat": "none"}),
     "moe": ("configs/digits.py:router=token_choice", {"depth": 2, "hidden_size": 64,
                                                       "num_heads": 8}),
 }  # fmt: skip
@@ -76,6 +79,7 @@ def shared(name, batch, tensor, function=program):
     [
         ("flux", 1, 8),
         ("moe", 1, 8),
+        pytest.param("text", 1, 8, marks=pytest.mark.slow),
         pytest.param("flux", 4, 2, marks=pytest.mark.slow),
         pytest.param("flux_3_heads", 1, 8, marks=pytest.mark.slow),
         pytest.param("dit", 2, 4, marks=pytest.mark.slow),

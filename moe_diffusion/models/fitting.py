@@ -11,6 +11,7 @@
   i stays row i.
 
 Positions need no array: sine-cosine tables and rotations are computed from the size of the image.
+Nor does the length of a text, unless the model reads words itself.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ CONCERNED: dict[str, tuple[str, ...]] = {
     "model.patch_size": ("patch_embed", "final/linear"),
     "model.channels": ("patch_embed", "final/linear"),
     "model.learn_sigma": ("final/linear",),
+    "model.dit_t2i.text_width": ("text_embed/dense_0",),
+    "model.dit_t2i.pooled_width": ("pooled_embed/dense_0",),
+    "model.dit_t2i.vocabulary": ("words",),
+    "model.dit_t2i.text_mask": (),
+    "model.flux.text_width": ("text_embed",),
+    "model.flux.pooled_width": ("pooled_embed/dense_0",),
+    "model.flux.vocabulary": ("words",),
     "model.jit.bottleneck": ("patch_embed",),
     "model.jit.in_context_tokens": ("in_context_embed",),
 }

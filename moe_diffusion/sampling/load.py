@@ -85,6 +85,11 @@ def load_workdir(
         return config, model, loaded, {"step": stored.step, "ema": ema}
 
 
+def rebuilt(model: Model, config: ConfigDict) -> Model:
+    """The model of another config, with the empty prompt and the layout of `model`."""
+    return told(build(config.model), getattr(model, "empty", None)).clone(preset=model.preset)
+
+
 def averaged_variables(config: ConfigDict, state: TrainState) -> dict[str, Any]:
     """The variables that a hook samples with: the first average, or else the live weights."""
     params, router_state = weights(state, first_average(config))

@@ -28,7 +28,6 @@ from moe_diffusion.classes import LABEL, NOTHING, Classes, of_run
 from moe_diffusion.conditions import Field, check_fields
 from moe_diffusion.config.sizes import Size, size_changes
 from moe_diffusion.diffusion.samplers import Sampler, make_sampler
-from moe_diffusion.empty_prompt import told
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import to_pixels
 from moe_diffusion.interop import autoencoder as autoencoders
@@ -38,7 +37,7 @@ from moe_diffusion.models.stack import Model
 from moe_diffusion.sampling.conditions import conditions_of_run, spread
 from moe_diffusion.sampling.generate import generate, pool_of
 from moe_diffusion.sampling.labels import check_labels
-from moe_diffusion.sampling.load import load_workdir
+from moe_diffusion.sampling.load import load_workdir, rebuilt
 from moe_diffusion.sampling.prompts import PromptEncoder, condition, guidance_of, prompt_encoder
 
 OUTPUTS = ("float", "uint8", "pil")
@@ -171,9 +170,7 @@ class Pipeline:
         if prompts is not None and labels is not None:
             raise UserError("labels and prompts both say what to draw: give one of them")
         config, cond = self._settings(sampling, size), dict(cond or {})
-        model = self.model
-        if config.model != self.config.model:
-            model = told(models.build(config.model), getattr(model, "empty", None))
+        model = self.model if config.model == self.config.model else rebuilt(self.model, config)
         if prompts is not None:
             prompts = [prompts] if isinstance(prompts, str) else list(prompts)
             cond |= condition(self._encode, model, prompts, num, guidance).cond

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from moe_diffusion import models
 from moe_diffusion.config.sizes import size_changes
 from moe_diffusion.diffusion.samplers import make_sampler
-from moe_diffusion.empty_prompt import told
 from moe_diffusion.errors import UserError
 from moe_diffusion.figures.images import few_enough, image_grid, save_png
 from moe_diffusion.models.stack import Model
@@ -22,7 +20,7 @@ from moe_diffusion.sampling import notes
 from moe_diffusion.sampling.conditions import captions
 from moe_diffusion.sampling.flags import OpenRun, conditions
 from moe_diffusion.sampling.generate import generate, pool_of
-from moe_diffusion.sampling.load import load_config, load_workdir
+from moe_diffusion.sampling.load import load_config, load_workdir, rebuilt
 
 KEY = "model.router.top_k"
 
@@ -76,9 +74,7 @@ def save_columns(run: OpenRun, args: Namespace, values: Sequence[int]) -> int:
     for value in values:
         changed = config.copy_and_resolve_references()
         changed.model.router.top_k = value
-        other = told(models.build(changed.model), getattr(model, "empty", None))
-        other = other.clone(preset=model.preset)
-        columns[f"top-k {value}"] = draw(changed, other, variables)
+        columns[f"top-k {value}"] = draw(changed, rebuilt(model, changed), variables)
     images = np.stack([*columns.values()], 1)  # [N, columns, H, W, C]
     rows = few_enough(num, (images.shape[2], images.shape[3] * len(columns)))
     texts = prompted.texts if prompted else captions(model, cond, known)

@@ -112,7 +112,7 @@ def test_a_batch_is_the_same_whenever_it_is_made():
 
 def test_a_model_that_reads_too_little_or_nothing():
     short = {TOKENS: SPEC[TOKENS]._replace(shape=(LONGEST - 1,))}
-    with pytest.raises(UserError, match="prompts of 11 tokens, the model takes 10: set model.flux"):
+    with pytest.raises(UserError, match="prompts of 11 tokens, the model takes 10: set its"):
         open_images("digits_prompts", (8, 8, 1), cond_spec=short)
     source = open_images("digits_prompts", (8, 8, 1), cond_spec={TOKENS: SPEC[TOKENS]})
     with pytest.raises(UserError, match="lacks the field 'label'.*has the field 'tokens'"):
