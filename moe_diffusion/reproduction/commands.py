@@ -107,6 +107,9 @@ def judging(item: Item, options: Options) -> list[Step]:
             argv += ("--protocol", row.protocol, *files(options, row.protocol))
             argv += tuple(f"--config.{change}" for change in row.changes) + options.overrides
             steps.append(Step(argv, row))
+        if row.prompts:
+            argv = ("evaluate", "--workdir", str(workdir(row, options)), "--prompts", row.prompts)
+            steps.append(Step((*argv, *options.overrides), row))
     for text in item.commands:
         words, known = [], protocol_of(text)
         for word in shlex.split(text):

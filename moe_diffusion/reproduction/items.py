@@ -24,7 +24,9 @@ class Row:
     config: what is trained for it, like "configs/dit_l.py:setting=diffmoe_table3"; "" stands for
       a run that the user has.
     protocol: how it is judged, for `evaluate --protocol`; "" = not at all.
+    prompts: what it draws and how that is scored, for `evaluate --prompts`; "" = none.
     changes: keys of the run's config that sampling changes, like "model.router.threshold=off".
+    group: rows of one name, which differ in their seed, also get a line and a curve together.
     published: the paper's numbers. "fid@1.5" is the FID under guidance 1.5.
     """
 
@@ -33,6 +35,8 @@ class Row:
     protocol: str = ""
     changes: tuple[str, ...] = ()
     published: Mapping[str, float] = field(default_factory=dict)
+    prompts: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)

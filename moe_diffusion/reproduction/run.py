@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moe_diffusion import config as configs
@@ -110,13 +111,23 @@ def _written(
         picture = parameters_picture(tables.counts(item), item.title)
         files.append(save_png(picture, options.out / "parameters.png"))
     if "loss" in item.curves:
-        runs = {row.label: workdir(row, options) / "metrics.jsonl" for row in item.rows}
-        curves = {label: read_losses(path) for label, path in runs.items()}
-        files.append(_draw(item, curves, "loss", options.out / "loss.png"))
+        files.append(_draw(item, _losses(item, options), "loss", options.out / "loss.png"))
     if "fid" in item.curves:
         curves = {row.label: _fids(row.label, item, options, results) for row in item.rows}
         files.append(_draw(item, curves, "FID", options.out / "fid.png"))
     return {"name": item.name, "files": [str(path) for path in files]}
+
+
+def _losses(item: Item, options: Options) -> dict[str, dict[int, float]]:
+    """Label of a row, or name of its group -> step -> loss; that of a group is the mean."""
+    runs: dict[str, list[dict[int, float]]] = {}
+    for row in item.rows:
+        losses = read_losses(workdir(row, options) / "metrics.jsonl")
+        runs.setdefault(row.group or row.label, []).append(losses)
+    return {
+        name: {step: fmean(one[step] for one in found) for step in found[0]}
+        for name, found in runs.items()
+    }
 
 
 def _fids(label: str, item: Item, options: Options, results: Results) -> dict[int, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from moe_diffusion import config as configs
@@ -36,11 +37,16 @@ def compared(item: Item, options: Options, results: dict[str, list[dict[str, Any
     paper = {row.label: _named(row.published, many) for row in rows}
     columns = dict.fromkeys(key for numbers in paper.values() for key in numbers)
     columns = list(columns or dict.fromkeys(key for line in measured.values() for key in line))
-    lines = []
+    lines, groups = [], {}
     for row in rows:
         ours = measured[row.label] | {"activated": _activated(row, options)}
         numbers = paper[row.label]
         lines.append([row.label, *(_cell(ours.get(c), numbers.get(c)) for c in columns)])
+        if row.group:
+            groups.setdefault(row.group, []).append([ours[c] for c in columns])
+    for name, found_of_group in groups.items():
+        spread = [_spread(values) for values in zip(*found_of_group, strict=True)]
+        lines.append([f"{name}, {len(found_of_group)} seeds", *spread])
     differing = _deviations([line for lines_of_row in found for line in lines_of_row])
     return _page(item, ["model", *map(_title, columns)], lines, differing)
 
@@ -111,6 +117,13 @@ def _title(column: str) -> str:
 def _cell(ours: float | None, paper: float | None) -> str:
     text = "-" if ours is None else f"{ours:,.2f}"
     return text if paper is None else f"{text} ({paper:g})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """ "mean (least to most)", as short as the numbers need."""
+    digits = 2 if max(values) >= 10 else 3
+    mean, least, most = (f"{f(values):,.{digits}f}" for f in (fmean, min, max))
+    return f"{mean} ({least} to {most})"
 
 
 def _deviations(results: list[dict[str, Any]]) -> str:

@@ -208,7 +208,7 @@ def test_every_command_runs(name, shared, tmp_path, monkeypatch, capsys):
     expected = {f"{curve}.png" for curve in item.curves}
     if item.bars:
         expected.add("parameters.png")
-    if any(row.protocol for row in item.rows) or item.counts:
+    if any(row.protocol or row.prompts for row in item.rows) or item.counts:
         expected.add("table.md")
     assert {Path(file).name for file in made["files"]} == expected
     assert item.commands or expected
