@@ -2,19 +2,18 @@
 
 A folder holds, as transformers publishes it:
 
-| file                                       | what it is                                            |
-|--------------------------------------------|-------------------------------------------------------|
-| `config.json`                              | sizes, in `text_config` and `vision_config`           |
-| `model.safetensors`, or `pytorch_model.bin`| weights; shards with their index, too                 |
-| `tokenizer.json`, or `vocab.json` and `merges.txt` | see `interop.tokens`                          |
-| `preprocessor_config.json`                 | how pictures are resized and normalized; may be absent|
+| file                                               | what it is                            |
+|----------------------------------------------------|---------------------------------------|
+| `config.json`                                      | with `text_config`, `vision_config`   |
+| `model.safetensors`, or `pytorch_model.bin`        | weights; also in shards with an index |
+| `tokenizer.json`, or `vocab.json` and `merges.txt` | see `interop.tokens`                  |
+| `preprocessor_config.json`                         | see `preprocessing`; may be absent    |
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,18 +49,11 @@ _NUMBERS = Key((list,), least=3, most=3, items=Key((float,)))
 _PICTURES = {"image_mean": _NUMBERS, "image_std": _NUMBERS, "resample": Key((int,))}
 
 
-def _of_text(row: Row) -> Row:
-    return row._replace(ours=row.ours.replace("params/", _side("text", row)), kind="text")
-
-
-def _of_image(row: Row) -> Row:
-    ours = row.ours.replace("params/", _side("image", row))
-    return row._replace(torch=row.torch.replace("text_model", "vision_model"), ours=ours, kind="image")
-
-
-def _side(name: str, row: Row) -> str:
-    """What the path of a leaf begins with; that of a block has the name of its tower already."""
-    return "params/" if "{block}" in row.ours else f"params/{name}/"
+def _of_tower(name: str, row: Row) -> Row:
+    """A row of CLIP's text encoder for a tower; the path of a block begins with its name."""
+    ours = row.ours if "{block}" in row.ours else row.ours.replace("/", f"/{name}/", 1)
+    torch = row.torch if name == "text" else row.torch.replace("text_model", "vision_model")
+    return row._replace(torch=torch, ours=ours, kind=name)
 
 
 _SHARED = text.FAMILIES["clip_text"].rows
@@ -69,8 +61,8 @@ _EMBEDDINGS = "vision_model.embeddings"
 FAMILY = Family(
     "clip",
     (
-        *map(_of_text, _SHARED),
-        *(_of_image(row) for row in _SHARED if "{block}" in row.ours),
+        *(_of_tower("text", row) for row in _SHARED),
+        *(_of_tower("image", row) for row in _SHARED if "{block}" in row.ours),
         Row(f"{_EMBEDDINGS}.class_embedding", "params/image/class_token", SAME),
         Row(f"{_EMBEDDINGS}.patch_embedding.weight", "params/image/patches/kernel", PATCHES),
         Row(f"{_EMBEDDINGS}.position_embedding.weight", "params/image/positions", SAME),

@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_diffusion.models.blocks import XAVIER, Norm, linear, parameter, patchify
+from moe_diffusion.models.blocks import Norm, linear, parameter, patchify
 from moe_diffusion.models.stack import Block, Network
 from moe_diffusion.models.text import CLIPText, EncoderNetwork, fingerprint_of
 

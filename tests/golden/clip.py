@@ -1,4 +1,4 @@
-"""Checks of whole CLIPs: vectors of texts and pictures, preprocessing, and weights there and back."""
+"""Checks of whole CLIPs: vectors, preprocessing, and weights there and back."""
 
 from __future__ import annotations
 
