@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.evaluation.categories import categories
     from moe_diffusion.evaluation.routing_stats import RoutingObserver
     from moe_diffusion.sampling.conditions import captions
+    from moe_diffusion.sampling.lazy import reordered
     from moe_diffusion.sampling.prompts import read_categories, takes_prompts
 
     given = read_categories(args.prompts) if args.prompts else {}
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     observer = RoutingObserver(model, report.MAPS, blocks, dense=True)
     cond = flags.conditions(run, args)
     order = report.shuffled(len(next(iter(cond.values()))), args.seed)
-    cond = {name: values[order] for name, values in cond.items()}
+    cond = reordered(cond, order)
     texts = captions(model, cond, known)
     if prompted:
         texts = [prompted.texts[i] for i in order]

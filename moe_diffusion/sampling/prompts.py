@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -19,11 +20,13 @@ from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.models.stack import Model
 from moe_diffusion.reading import Key, check_keys, read_text, table_of
 from moe_diffusion.sampling.conditions import spread
+from moe_diffusion.sampling.lazy import LazyField, lazy_fields
 from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
 GUIDANCE = "guidance"  # the field of models that were distilled with a guidance scale
 USUAL_GUIDANCE = 3.5  # what FLUX.1 [dev] and Hyper-FLUX are published for
 _MOST_GUIDANCE = 1000
+_HELD = 4 << 30  # bytes of encoded prompts in memory: 1,000 of 512 tokens of T5
 _LARGEST = 1 << 20  # bytes of a file of prompts
 _LINE = {"prompt": Key((str,)), "category": Key((str,), "")}  # of a file .jsonl
 
@@ -136,12 +139,13 @@ class Prompted(NamedTuple):
     Attributes:
       prompts: each once, in their order.
       texts: the prompt of every image.
-      cond: the condition of every image, {field: [N, ...]}.
+      cond: the condition of every image, {field: [N, ...]}: arrays, or what makes the rows of
+        large ones when they are asked for (`lazy.LazyField`).
     """
 
     prompts: list[str]
     texts: list[str]
-    cond: dict[str, np.ndarray]
+    cond: dict[str, np.ndarray | LazyField]
 
 
 def condition(
@@ -153,6 +157,9 @@ def condition(
     asked_by: str = "guidance",
 ) -> Prompted:
     """The condition of images for prompts, each of which is encoded once.
+
+    Where the rows of all images are larger than `_HELD`, so many bytes of prompts are encoded now,
+    and others when images are drawn for them; the encoders are on the devices again meanwhile.
 
     Args:
       num: images, spread evenly over the prompts, in order; None draws one a prompt.
@@ -171,12 +178,21 @@ def condition(
     once = list(dict.fromkeys(prompts))
     texts = [prompts[row] for row in spread(num, len(prompts))]
     numbers = {prompt: number for number, prompt in enumerate(once)}
-    rows = [numbers[text] for text in texts]
-    cond = {name: values[rows] for name, values in encode(once).items()} | scales
+    rows = np.array([numbers[text] for text in texts])
+    of_one = sum(_bytes_of(field) for name, field in spec.items() if name != GUIDANCE)
+    if of_one * num <= _HELD:
+        made = {name: values[rows] for name, values in encode(once).items()}
+    else:
+        made = lazy_fields(encode, once, rows, max(1, _HELD // of_one))
+    cond = made | scales
     lacking = sorted(spec.keys() - cond.keys())
     if lacking:
         raise UserError(f"prompts do not say {', '.join(lacking)}, which the model takes, too")
     return Prompted(once, texts, cond)
+
+
+def _bytes_of(field: Field) -> int:
+    return math.prod(field.shape) * jnp.dtype(field.dtype).itemsize
 
 
 def guidance_of(
