@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.evaluation.routing_stats import RoutingObserver
     from moe_diffusion.sampling.conditions import captions
     from moe_diffusion.sampling.lazy import reordered
-    from moe_diffusion.sampling.prompts import read_categories, takes_prompts
+    from moe_diffusion.sampling.prompt_files import categories_of, open_prompts
+    from moe_diffusion.sampling.prompts import takes_prompts
 
-    given = read_categories(args.prompts) if args.prompts else {}
+    given = categories_of(open_prompts(args.prompts, args.benchmark)) if args.prompts else {}
     run = flags.open_run(args, overrides)
     config, model, variables, note, known, autoencoder, prompted, mesh = run
     blocks = report.chosen_blocks(args.blocks, observed.expert_layers(model))

@@ -1,4 +1,4 @@
-"""Prompts on their way to a model: from files and flags, and to the fields of its condition.
+"""Prompts on their way to a model: the fields of its condition. `prompt_files` reads files.
 
 `ENCODERS` says, by a field of the condition that prompts are for, what makes it.
 """
@@ -18,7 +18,6 @@ from moe_diffusion.conditions import Field
 from moe_diffusion.errors import UserError, explained, shown
 from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.models.stack import Model
-from moe_diffusion.reading import Key, check_keys, read_text, table_of
 from moe_diffusion.sampling.conditions import spread
 from moe_diffusion.sampling.lazy import LazyField, lazy_fields
 from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
@@ -27,8 +26,6 @@ GUIDANCE = "guidance"  # the field of models that were distilled with a guidance
 USUAL_GUIDANCE = 3.5  # what FLUX.1 [dev] and Hyper-FLUX are published for
 _MOST_GUIDANCE = 1000
 _HELD = 4 << 30  # bytes of encoded prompts in memory: 1,000 of 512 tokens of T5
-_LARGEST = 1 << 20  # bytes of a file of prompts
-_LINE = {"prompt": Key((str,)), "category": Key((str,), "")}  # of a file .jsonl
 
 
 class PromptEncoder(Protocol):
@@ -227,55 +224,3 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
         with explained(f"the prompt {shown(prompt)} is no text in UTF-8", "write it so"):
             prompt.encode()
     return list(prompts)
-
-
-def read_prompts(path: str | os.PathLike) -> list[str]:
-    """The prompts of a file in UTF-8 of at most 1 MiB, one a line; empty lines are left out.
-
-    A line of a file `.jsonl` is an object with a `prompt` and perhaps a `category`.
-
-    Raises:
-      UserError: there is no such file, it is larger or no text, it has no prompt, or a line of a
-        file `.jsonl` is something else.
-    """
-    return [prompt for prompt, _ in _read(path)]
-
-
-def read_categories(path: str | os.PathLike) -> dict[str, str]:
-    """Prompt -> category, of the prompts of a file of `read_prompts` that have one.
-
-    Raises:
-      UserError: as `read_prompts`, or a prompt has several categories.
-    """
-    found: dict[str, str] = {}
-    for prompt, category in _read(path):
-        if category and found.setdefault(prompt, category) != category:
-            raise UserError(
-                f"{path} has the prompt {shown(prompt)} in the categories {shown(found[prompt])} "
-                f"and {shown(category)}: leave one"
-            )
-    return found
-
-
-def _read(path: str | os.PathLike) -> list[tuple[str, str]]:
-    """(prompt, category or "") of every line that is not empty."""
-    lines = read_text(path, "file of prompts", _LARGEST).split("\n")
-    if os.fspath(path).endswith(".jsonl"):
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        found = [_of_line(line, f"line {number} of {path}") for number, line in numbered]
-    else:
-        found = [(line.strip(), "") for line in lines if line.strip()]
-    if not found:
-        raise UserError(f"{path} has no prompts: write one a line")
-    return found
-
-
-def _of_line(line: str, where: str) -> tuple[str, str]:
-    table = table_of(line)
-    remedy = 'write {"prompt": "...", "category": "..."}'
-    if table is None:
-        raise UserError(f"{where} is no JSON object: {remedy}")
-    check_keys(table, _LINE, where, remedy)
-    if not table["prompt"].strip():
-        raise UserError(f"{where}: prompt is empty: {remedy}")
-    return table["prompt"].strip(), table.get("category", "").strip()
