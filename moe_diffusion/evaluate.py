@@ -12,8 +12,9 @@
 The images to judge come from the run in --workdir, or from --samples: an .npz of images or
 features, a folder of pictures, or a data source (folder:<path>, tfds:<name>). --reference is any of
 these, or an .npz of statistics. Runs on digits need neither --reference nor --inception; they give
-fd_digits, which is not an FID. Every result says what it was made with. The results of a run are
-added to its evaluations.jsonl.
+fd_digits, which is not an FID. --prompts draws what a file says instead of labels, and --clip
+scores it; the same call again goes on where one was stopped. Every result says what it was made
+with. The results of a run are added to its evaluations.jsonl.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from moe_diffusion.evaluation.runs import Asked, RunImages
 from moe_diffusion.evaluation.scorers import FeatureRows, Wanted, chosen_scorers
 from moe_diffusion.models.clip import CLIPEncoder
 from moe_diffusion.parallel.distributed import is_main_process
-from moe_diffusion.sampling.layouts import Folder, check, layout_of
+from moe_diffusion.sampling.layouts import Folder, check, check_folder, layout_of
 from moe_diffusion.writing import save_arrays
 
 FOLDER = "prompt_scores"
@@ -63,11 +63,13 @@ class Prompts(NamedTuple):
         """How many images there are in all; `asked` is what --num says, 0 if nothing.
 
         Raises:
-          UserError: the layout of the images takes another number, or other prompts.
+          UserError: the layout of the images takes another number, or other prompts, or their
+            folder has something else.
         """
         file = self.asked.file
         num = asked or (self.each or file.images) * len(file.items)
         if self.save_images:
+            check_folder(self.save_images)
             check(self.layout_name, file, num)
         return num
 

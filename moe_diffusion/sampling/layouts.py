@@ -150,12 +150,9 @@ class Folder:
         num: int,
         settings: Mapping[str, Any],
     ):
-        if "://" in os.fspath(folder):
-            raise UserError(f"{folder} is remote: write into a local folder and copy it there")
         self.folder, self.layout = Path(folder), LAYOUTS[name]
         self.places = check(name, file, num)
         self.paths = [self.layout.path(place) for place in self.places]
-        check_writable(folder)
         settings = {"layout": name, **settings}
         self._settings = json.loads(json.dumps(settings))
         self._check_begun()
@@ -219,16 +216,9 @@ class Folder:
 
     def _check_begun(self) -> None:
         """Raises a UserError if the folder holds something else than images of these settings."""
+        check_folder(self.folder)
         begun = self.folder / MADE_WITH
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file: name a folder")
         if not begun.exists():
-            names = os.listdir(self.folder) if self.folder.is_dir() else []
-            if any(not name.startswith(".") and name != locks.NAME for name in names):
-                raise UserError(
-                    f"{self.folder} is not empty, and was not begun by such a call: choose another "
-                    "folder, or empty this one"
-                )
             return
         found = read_table(begun, f"choose another folder than {self.folder}")
         for key in {**self._settings, **found}:
@@ -238,6 +228,23 @@ class Folder:
                     f"instead of {shown(self._settings.get(key))}): choose another folder, or "
                     "empty this one"
                 )
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raises a UserError unless a folder is absent, empty, or begun by an earlier call."""
+    if "://" in os.fspath(folder):
+        raise UserError(f"{folder} is remote: write into a local folder and copy it there")
+    folder = Path(folder)
+    check_writable(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder")
+    names = os.listdir(folder) if folder.is_dir() else []
+    others = [name for name in names if not name.startswith(".") and name != locks.NAME]
+    if others and MADE_WITH not in names:
+        raise UserError(
+            f"{folder} is not empty, and was not begun by such a call: choose another folder, or "
+            "empty this one"
+        )
 
 
 def check(name: str, file: PromptFile, num: int) -> list[Place]:

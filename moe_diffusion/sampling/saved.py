@@ -16,7 +16,7 @@ from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.sampling import bound, notes
 from moe_diffusion.sampling.flags import OpenRun
 from moe_diffusion.sampling.generate import generate_batches, pool_of
-from moe_diffusion.sampling.layouts import Folder, check, layout_of
+from moe_diffusion.sampling.layouts import Folder, check, check_folder, layout_of
 from moe_diffusion.sampling.prompt_files import PromptFile, open_prompts
 
 
@@ -32,6 +32,7 @@ def check_flags(args: Namespace) -> None:
         if getattr(args, flag) is not None:
             name = flag.replace("_", "-")
             raise UserError(f"--save-images and --{name} do not go together: call twice")
+    check_folder(args.save_images)
     file = open_prompts(args.prompts, args.benchmark)
     check(layout_of(file, args.layout), file, number_of(args, file))
 
