@@ -6,12 +6,15 @@
   python -m moe_diffusion.evaluate --samples samples.npz --inception FILE --reference ref.npz
   python -m moe_diffusion.evaluate --workdir runs/digits --cfg 1.0,1.5,2.0 --ema 0.999,none \\
       --plot sweep.png
+  python -m moe_diffusion.evaluate --workdir runs/flux_dev --prompts evaluation_metadata.jsonl \\
+      --benchmark geneval --clip clip-vit-large-patch14/ --vae FLUX.1-dev/ --save-images geneval/
 
 The images to judge come from the run in --workdir, or from --samples: an .npz of images or
 features, a folder of pictures, or a data source (folder:<path>, tfds:<name>). --reference is any of
 these, or an .npz of statistics. Runs on digits need neither --reference nor --inception; they give
-fd_digits, which is not an FID. Every result says what it was made with. The results of a run are
-added to its evaluations.jsonl.
+fd_digits, which is not an FID. --prompts draws what a file says instead of labels, and --clip
+scores it; the same call again goes on where one was stopped. Every result says what it was made
+with. The results of a run are added to its evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import TYPE_CHECKING
 from moe_diffusion import shipped
 from moe_diffusion.cli import Parser, exits_on_user_error
 from moe_diffusion.errors import UserError
-from moe_diffusion.evaluation import choices
+from moe_diffusion.evaluation import choices, prompt_flags
 from moe_diffusion.ornaments import ornament
 from moe_diffusion.writing import check_outputs
 
@@ -58,6 +61,7 @@ def add_flags(parser: Parser) -> None:
     add("--matmul", choices=choices.MATMULS, help="float32 products, at least so exact (tf32)")
     add("--json", action="store_true", help="print one JSON object as last line")
     parser.set_defaults(workdir=None, samples=None, save_features=None, plot=None)
+    prompt_flags.set_none(parser)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -66,6 +70,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     what.add_argument("--workdir", help="folder of a trained run")
     what.add_argument("--samples", help="images or features to judge, instead of a run")
     add_flags(parser)
+    prompt_flags.add_flags(parser)
     add = parser.add_argument
     add("--save-features", help=".npz for the judged images' features and statistics")
     add("--plot", help="picture of a sweep (sweep.png in the workdir)")
@@ -89,8 +94,11 @@ def settle(args: argparse.Namespace, overrides: list[str]) -> Request:
             settings.sampling[key] = getattr(args, key)
     if args.cfg:
         settings.cfg = _numbers("--cfg", args.cfg)
+    prompts = prompt_flags.prompts_of(args)
+    if prompts:
+        settings.num_samples = prompts.num(args.num or 0)
     protocol.validate(settings)
-    read = [args.samples, args.reference, args.inception, args.vae]
+    read = [args.samples, args.reference, args.inception, args.vae, args.prompts, args.clip]
     read += [path.partition(":")[2] for path in read if path and path.startswith("folder:")]
     outputs = {"--save-features": (args.save_features, ".npz"), "--plot": (args.plot, ".png")}
     check_outputs(outputs, read)
@@ -100,7 +108,8 @@ def settle(args: argparse.Namespace, overrides: list[str]) -> Request:
         published=published,
         overrides=tuple(overrides),
         emas=tuple(emas),
-        num=args.num or 0,
+        num=settings.num_samples if prompts else args.num or 0,
+        prompts=prompts,
         **{key: getattr(args, key) for key in ("workdir", "samples", "reference", "inception")},
         **{key: getattr(args, key) for key in ("size", "vae", "step", "save_features")},
     )

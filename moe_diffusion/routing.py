@@ -44,16 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.evaluation.categories import categories
     from moe_diffusion.evaluation.routing_stats import RoutingObserver
     from moe_diffusion.sampling.conditions import captions
-    from moe_diffusion.sampling.prompts import read_categories, takes_prompts
+    from moe_diffusion.sampling.lazy import reordered
+    from moe_diffusion.sampling.prompt_files import categories_of, open_prompts
+    from moe_diffusion.sampling.prompts import takes_prompts
 
-    given = read_categories(args.prompts) if args.prompts else {}
+    given = categories_of(open_prompts(args.prompts, args.benchmark)) if args.prompts else {}
     run = flags.open_run(args, overrides)
     config, model, variables, note, known, autoencoder, prompted, mesh = run
     blocks = report.chosen_blocks(args.blocks, observed.expert_layers(model))
     observer = RoutingObserver(model, report.MAPS, blocks, dense=True)
     cond = flags.conditions(run, args)
     order = report.shuffled(len(next(iter(cond.values()))), args.seed)
-    cond = {name: values[order] for name, values in cond.items()}
+    cond = reordered(cond, order)
     texts = captions(model, cond, known)
     if prompted:
         texts = [prompted.texts[i] for i in order]

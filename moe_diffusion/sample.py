@@ -9,6 +9,9 @@
   python -m moe_diffusion.sample --workdir runs/student --top-k 0,1,2,4 --teacher runs/teacher
   python -m moe_diffusion.sample --workdir runs/flux_dev --text-encoders FLUX.1-dev/ \\
       --vae FLUX.1-dev/ --prompt "a red fox in the snow" --size 1024 --steps 28 --guidance 3.5
+  python -m moe_diffusion.sample --workdir runs/flux_dev --text-encoders FLUX.1-dev/ \\
+      --vae FLUX.1-dev/ --prompts evaluation_metadata.jsonl --benchmark geneval \\
+      --save-images geneval/
 
 Guidance, sampler and steps are those of the config unless they are given. Any key of the config can
 be set as --config.<key>=<value>.
@@ -132,6 +135,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--out", default="grid.png", help="picture of all images (%(default)s)")
     add("--images", help="folder for one PNG per image; it must be empty")
+    add("--save-images", metavar="FOLDER", help="instead of --out: images of --prompts as scorers "
+        "read them; a second call goes on where the first one stopped")  # fmt: skip
+    add("--layout", help=f"of --save-images: {', '.join(flags.LAYOUTS)} (the benchmark's, or flat)")
     add("--npz", help="file for the images as an array in [-1, 1]")
     add("--stats", help="JSON file for how experts were used, and a picture (.png) beside it")
     add("--trajectory", help="film of the first images as they come to be: .gif, or .png, a strip")
@@ -155,18 +161,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
     from moe_diffusion.figures.images import save_pngs
     from moe_diffusion.parallel import distributed
-    from moe_diffusion.sampling import bound, notes, top_k
+    from moe_diffusion.sampling import bound, notes, saved, top_k
     from moe_diffusion.sampling.conditions import captions
     from moe_diffusion.sampling.film import COLUMNS, FRAMES, draw_film, save_film
     from moe_diffusion.sampling.generate import generate, pool_of
     from moe_diffusion.sampling.load import load_config
 
+    saved.check_flags(args)
     connect(args)
     values = top_k.parse(args.top_k)
     if values:
         top_k.check(load_config(args.workdir, tuple(overrides)), values)
         overrides.append(f"{top_k.KEY}={values[0]}")
     run = flags.open_run(args, overrides)
+    if args.save_images:
+        return saved.draw(run, args)
     if len(values) > 1 or args.teacher:
         return tell_columns(args, top_k.save_columns(run, args, values), values, run.note)
     config, model, variables, note, known, autoencoder, prompted, mesh = run

@@ -182,9 +182,9 @@ ITEMS = [
             for seed in range(3)
         ),
         curves=("loss",),
-        note="Of 1,000 images for prompts that training never saw: prompt_accuracy is the share with "
-        "both digits right and in their places, digits_accuracy that of single digits in their "
-        "places, content_accuracy that of images with the right two digits in any order. The "
+        note="Of 1,000 images for prompts that training never saw: prompt_accuracy is the share "
+        "with both digits right and in their places, digits_accuracy that of single digits in "
+        "their places, content_accuracy that of images with the right two digits in any order. The "
         "paper's table has GenEval's scores, of models with 1.2B activated parameters.",
     ),
     Item(

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_diffusion.errors import UserError, check_writable
-from moe_diffusion.evaluation import inception, protocol
+from moe_diffusion.evaluation import inception, prompt_scores, protocol
 from moe_diffusion.evaluation.choices import SCORES
 from moe_diffusion.evaluation.compare import check_comparable, compare
 from moe_diffusion.evaluation.digits import DigitsFeatures
@@ -48,6 +48,7 @@ class Request:
       overrides: changes to the run's config; see `config.load`.
       emas: averages to judge; None stands for the run's first.
       num: how many images the command line asks for; 0 if it does not say.
+      prompts: what to draw instead of labels.
       thresholds: of DiffMoE, to be tried one after the other; see `RunImages.with_threshold`. Then
         nothing need be compared: without a reference the images are only drawn.
     """
@@ -57,6 +58,7 @@ class Request:
     overrides: tuple[str, ...] = ()
     emas: tuple[str | None, ...] = (None,)
     num: int = 0
+    prompts: prompt_scores.Prompts | None = None
     thresholds: tuple[float | str, ...] = ()
     workdir: str | None = None
     samples: str | None = None
@@ -81,7 +83,8 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
     first = next(variants)  # raises if something is wrong with the run or the file
     digits = first.images is not None and first.images.shape == DIGITS_SHAPE
     digits = digits and not request.inception
-    if digits and request.workdir and not request.num and request.published is None:
+    labelled = request.workdir and not request.prompts
+    if digits and labelled and not request.num and request.published is None:
         request.settings.num_samples = DIGITS_SAMPLES
     reference = _open_reference(request, digits, first)
     extractor = None
@@ -95,14 +98,17 @@ def evaluate(request: Request) -> Iterator[dict[str, Any]]:
     heldout = None
     if digits and reference is not None and reference.name == DIGITS:
         heldout = _with_vectors(open_features(f"{DIGITS}@test"), extractor, request)
+    kept: list[prompt_scores.Records] = []
     for samples in itertools.chain([first], variants):
-        result, judged = _judge(samples, reference, heldout, extractor, request)
+        result, judged = _judge(samples, reference, heldout, extractor, request, kept)
         if request.workdir and is_main_process():
             with ornament("a line in evaluations.jsonl"):
                 append_line(json.dumps(result), Path(request.workdir) / "evaluations.jsonl")
         yield result
         if request.save_features and is_main_process():  # last, since a full disk ends it
             save_features(judged, request.save_features)
+    for records in kept if is_main_process() else ():  # all variants are through
+        records.remove()
 
 
 def _judge(
@@ -111,16 +117,23 @@ def _judge(
     heldout: FeatureSet | None,
     extractor: Extractor | None,
     request: Request,
+    kept: list[prompt_scores.Records],
 ) -> tuple[dict[str, Any], FeatureSet]:
     """Draws or reads a set of images and compares it; `heldout` is of real digits.
 
-    Without an extractor the images are drawn and forgotten.
+    Without an extractor the images are drawn and forgotten. What is kept of images for prompts is
+    added to `kept`.
 
     Returns:
       The result of `evaluate`, and the set with its features.
     """
-    settings, images = request.settings, samples.images
-    if extractor is None:
+    settings, images, scored = request.settings, samples.images, None
+    if request.prompts:
+        with matmul_precision(settings.matmul):
+            scored, records = prompt_scores.judge(images, request.prompts, extractor)
+        samples = scored.features or samples
+        kept.append(records)
+    elif extractor is None:
         with matmul_precision(settings.matmul):
             for _ in images.batches(settings.batch_size, request.num or settings.num_samples):
                 pass
@@ -131,6 +144,8 @@ def _judge(
         found, warnings = compare(samples, reference, extractor, settings.score)
     if heldout is not None:
         found["fd_digits_heldout"] = compare(heldout, reference, extractor)[0]["fd_digits"]
+    if scored:
+        found = scored.metrics | found
     result: dict[str, Any] = {"metrics": found, "warnings": warnings}
     used = {"matmul": settings.matmul}
     with matmul_precision(settings.matmul):
@@ -141,7 +156,7 @@ def _judge(
         else:
             result |= {"samples": samples.name, "num_samples": samples.pool.count, **made_with()}
     features = extractor.note if extractor else {}
-    result["features"] = features
+    result |= {"features": features, **(scored.notes if scored else {})}
     if "inception_score" in found:
         used["score"] = settings.score
         result["inception_score"] = {"score": settings.score, **SCORES[settings.score]}
@@ -180,6 +195,8 @@ def _variants(request: Request) -> Iterator[FeatureSet]:
             raise UserError("a sweep over --cfg or --ema needs --workdir: it draws images anew")
         yield open_features(request.samples, _square(request.size), request.num)
         return
+    if request.prompts and request.prompts.save_images and sweep:
+        raise UserError("--save-images holds one set: give one --cfg and --ema")
     if request.save_features and sweep:
         raise UserError("--save-features holds one set: give one --cfg, --ema and threshold")
     check_writable(request.workdir)
@@ -191,6 +208,7 @@ def _variants(request: Request) -> Iterator[FeatureSet]:
             step=request.step,
             ema=ema,
             vae=request.vae,
+            asked=request.prompts and request.prompts.asked,
         )
         for other in request.emas:
             run.check_ema(other)
@@ -207,7 +225,7 @@ def _open_reference(request: Request, digits: bool, samples: FeatureSet) -> Feat
     if request.reference is None:
         if digits:
             return open_features(DIGITS)
-        if request.save_features or request.thresholds:
+        if request.save_features or request.thresholds or request.prompts:
             return None
         raise UserError(
             "nothing to compare with: give --reference, for ImageNet 256x256 ADM's "

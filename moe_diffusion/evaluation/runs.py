@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,29 @@ from moe_diffusion.evaluation.routing_stats import RoutingObserver
 from moe_diffusion.interop import autoencoder as autoencoders
 from moe_diffusion.models import build
 from moe_diffusion.models.accounting import forward_flops, parameter_counts
+from moe_diffusion.models.stack import Model
 from moe_diffusion.parallel.mesh import make_mesh
 from moe_diffusion.sampling.bound import BoundObserver, warning
 from moe_diffusion.sampling.conditions import conditions_of_run
 from moe_diffusion.sampling.generate import generate_batches, pool_of
 from moe_diffusion.sampling.labels import LABEL, num_labels, untrained
 from moe_diffusion.sampling.load import load_workdir
+from moe_diffusion.sampling.prompt_files import PromptFile
+from moe_diffusion.sampling.prompts import GUIDANCE, condition, prompt_encoder
+
+
+class Asked(NamedTuple):
+    """Prompts that a run is asked to draw.
+
+    Attributes:
+      file: has them.
+      text_encoders: folder of those that read them; None takes the config's.
+      guidance: see `prompts.condition`.
+    """
+
+    file: PromptFile
+    text_encoders: str | None = None
+    guidance: float | None = None
 
 
 class RunImages:
@@ -43,10 +60,11 @@ class RunImages:
       step: of the checkpoint; None takes the newest.
       ema: decay of an average as text, or "none" for the live weights. None takes the run's first.
       vae: weights of the autoencoder; None takes the config's `data.autoencoder`.
+      asked: prompts, over which the protocol's number of images is spread. None draws labels.
 
     Raises:
       UserError: there is no such run or average, the autoencoder is missing or not the run's, or
-        the model takes no labels.
+        the model takes no labels or no such prompts.
     """
 
     def __init__(
@@ -58,17 +76,20 @@ class RunImages:
         step: int | None = None,
         ema: str | None = None,
         vae: str | None = None,
+        asked: Asked | None = None,
     ):
-        self.name = str(workdir)
+        self.name, self.asked, self._prompted = str(workdir), asked, None
+        self._told = 0  # shares that `new_shares` has returned
         self._protocol, self._observer = protocol, None
         self._threshold: float | str | None = None  # None: as the config says
         self._routing: dict[str, Any] = {}  # sampler and observer, shared by all thresholds
         self._mesh = make_mesh(ConfigDict({"preset": "dp"})) if jax.device_count() > 1 else None
         self.config, self._model, self._variables, self.note = load_workdir(
-            workdir, overrides, step=step, ema=ema, mesh=self._mesh, preset="dp"
+            workdir, overrides, step=step, ema=ema, mesh=self._mesh, preset="dp", before=self._read
         )
         self._known = classes.of_run(workdir)
-        self._num_labels = num_labels(self._model, "evaluate --workdir", self._known)
+        if asked is None:
+            self._num_labels = num_labels(self._model, "evaluate --workdir", self._known)
         self._autoencoder = autoencoders.for_config(self.config, vae)
         self.shape = self._model.input_shape
         if self._autoencoder is not None:
@@ -81,32 +102,52 @@ class RunImages:
             )
         check_shape(self.shape, f"the model of {workdir}")
 
+    def _read(self, config: ConfigDict, model: Model) -> None:
+        """Encodes the prompts, if there are some, before the weights are read."""
+        if self.asked is None:
+            return
+        encoder = prompt_encoder(config, model, self.asked.text_encoders)
+        how = {"guidance": self.asked.guidance, "asked_by": "--guidance"}
+        texts = self.asked.file.prompts
+        self._prompted = condition(encoder, model, texts, len(self), **how)
+
     def __len__(self) -> int:
         return self._protocol.num_samples
 
-    def batches(self, size: int, num: int) -> Iterator[np.ndarray]:
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of every image; only with prompts."""
+        return self._prompted.texts
+
+    def batches(self, size: int, num: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yields f32[b, H, W, C], in [-1, 1] except for overshoot.
 
         Args:
           size: ignored, because the protocol says how many images are drawn together, and the
             devices how many more.
           num: number of images in all.
+          start: number of the first image, the first of a pool.
         """
-        protocol, pool = self._protocol, self._pool
-        sampler = self._compiled(num)
-        labels = make_labels(protocol.labels, num, self._num_labels, protocol.seed)
+        protocol, pool = self._protocol, self.pool
         drawn = generate_batches(
-            sampler,
+            self._compiled(num),
             self._variables,
-            conditions_of_run(self.config, self._model, num, self._known) | {LABEL: labels},
+            self._cond(num),
             self._model.input_shape,
             seed=protocol.seed,
             batch_size=protocol.batch_size,
             pool=pool,
+            start=start,
             mesh=self._mesh,
         )
         for batch in drawn:
             yield batch if self._autoencoder is None else self._autoencoder.decode(batch)
+
+    def _cond(self, num: int) -> Mapping[str, Any]:
+        if self._prompted:
+            return self._prompted.cond
+        labels = make_labels(self._protocol.labels, num, self._num_labels, self._protocol.seed)
+        return conditions_of_run(self.config, self._model, num, self._known) | {LABEL: labels}
 
     def with_cfg(self, cfg: float) -> RunImages:
         """The same run under another guidance scale; the weights are shared."""
@@ -143,13 +184,13 @@ class RunImages:
     def _compiled(self, num: int) -> Sampler:
         """The sampler for `num` images, and its observer, without what that saw before."""
         if self._threshold is None:
-            self._observer = BoundObserver(self._model, self.config)
-            return make_sampler(self._observer, self.config, pool=self._pool)
+            self._observer, self._told = BoundObserver(self._model, self.config), 0
+            return make_sampler(self._observer, self.config, pool=self.pool)
         if not self._routing:
             config = copy.deepcopy(self.config)
             config.model.router.threshold = "dynamic"  # those in router_state
             observer = RoutingObserver(build(config.model).clone(preset=self._model.preset))
-            sampler = make_sampler(observer, config, pool=self._pool)
+            sampler = make_sampler(observer, config, pool=self.pool)
             self._routing |= {"observer": observer, "sampler": sampler}
         self._observer = self._routing["observer"]
         self._observer.reset()
@@ -178,7 +219,8 @@ class RunImages:
             raise UserError(f"{self.name} keeps no average {ema!r}; choose {' | '.join(kept)}")
 
     @property
-    def _pool(self) -> int:
+    def pool(self) -> int:
+        """See `pool_of`."""
         return pool_of(self.config, self._protocol.batch_size)
 
     @property
@@ -193,6 +235,26 @@ class RunImages:
         bound = warning(self.config, self._dropped)
         return list(filter(None, [untrained(self._model, self._known), bound]))
 
+    def new_shares(self) -> list[float]:
+        """What a bound on routers dropped since the last call, by evaluation of the network."""
+        shares = self._observer.shares
+        new, self._told = shares[self._told :], len(shares)
+        return new
+
+    def set_shares(self, shares: list[float]) -> None:
+        """Says what was dropped while all images were drawn, some perhaps by an earlier call."""
+        self._observer = self._observer or BoundObserver(self._model, self.config)
+        self._observer.shares = shares
+
+    def _of_prompts(self) -> dict[str, Any]:
+        """What only images for prompts depend on."""
+        if not self._prompted:
+            return {}
+        told = {"prompts": self.asked.file.describe()}
+        if GUIDANCE in self._prompted.cond:
+            told[GUIDANCE] = float(self._prompted.cond[GUIDANCE][0])
+        return told | {"resolution": "x".join(map(str, self.shape[:2]))}
+
     @property
     def conditions(self) -> dict[str, Any]:
         """The settings that the images depend on, for the result.
@@ -200,13 +262,15 @@ class RunImages:
         Once images are drawn, also the share that a bound on routers dropped.
         """
         protocol, vae = self._protocol, self._autoencoder
-        sampling = self.config.sampling.to_dict() | {"pool": self._pool or None}
+        sampling = self.config.sampling.to_dict() | {"pool": self.pool or None}
         competing = {"pool": sampling.pop("pool"), "dropped": self._dropped}
+        drawn = ("num_samples", "batch_size", "seed")
         return {
             "checkpoint": self.name,
             "config": self.config.name,
             **self.note,
-            **{key: protocol[key] for key in ("num_samples", "labels", "batch_size", "seed")},
+            **{key: protocol[key] for key in (*drawn, *["labels"] * (not self.asked))},
+            **self._of_prompts(),
             **{key: sampling.pop(key) for key in ("sampler", "steps", "cfg", "cfg_interval")},
             **{key: value for key, value in competing.items() if value is not None},
             **self._experts(),

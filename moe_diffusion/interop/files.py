@@ -1,7 +1,7 @@
 """Reading and writing PyTorch's weight files, one tensor at a time.
 
 Nothing here needs PyTorch, except files from before PyTorch 1.6, which were no zip archives. `.pt`,
-`.pth` and `.ckpt` are read by `pickled`, those older ones with `torch.load(weights_only=True)`.
+`.pth`, `.ckpt` and `.bin` are read by `pickled`, older ones with `torch.load(weights_only=True)`.
 Both run no code of the file and refuse classes other than those that hold plain values.
 """
 

@@ -10,7 +10,8 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop.tensors import listed
 from moe_diffusion.reading import Key, check_keys, plain_name, read_table, regular_file
 
-PICKLED = (".pt", ".pth", ".ckpt")  # .ckpt: PyTorch Lightning
+_OLD = ".bin"  # transformers' older files; in a folder they count only where no others are
+PICKLED = (".pt", ".pth", ".ckpt", _OLD)  # .ckpt: PyTorch Lightning
 SUFFIXES = (".safetensors", *PICKLED)
 INDEX = ".safetensors.index.json"
 _NO_INDEX = "it is no index of shards; fetch it again"
@@ -48,8 +49,10 @@ def find(path: str | os.PathLike, subfolder: str = "") -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The indices of shards in a folder; if it has none, its weight files."""
-    indices = sorted(folder.glob(f"*{INDEX}"))
-    return indices or sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
+    if indices := sorted(folder.glob(f"*{INDEX}")):
+        return indices
+    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
+    return [p for p in found if p.suffix != _OLD] or found
 
 
 def subfolders(folder: Path) -> list[Path]:

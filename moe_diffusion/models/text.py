@@ -107,13 +107,9 @@ class TextBlock(nn.Module):
         return x + self.make_mlp(name="mlp")(h).astype(x.dtype)
 
 
-class TextNetwork(Network, kw_only=True):
-    """What both encoders share: fields, a table of tokens, the stack and the last norm.
+class EncoderNetwork(Network, kw_only=True):
+    """What encoders of texts and of pictures share: sizes, the stack and the last norm."""
 
-    `field` names the field of a condition that `encode(ids, mask)` computes.
-    """
-
-    vocab_size: int
     hidden_size: int
     mlp_hidden_size: int
     depth: int
@@ -123,13 +119,12 @@ class TextNetwork(Network, kw_only=True):
     act: str
     preset: str | None = "fsdp"
 
-    parts = {"tokens": "embedders", "positions": "embedders", "position_bias": "embedders"}
-    parts |= {"final_norm": "norms"}
+    parts = {"positions": "embedders", "final_norm": "norms"}
     layer_parts = {"attn": "attention", "mlp": "dense ffn", "norm1": "norms", "norm2": "norms"}
+    kind = "text"  # of the blocks
     norm = "layernorm_affine"
     gated = False
     use_bias = True
-    field = ""
 
     @property
     def scale(self) -> float:
@@ -146,7 +141,7 @@ class TextNetwork(Network, kw_only=True):
             partial(TextMLP, self.mlp_hidden_size, self.act, self.gated, **options),
             self.dtype,
         )
-        return Stack(("text",) * self.depth, lambda kind: block)
+        return Stack((self.kind,) * self.depth, lambda kind: block)
 
     @nn.nowrap
     def table(self, name: str, rows: int) -> jax.Array:
@@ -154,16 +149,28 @@ class TextNetwork(Network, kw_only=True):
         return parameter(self, name, _TOKENS, (None, "embed"), (rows, self.hidden_size))
 
     @nn.nowrap
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """The vectors of tokens, f32[B, L, D]; for use in `__call__`."""
-        table = self.table("tokens", self.vocab_size)
-        return jnp.take(table, ids, axis=0, mode="clip").astype(jnp.float32)
-
-    @nn.nowrap
     def layers(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """The blocks and the norm after them, f32[B, L, D]; for use in `__call__`."""
         x, _ = self.stack(x, bias)
         return Norm(self.norm, self.eps, name="final_norm")(x)
+
+
+class TextNetwork(EncoderNetwork, kw_only=True):
+    """What both encoders of texts share: a table of tokens.
+
+    `field` names the field of a condition that `encode(ids, mask)` computes.
+    """
+
+    vocab_size: int
+
+    parts = EncoderNetwork.parts | {"tokens": "embedders", "position_bias": "embedders"}
+    field = ""
+
+    @nn.nowrap
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """The vectors of tokens, f32[B, L, D]; for use in `__call__`."""
+        table = self.table("tokens", self.vocab_size)
+        return jnp.take(table, ids, axis=0, mode="clip").astype(jnp.float32)
 
     @nn.nowrap
     def abstract_params(self) -> dict[str, Any]:
@@ -199,7 +206,11 @@ class CLIPText(TextNetwork, kw_only=True):
     @nn.nowrap
     def encode(self, params: Any, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """The state f32[B, D] of each prompt at its end, the first eos."""
-        states = self.apply({"params": params}, ids, mask)
+        return self.pooled(self.apply({"params": params}, ids, mask), ids)
+
+    @nn.nowrap
+    def pooled(self, states: jax.Array, ids: jax.Array) -> jax.Array:
+        """Of the states f32[B, L, D] those at the ends, f32[B, D]."""
         ends = (ids if self.eos_id is None else ids == self.eos_id).argmax(-1)
         return jnp.take_along_axis(states, ends[:, None, None], axis=1)[:, 0]
 
@@ -264,6 +275,16 @@ def _penalty(seen: np.ndarray, mask: jax.Array | None) -> jax.Array:
     return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
 
 
+def fingerprint_of(params: Mapping[str, Any]) -> str:
+    """16 hex digits of a hash of the weights, whatever file and dtype they came from."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(params, sep="/").items()):
+        digest.update(path.encode())
+        for row in np.atleast_1d(leaf):  # row by row: the f32 copy of a large table is 0.5 GB
+            digest.update(np.ascontiguousarray(row, np.float32))
+    return digest.hexdigest()[:16]
+
+
 class TextEncoder:
     """A network with its weights, as the rest of the library uses it.
 
@@ -297,13 +318,8 @@ class TextEncoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a hash of the weights, whatever file and dtype they came from."""
-        digest = hashlib.sha256()
-        for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
-            digest.update(path.encode())
-            for row in leaf:  # a row at a time, because the f32 copy of a large table is 0.5 GB
-                digest.update(np.ascontiguousarray(row, np.float32))
-        return digest.hexdigest()[:16]
+        """See `fingerprint_of`."""
+        return fingerprint_of(self.params)
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:

@@ -60,13 +60,22 @@ class BoundObserver:
     def _note(self, dropped: Any) -> None:
         self._shares.append(float(dropped))
 
+    @property
+    def shares(self) -> list[float]:
+        """The dropped share of every evaluation so far; may be set, to those of an earlier call."""
+        jax.effects_barrier()
+        return self._shares
+
+    @shares.setter
+    def shares(self, shares: list[float]) -> None:
+        self._shares = shares
+
     def dropped(self) -> float | None:
         """The dropped share of what routers accept, a mean over layers and evaluations.
 
         None where nothing was observed.
         """
-        jax.effects_barrier()
-        return float(np.mean(self._shares)) if self._shares else None
+        return float(np.mean(self.shares)) if self.shares else None
 
 
 def warning(config: ConfigDict, dropped: float | None) -> str | None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from moe_diffusion.models.stack import Model
     from moe_diffusion.sampling.prompts import Prompted
 
+BENCHMARKS = ("geneval", "dpg", "t2i_compbench", "mjhq", "imagereward", "mps", "parti")
+LAYOUTS = ("flat", "geneval", "dpg", "t2i_compbench", "mjhq", "imagereward", "mps")
 PRESETS = ("dp", "fsdp", "tp")  # of parallel/rules.py, those that samplers can use
 NUM = 64  # images, if no flag says how many
 BATCH = 64  # images at a time, if no flag says it
@@ -62,13 +64,15 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--workdir", required=True, help="folder of a trained run")
     count = parser.add_mutually_exclusive_group()
-    count.add_argument("--num", type=int, help=f"how many images ({NUM}; with prompts one each)")
+    count.add_argument("--num", type=int, help=f"how many images ({NUM}; with prompts one each, or "
+        "as many as their benchmark has)")  # fmt: skip
     count.add_argument("--num-per-class", type=int, metavar="N", help="how many of each class")
     count.add_argument("--num-per-prompt", type=int, metavar="N", help="how many for each prompt")
     add("--labels", default="", help="classes by number or name, like 3,7 or cat,dog (all)")
     add("--class-names", help="text file with the name of every class, one a line")
     add("--prompt", action="append", help="text that says what to draw; may be given several times")
     add("--prompts", metavar="FILE", help="text file with prompts, one a line")
+    add("--benchmark", help=f"whose file of prompts it is: {', '.join(BENCHMARKS)}")
     add("--text-encoders", metavar="FOLDER", help="FLUX.1 pipeline whose CLIP, T5 and tokenizers "
         "read the prompts (the config's data.text_encoders)")  # fmt: skip
     add("--guidance", type=float, help="scale for models distilled with one, like FLUX.1 [dev] "
@@ -101,6 +105,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("labels", "num_per_class", "class_names"):
         if prompts and getattr(args, flag):
             raise UserError(f"{prompts} and --{flag.replace('_', '-')} do not go together")
+    if args.benchmark and not args.prompts:
+        raise UserError("--benchmark says what --prompts is: name a file of prompts")
     for flag in ("num_per_prompt", "text_encoders"):
         if not prompts and getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')} needs --prompt or --prompts")
@@ -120,11 +126,13 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
     from moe_diffusion.sampling import prompts
     from moe_diffusion.sampling.labels import classes_of
     from moe_diffusion.sampling.load import load_config, load_workdir
+    from moe_diffusion.sampling.prompt_files import open_prompts
 
     given = {"cfg": args.cfg, "sampler": args.sampler, "steps": args.steps}
     keys = [f"sampling.{key}={value}" for key, value in given.items() if value is not None]
     keys = [*overrides, *keys]
-    texts = prompts.read_prompts(args.prompts) if args.prompts else args.prompt
+    file = open_prompts(args.prompts, args.benchmark) if args.prompts else None
+    texts = file.prompts if file else args.prompt
     texts = texts and prompts.check_prompts(texts)
     config = load_config(args.workdir, tuple(keys))
     autoencoder = autoencoders.for_config(config, args.vae)
@@ -135,7 +143,8 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
 
     def encode(config: ConfigDict, model: Model) -> None:
         if texts:
-            num = args.num_per_prompt and args.num_per_prompt * len(texts)
+            each = args.num_per_prompt or (file.images if file and not args.num else None)
+            num = each and each * len(texts)
             encoder = prompts.prompt_encoder(config, model, args.text_encoders)
             how = {"num": num or args.num, "guidance": args.guidance, "asked_by": "--guidance"}
             found.append(prompts.condition(encoder, model, texts, **how))

@@ -49,6 +49,7 @@ def generate_batches(
     seed: int,
     batch_size: int,
     pool: int = 0,
+    start: int = 0,
     progress: bool = False,
     mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
@@ -67,6 +68,7 @@ def generate_batches(
       batch_size: images drawn together. It is raised to the next multiple of the devices, or to
         that of one pool for each device.
       pool: the sampler's, see `pool_of`.
+      start: number of the first image to draw, the first of a pool; those before it are left out.
       mesh: sampling runs on this mesh, and every batch is split over its devices. The variables
         must lie on this mesh.
 
@@ -87,15 +89,16 @@ def generate_batches(
         noise = jax.random.normal(jax.random.fold_in(key, i), image_shape, jnp.float32)
         return noise, jax.random.fold_in(key_of_steps, i)
 
-    with tqdm(total=num, unit="image", desc="sampling", disable=not progress) as bar:
-        for start in range(0, num, batch_size):
-            index = np.arange(start, start + batch_size)
+    told = {"total": num, "initial": start, "unit": "image", "desc": "sampling"}
+    with tqdm(disable=not progress, **told) as bar:
+        for first in range(start, num, batch_size):
+            index = np.arange(first, first + batch_size)
             wanted = {name: values[index % num] for name, values in cond.items()}
             noise, keys = randomness(index)
             # The mesh is set only here, because the caller may use another between two batches.
             with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
                 batch = sampler(variables, noise, jax.device_put(wanted, placed), keys)
-            kept = min(batch_size, num - start)
+            kept = min(batch_size, num - first)
             batch = multihost_utils.process_allgather(batch, tiled=True)[:kept]
             if not np.isfinite(batch).all():
                 raise UserError(

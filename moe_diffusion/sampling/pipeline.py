@@ -37,6 +37,7 @@ from moe_diffusion.models.stack import Model
 from moe_diffusion.sampling.conditions import conditions_of_run, spread
 from moe_diffusion.sampling.generate import generate, pool_of
 from moe_diffusion.sampling.labels import check_labels
+from moe_diffusion.sampling.lazy import LazyField
 from moe_diffusion.sampling.load import load_workdir, rebuilt
 from moe_diffusion.sampling.prompts import PromptEncoder, condition, guidance_of, prompt_encoder
 
@@ -231,7 +232,7 @@ class Pipeline:
         self, model: Model, labels: Any, num: int | None, cond: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """The condition of every image, {field: [N, ...]}."""
-        cond = {name: np.asarray(values) for name, values in cond.items()}
+        cond = {n: v if isinstance(v, LazyField) else np.asarray(v) for n, v in cond.items()}
         if labels is not None:
             if isinstance(labels, str):
                 labels = [labels]

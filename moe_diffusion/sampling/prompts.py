@@ -1,10 +1,11 @@
-"""Prompts on their way to a model: from files and flags, and to the fields of its condition.
+"""Prompts on their way to a model: the fields of its condition. `prompt_files` reads files.
 
 `ENCODERS` says, by a field of the condition that prompts are for, what makes it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -18,14 +19,13 @@ from moe_diffusion.empty_prompt import GUIDANCE
 from moe_diffusion.errors import UserError, explained, shown
 from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.models.stack import Model
-from moe_diffusion.reading import Key, check_keys, read_text, table_of
 from moe_diffusion.sampling.conditions import spread
+from moe_diffusion.sampling.lazy import LazyField, lazy_fields
 from moe_diffusion.vocabulary import TOKENS, VOCABULARIES
 
 USUAL_GUIDANCE = 3.5  # what FLUX.1 [dev] and Hyper-FLUX are published for
 _MOST_GUIDANCE = 1000
-_LARGEST = 1 << 20  # bytes of a file of prompts
-_LINE = {"prompt": Key((str,)), "category": Key((str,), "")}  # of a file .jsonl
+_HELD = 4 << 30  # bytes of encoded prompts in memory: 1,000 of 512 tokens of T5
 
 
 class PromptEncoder(Protocol):
@@ -136,12 +136,13 @@ class Prompted(NamedTuple):
     Attributes:
       prompts: each once, in their order.
       texts: the prompt of every image.
-      cond: the condition of every image, {field: [N, ...]}.
+      cond: the condition of every image, {field: [N, ...]}: arrays, or what makes the rows of
+        large ones when they are asked for (`lazy.LazyField`).
     """
 
     prompts: list[str]
     texts: list[str]
-    cond: dict[str, np.ndarray]
+    cond: dict[str, np.ndarray | LazyField]
 
 
 def condition(
@@ -153,6 +154,9 @@ def condition(
     asked_by: str = "guidance",
 ) -> Prompted:
     """The condition of images for prompts, each of which is encoded once.
+
+    Where the rows of all images are larger than `_HELD`, so many bytes of prompts are encoded now,
+    and others when images are drawn for them; the encoders are on the devices again meanwhile.
 
     Args:
       num: images, spread evenly over the prompts, in order; None draws one a prompt.
@@ -171,12 +175,21 @@ def condition(
     once = list(dict.fromkeys(prompts))
     texts = [prompts[row] for row in spread(num, len(prompts))]
     numbers = {prompt: number for number, prompt in enumerate(once)}
-    rows = [numbers[text] for text in texts]
-    cond = {name: values[rows] for name, values in encode(once).items()} | scales
+    rows = np.array([numbers[text] for text in texts])
+    of_one = sum(_bytes_of(field) for name, field in spec.items() if name != GUIDANCE)
+    if of_one * num <= _HELD:
+        made = {name: values[rows] for name, values in encode(once).items()}
+    else:
+        made = lazy_fields(encode, once, rows, max(1, _HELD // of_one))
+    cond = made | scales
     lacking = sorted(spec.keys() - cond.keys())
     if lacking:
         raise UserError(f"prompts do not say {', '.join(lacking)}, which the model takes, too")
     return Prompted(once, texts, cond)
+
+
+def _bytes_of(field: Field) -> int:
+    return math.prod(field.shape) * jnp.dtype(field.dtype).itemsize
 
 
 def guidance_of(
@@ -211,55 +224,3 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
         with explained(f"the prompt {shown(prompt)} is no text in UTF-8", "write it so"):
             prompt.encode()
     return list(prompts)
-
-
-def read_prompts(path: str | os.PathLike) -> list[str]:
-    """The prompts of a file in UTF-8 of at most 1 MiB, one a line; empty lines are left out.
-
-    A line of a file `.jsonl` is an object with a `prompt` and perhaps a `category`.
-
-    Raises:
-      UserError: there is no such file, it is larger or no text, it has no prompt, or a line of a
-        file `.jsonl` is something else.
-    """
-    return [prompt for prompt, _ in _read(path)]
-
-
-def read_categories(path: str | os.PathLike) -> dict[str, str]:
-    """Prompt -> category, of the prompts of a file of `read_prompts` that have one.
-
-    Raises:
-      UserError: as `read_prompts`, or a prompt has several categories.
-    """
-    found: dict[str, str] = {}
-    for prompt, category in _read(path):
-        if category and found.setdefault(prompt, category) != category:
-            raise UserError(
-                f"{path} has the prompt {shown(prompt)} in the categories {shown(found[prompt])} "
-                f"and {shown(category)}: leave one"
-            )
-    return found
-
-
-def _read(path: str | os.PathLike) -> list[tuple[str, str]]:
-    """(prompt, category or "") of every line that is not empty."""
-    lines = read_text(path, "file of prompts", _LARGEST).split("\n")
-    if os.fspath(path).endswith(".jsonl"):
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        found = [_of_line(line, f"line {number} of {path}") for number, line in numbered]
-    else:
-        found = [(line.strip(), "") for line in lines if line.strip()]
-    if not found:
-        raise UserError(f"{path} has no prompts: write one a line")
-    return found
-
-
-def _of_line(line: str, where: str) -> tuple[str, str]:
-    table = table_of(line)
-    remedy = 'write {"prompt": "...", "category": "..."}'
-    if table is None:
-        raise UserError(f"{where} is no JSON object: {remedy}")
-    check_keys(table, _LINE, where, remedy)
-    if not table["prompt"].strip():
-        raise UserError(f"{where}: prompt is empty: {remedy}")
-    return table["prompt"].strip(), table.get("category", "").strip()

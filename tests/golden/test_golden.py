@@ -14,6 +14,7 @@ from moe_diffusion.interop import transfer
 from . import (
     autoencoder,
     cases,
+    clip,
     ddpm,
     dit_moe,
     flow,
@@ -37,6 +38,7 @@ HANDLERS = (
     (r"diffusers \S+ AutoencoderKL.*", None, autoencoder.check),
     (r"FLUX\.1 native autoencoder.*", None, autoencoder.check),
     (r"transformers \S+ (CLIPTextModel|T5EncoderModel)", None, text.check),
+    (r"transformers \S+ CLIPModel", None, clip.check),
     (r"FLUX\.1 native layout .*/flux: src/flux/model\.py.*", "flux", flux.check),
     (r"diffusers \S+ FluxTransformer2DModel", "flux_diffusers", flux.check),
     (r"\w+/evaluation/inception\.py: InceptionV3.*", None, inception.check),

@@ -11,7 +11,8 @@ from moe_diffusion.digit_prompts import prompts
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
 from moe_diffusion.sampling.conditions import captions
-from moe_diffusion.sampling.prompts import prompt_encoder, read_categories, read_prompts
+from moe_diffusion.sampling.prompt_files import categories_of, open_prompts
+from moe_diffusion.sampling.prompts import prompt_encoder
 from moe_diffusion.vocabulary import TOKENS
 
 
@@ -55,13 +56,14 @@ def test_what_the_demonstration_asks_for():
 def test_prompts_with_categories(tmp_path):
     plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     plain.write_text("a fox\n\n a cat \n")
-    assert read_prompts(plain) == ["a fox", "a cat"] and read_categories(plain) == {}
+    assert open_prompts(plain).prompts == ["a fox", "a cat"]
+    assert categories_of(open_prompts(plain)) == {}
     lines.write_text(
         '{"prompt": "a fox", "category": "animals"}\n\n{"prompt": "a cup"}\n'
         '{"prompt": " a fox ", "id": 3}\n'
     )
-    assert read_prompts(lines) == ["a fox", "a cup", "a fox"]
-    assert read_categories(lines) == {"a fox": "animals"}
+    assert open_prompts(lines).prompts == ["a fox", "a cup", "a fox"]
+    assert categories_of(open_prompts(lines)) == {"a fox": "animals"}
 
 
 @pytest.mark.parametrize(
@@ -80,4 +82,4 @@ def test_lines_that_are_no_prompts(line, message, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a cup", "category": "things"}\n' + line)
     with pytest.raises(UserError, match=message):
-        read_categories(path)
+        categories_of(open_prompts(path))
