@@ -7,7 +7,8 @@ trained. A workdir therefore holds `data.json`, written when training starts:
  "class_names": ["cat", "dog", "owl"], "class_counts": [120, 150, 42]}
 
 "num_values" has every scalar field of the condition with a known number of values. Names and counts
-are null where the source has none.
+are null where the source has none. Of captioned data it has "text", too: which encoder made which
+field (see `interop.prompts`), so that prompts are encoded by the same.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Classes:
       num_values: of every scalar field of the condition, how many values the data has.
       names, counts: of each class, and its images; () if they are not known.
       source, records: the `data.source` that they are of, and how many records it has.
+      text: field of a text -> {"encoder", "fingerprint", ...} of what made it.
     """
 
     num_values: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -47,6 +49,7 @@ class Classes:
     counts: Sequence[int] = ()
     source: str = ""
     records: int = 0
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def limit(self, field: str, most: int) -> int:
         """How many of the `most` values of a model's field were trained: all if it is not known."""
@@ -75,6 +78,7 @@ class Classes:
             "num_values": dict(self.num_values),
             "class_names": list(self.names) or None,
             "class_counts": list(self.counts) or None,
+            **({"text": dict(self.text)} if self.text else {}),
         }
         save_text(json.dumps(values, indent=1) + "\n", epath.Path(workdir) / FILE)
 
@@ -97,9 +101,8 @@ def of_source(source: Any, name: str = "") -> Classes:
     if labels.size and 0 <= labels.min() and labels.max() < classes:
         counts = np.bincount(labels, minlength=classes).tolist()
     names, counts = (tuple(found) if len(found) == classes else () for found in (names, counts))
-    return Classes(
-        num_values, names, counts, name, len(source) if hasattr(source, "__len__") else 0
-    )
+    records = len(source) if hasattr(source, "__len__") else 0
+    return Classes(num_values, names, counts, name, records, getattr(source, "text_encoders", {}))
 
 
 def table(classes: Classes) -> str:
@@ -139,11 +142,17 @@ def of_run(workdir: str | os.PathLike) -> Classes:
         source, records = values.get("source", ""), values.get("records", 0)
         if not isinstance(source, str) or type(records) is not int:
             raise ValueError("source is no text, or records no number")
-    return Classes(num_values, tuple(names), tuple(counts), source, records)
+        text = _checked(values, "text", dict, _is_encoder)
+    return Classes(num_values, tuple(names), tuple(counts), source, records, text)
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def _is_encoder(value: Any) -> bool:
+    keys = ("encoder", "fingerprint")
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
 
 
 def _checked(values: dict, key: str, kind: type, fits: Callable[[Any], bool]) -> Any:

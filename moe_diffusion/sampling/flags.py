@@ -114,6 +114,7 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
     """
     import jax
 
+    from moe_diffusion.classes import of_run
     from moe_diffusion.config.sizes import size_changes
     from moe_diffusion.interop import autoencoder as autoencoders
     from moe_diffusion.parallel.mesh import make_mesh
@@ -136,7 +137,8 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
     def encode(config: ConfigDict, model: Model) -> None:
         if texts:
             num = args.num_per_prompt and args.num_per_prompt * len(texts)
-            encoder = prompts.prompt_encoder(config, model, args.text_encoders)
+            known = of_run(args.workdir)
+            encoder = prompts.prompt_encoder(config, model, args.text_encoders, known)
             how = {"num": num or args.num, "guidance": args.guidance, "asked_by": "--guidance"}
             found.append(prompts.condition(encoder, model, texts, **how))
 
