@@ -1,9 +1,9 @@
 """Records with several captions, and the empty prompt: what a prepared folder says of texts.
 
-A manifest with `"captions": {"per_image": N, "fields": ["text", "text_mask", "pooled"]}` stores each
-of these fields N times, [N, *shape], and a number `captions` u8 in every record: how many of the N
-differ. An image with fewer captions repeats them, so only the first `captions` are drawn. Without
-the entry there is one caption a record and no such number.
+A manifest with `"captions": {"per_image": N, "fields": ["text", "text_mask", "pooled"]}` stores
+each of these fields N times, [N, *shape], and a number `captions` u8 in every record: how many of
+the N differ. An image with fewer captions repeats them, so only the first `captions` are drawn.
+Without the entry there is one caption a record and no such number.
 
 The file that the manifest's "null" names holds the fields of the empty prompt, one after the other,
 little-endian and without gaps.

@@ -16,8 +16,8 @@ example, `Digits.cond_spec` is {"label": Field((), "int32", 10)}. A source may a
 * `take(indices) -> batch`, if it can read a batch at once;
 * `labels`, i32[N], if it knows all labels beforehand: they are then checked before training;
 * `levels`, the number of grey levels of quantised images; the augmentation "dequantize" needs it;
-* `take_stored` and `draw`, if it draws a training record from a stored one (`latents.Latents`);
-  then also `stored_spec`, the fields as they are stored, and `draw_captions`, which chooses a caption.
+* `take_stored` and `draw`, if it draws a training record from a stored one (`latents.Latents`),
+  and `stored_spec` and `draw_captions`, if the stored ones have several captions.
 
 A class or a function of your own is called with those of `image_shape`, `cond_spec` (of the model)
 and `split` that it has parameters for. The worker processes of `data.num_workers` receive the

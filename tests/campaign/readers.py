@@ -33,7 +33,7 @@ from moe_diffusion.figures.curves import read_metrics
 from moe_diffusion.interop import autoencoder, describe, families, files, keymap, tokens
 from moe_diffusion.interop.text_config import config_of, network_from_config
 from moe_diffusion.models.text import CLIPText, T5Encoder
-from moe_diffusion.preparing.captions import read_metadata
+from moe_diffusion.preparing.caption_folder import read_metadata
 from moe_diffusion.reading import read_table
 from moe_diffusion.sampling.load import load_workdir
 from tests import cli
@@ -385,7 +385,7 @@ def captions(count: int, seed: int, folder: Path) -> Counter:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def harmless(name, taken):
-        return all(path.is_file() and isinstance(caption, str) for path, caption in taken)
+        return all(pair.defect or Path(pair.image).is_file() for pair in taken)
 
     path = folder / "metadata.jsonl"
     return damage(

@@ -18,7 +18,7 @@ from moe_diffusion.interop.prompts import PromptEncoders
 from tests import cli, pictures
 from tests.interop import pipeline_folder
 
-CAPTIONS = ["a handwritten seven", "the digit", "a three of the three digit", "", "a digit"]
+CAPTIONS = ["a handwritten seven", "the digit", "a three of the three digit", "three", "a digit"]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,17 @@ def test_other_encoders_do_not_continue_a_folder(prepared, capfd):
         ('{"file_name": "1.png"}', "line 6 of {} is no object with file_name and text"),
         ("a picture", "line 6 of {} is no object with file_name and text"),
         ('["a/1.png", "text"]', "line 6 of {} is no object with file_name and text"),
-        ('{"file_name": "a/1.png", "text": 7}', "line 6 of {}: file_name and text must be texts"),
-        ('{"file_name": "b.png", "text": ""}', "which is not there"),
+        (
+            '{"file_name": "a/1.png", "text": 7}',
+            "line 6 of {}: text is 7, no text and no",
+        ),
+        ('{"file_name": 7, "text": "a"}', "line 6 of {}: file_name is 7, no text"),
+        ('{"file_name": "b.png", "text": "a"}', "line 6 of {} names 'b.png', which is not there"),
+        (
+            '{"file_name": "../b.png", "text": "a"}',
+            "6 of {} names '../b.png', which leads out",
+        ),
+        ('{"file_name": "a/1.png", "text": " "}', "line 6 of {}: its text is empty"),
     ],
 )
 def test_bad_metadata(inputs, tmp_path, capfd, line, message):
@@ -116,7 +125,7 @@ def test_what_is_missing(inputs, tmp_path, capfd):
         ([*args, *out], "give one of --source and --captions"),
         ([*args, *with_captions, "--source", "digits"], "give one of --source and --captions"),
         ([*bare, *with_captions], "--captions needs --text-encoders"),
-        ([*args, *out, "--source", "digits"], "go with --captions only"),
+        ([*args, *out, "--source", "digits"], "--text-encoders goes with --captions only"),
         ([*args, "--captions", str(folder / "a"), *out], "no metadata.jsonl in"),
         ([*args, *with_captions, "--text-encoders", str(folder)], "no tokenizer at"),
         ([*args, *with_captions, "--text-length", "0"], "a text of 0 tokens is not possible"),
