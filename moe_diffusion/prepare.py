@@ -103,7 +103,7 @@ def open_captions(args: Any, pixels: tuple[int, int, int]) -> tuple[Any, dict[st
     from moe_diffusion.interop.prompts import PromptEncoders
     from moe_diffusion.preparing.captions import Captioned, open_pairs
 
-    pairs = open_pairs(args.captions, args.caption_key, args.split)
+    pairs = open_pairs(args.captions, args.caption_key, args.split, args.skip_broken)
     how = {"mask": args.text_mask, "pooled": not args.no_pooled}
     encoders = PromptEncoders(args.text_encoders, args.text_length, **how)
     options = {

@@ -40,24 +40,33 @@ _TEXTS = "texts"  # in a record that `complete` has not seen yet
 Record = dict[str, Any]
 
 
-def open_pairs(name: str, key: str | None = None, split: str = "train") -> Pairs:
+def open_pairs(
+    name: str, key: str | None = None, split: str = "train", skip_broken: bool = True
+) -> Pairs:
     """The images with captions of a place; see the top of this file.
 
     Args:
       name: KIND:PATH.
       key: the keys or the feature that hold captions; None takes the usual ones of the kind.
       split: of "tfds".
+      skip_broken: whether images may have defects.
 
     Raises:
-      UserError: the kind is unknown, or nothing of it is at the path.
+      UserError: the kind is unknown, or nothing of it is at the path; or an image has a defect
+        that is known without reading it.
     """
     kind, colon, place = name.partition(":")
     if colon and kind in KINDS and place:
-        return KINDS[kind](place, key, split)
-    if colon and re.fullmatch("[a-z_0-9]+", kind) and "/" not in kind:
+        pairs = KINDS[kind](place, key, split)
+    elif colon and re.fullmatch("[a-z_0-9]+", kind):
         known = ", ".join(f"{kind}:PATH" for kind in KINDS)
         raise UserError(f"--captions {name} is of no known kind: known are {known}")
-    return open_folder(name, key)
+    else:
+        pairs = open_folder(name, key)
+    for index in () if skip_broken else range(len(pairs)):
+        if defect := pairs.defect(index):
+            raise defect
+    return pairs
 
 
 class Captioned:
@@ -78,8 +87,7 @@ class Captioned:
       skip_broken: images that are unusable are named on stderr and left out.
 
     Raises:
-      UserError: an image has a defect that is known without reading it, and may not be left out;
-        or `per_image` is too large.
+      UserError: `per_image` is not possible.
     """
 
     def __init__(
@@ -98,9 +106,6 @@ class Captioned:
         self._pairs, self._encoders, self._per_image = pairs, encoders, per_image
         self._fixed = {} if guidance is None else {"guidance": np.float32(guidance)}
         self.cond_spec = encoders.cond_spec | {n: Field((), "float32") for n in self._fixed}
-        for index in () if skip_broken else range(len(pairs)):
-            if defect := pairs.defect(index):
-                raise defect
 
     def __len__(self) -> int:
         return len(self._pairs)

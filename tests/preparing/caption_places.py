@@ -12,7 +12,13 @@ import numpy as np
 from PIL import Image
 
 # Words of `pipeline_folder`, and some that its tokenizers do not know.
-TEXTS = ["a handwritten seven", "the digit", "été: 七 seven", "Ψηφίο three 🦊", "three of the digit"]
+TEXTS = [
+    "a handwritten seven",
+    "the digit",
+    "été: 七 seven",
+    "Ψηφίο three 🦊",
+    "three of the digit",
+]
 BROKEN = b"\xff\xd8 no picture"
 
 
