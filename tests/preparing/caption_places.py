@@ -66,6 +66,20 @@ def write_folder(folder: Path, count: int) -> Path:
     return folder
 
 
+def write_journeydb(folder: Path, count: int) -> Path:
+    """imgs/012/0.jpg, ..., and the file of annotations, which is returned."""
+    (folder / "imgs" / "012").mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        (folder / "imgs" / "012" / f"{i}.jpg").write_bytes(picture(i, kind="jpeg"))
+        text = TEXTS[i % len(TEXTS)]
+        row = {"img_path": f"./012/{i}.jpg", "prompt": f"{text} --ar 16:9", "Task1": {"Label": []}}
+        rows.append(row | {"Task2": {"Caption": text}})
+    path = folder / "train_anno_realease_repo.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def mean_colour(image: str | bytes) -> list[int]:
     """Of a path or the content of a picture's file."""
     file = io.BytesIO(image) if isinstance(image, bytes) else image

@@ -22,6 +22,8 @@ from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.preparing.captions import Captioned, open_pairs
 from tests import cli, pictures
 from tests.interop import pipeline_folder
+from tests.preparing import caption_places
+from tests.preparing.scenes import Scenes
 
 CAPTIONS = ["a handwritten seven", "the digit", "a three of the three digit", "three", "a digit"]
 
@@ -311,3 +313,19 @@ def test_what_is_left_out_is_counted(several, capfd):
         ("--min-size", "0", "--min-size 0 is no size"),
     ):
         assert told in cli.refused(capfd, prepare.main, [*args, flag, value])
+
+
+@pytest.mark.slow
+def test_other_kinds_are_prepared(inputs, tmp_path):
+    """JourneyDB and a set of TensorFlow Datasets, with two captions an image."""
+    args, folder = inputs
+    caption_places.write_journeydb(tmp_path / "journeydb", 3)
+    Scenes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    args = [*args, "--captions-per-image", "2", "--skip-broken", "--captions"]
+    scenes = [f"tfds:{tmp_path}/scenes/1.0.0", "--caption-key", "captions.text"]
+    for number, (kind, count) in enumerate((([f"journeydb:{tmp_path}/journeydb"], 3), (scenes, 2))):
+        out = tmp_path / f"out{number}"
+        prepare.main([*args, *kind, "--out", str(out)])
+        source = Latents(str(out))
+        assert len(source) == count
+        assert source.take_stored(np.arange(count))["captions"].tolist() == [2] * count

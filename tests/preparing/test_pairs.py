@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import tarfile
 
-import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from moe_diffusion.errors import UserError
 from moe_diffusion.preparing.captions import open_pairs
 from moe_diffusion.preparing.pairs import Unusable, usable
 from tests.preparing import caption_places as places
 from tests.preparing.caption_places import TEXTS, picture, write_tar
+from tests.preparing.scenes import Scenes
 
 
 def texts_of(pairs):
@@ -77,20 +75,17 @@ def test_metadata_with_several_captions(tmp_path):
 
 
 def test_journeydb(tmp_path):
-    (tmp_path / "imgs" / "012").mkdir(parents=True)
-    (tmp_path / "imgs" / "012" / "a.jpg").write_bytes(picture(1, kind="jpeg"))
-    row = {"img_path": "./012/a.jpg", "prompt": "a fox --ar 16:9", "Task1": {"Label": ["x"]}}
-    row["Task2"] = {"Caption": "A fox in the snow."}
-    path = tmp_path / "train_anno_realease_repo.jsonl"
+    path = places.write_journeydb(tmp_path, 1)
+    row = json.loads(path.read_text())
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"img_path": "./012/b.jpg"}) + "\n")
     for place in (tmp_path, path):
         pairs = open_pairs(f"journeydb:{place}")
-        assert pairs.texts(0) == ["a fox --ar 16:9", "A fox in the snow."]
-        assert pairs.name(0) == f"{tmp_path}/imgs/012/a.jpg" and reasons(pairs) == [
+        assert pairs.texts(0) == [f"{TEXTS[0]} --ar 16:9", TEXTS[0]]
+        assert pairs.name(0) == f"{tmp_path}/imgs/012/0.jpg" and reasons(pairs) == [
             None,
             "no image",
         ]
-    assert open_pairs(f"journeydb:{tmp_path}", "Task2.Caption").texts(0) == ["A fox in the snow."]
+    assert open_pairs(f"journeydb:{tmp_path}", "Task2.Caption").texts(0) == [TEXTS[0]]
     path.write_text(json.dumps(row | {"img_path": "../../a.jpg"}))
     with pytest.raises(UserError, match="line 1 of .* names '../../a.jpg', which leads out of it"):
         open_pairs(f"journeydb:{tmp_path}")
@@ -221,28 +216,6 @@ def test_places_that_are_not_there(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_pairs(place)
-
-
-class Scenes(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        text = tfds.features.Text()
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "caption": text,
-            "captions": tfds.features.Sequence({"text": text, "id": np.int64}),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, _):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(2):
-            several = [{"text": f"{text} {i}", "id": 0} for text in TEXTS[:2]]
-            file = io.BytesIO(picture(i))
-            yield i, {"image": file, "caption": "" if i else TEXTS[3], "captions": several}
 
 
 def test_a_prepared_dataset(tmp_path):
