@@ -7,7 +7,8 @@ trained. A workdir therefore holds `data.json`, written when training starts:
  "class_names": ["cat", "dog", "owl"], "class_counts": [120, 150, 42]}
 
 "num_values" has every scalar field of the condition with a known number of values. Names and counts
-are null where the source has none.
+are null where the source has none. Of captioned data it has "text", too: which encoder made which
+field (see `interop.prompts`), so that prompts are encoded by the same.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Classes:
       names, counts: of each class, and its images; () if they are not known.
       source, records: the `data.source` that they are of, and how many records it has.
       empty: what the data has for the empty prompt; see `empty_prompt`.
+      text: field of a text -> {"encoder", "fingerprint", ...} of what made it.
     """
 
     num_values: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -51,6 +53,7 @@ class Classes:
     source: str = ""
     records: int = 0
     empty: EmptyPrompt | None = None
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def limit(self, field: str, most: int) -> int:
         """How many of the `most` values of a model's field were trained: all if it is not known."""
@@ -81,6 +84,7 @@ class Classes:
             "num_values": dict(self.num_values),
             "class_names": list(self.names) or None,
             "class_counts": list(self.counts) or None,
+            **({"text": dict(self.text)} if self.text else {}),
         }
         save_text(json.dumps(values, indent=1) + "\n", epath.Path(workdir) / FILE)
 
@@ -104,7 +108,8 @@ def of_source(source: Any, name: str = "") -> Classes:
         counts = np.bincount(labels, minlength=classes).tolist()
     names, counts = (tuple(found) if len(found) == classes else () for found in (names, counts))
     records = len(source) if hasattr(source, "__len__") else 0
-    return Classes(num_values, names, counts, name, records, empty_prompt.of_source(source))
+    text, empty = getattr(source, "text_encoders", {}), empty_prompt.of_source(source)
+    return Classes(num_values, names, counts, name, records, empty, text)
 
 
 def table(classes: Classes) -> str:
@@ -144,12 +149,18 @@ def of_run(workdir: str | os.PathLike) -> Classes:
         source, records = values.get("source", ""), values.get("records", 0)
         if not isinstance(source, str) or type(records) is not int:
             raise ValueError("source is no text, or records no number")
-    empty = empty_prompt.of_run(workdir)
-    return Classes(num_values, tuple(names), tuple(counts), source, records, empty)
+        text = _checked(values, "text", dict, _is_encoder)
+    known = num_values, tuple(names), tuple(counts), source, records
+    return Classes(*known, empty_prompt.of_run(workdir), text)
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def _is_encoder(value: Any) -> bool:
+    keys = ("encoder", "fingerprint")
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
 
 
 def _checked(values: dict, key: str, kind: type, fits: Callable[[Any], bool]) -> Any:

@@ -78,6 +78,16 @@ def directly_in(folder: str | os.PathLike) -> list[str]:
     return _find(folder, deep=False)[""]
 
 
+def below(folder: str | os.PathLike) -> list[str]:
+    """The sorted paths of the pictures in a folder and in its sub-folders; as `by_folder`."""
+    return sorted(path for paths in _find(folder, deep=True).values() for path in paths)
+
+
+def counts(name: str) -> bool:
+    """Whether a name of a file or folder is neither hidden nor one of the system."""
+    return not name.startswith(".") and name.lower() not in _OF_THE_SYSTEM
+
+
 def is_picture(name: str) -> bool:
     """Whether a file's name ends like that of a picture."""
     return name.lower().endswith(SUFFIXES)
@@ -102,7 +112,7 @@ def _find(folder: str | os.PathLike, deep: bool) -> dict[str, list[str]]:
         real = os.path.realpath(path)
         if not os.path.isdir(real):
             place, name = os.path.split(real)
-            counted = place in walked and _counts(name) and is_picture(name)
+            counted = place in walked and counts(name) and is_picture(name)
             if real in linked or (counted and os.path.exists(real)):
                 twice.append(path)
             else:
@@ -119,7 +129,7 @@ def _find(folder: str | os.PathLike, deep: bool) -> dict[str, list[str]]:
             is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
             if not (is_folder and deep or not is_folder and is_picture(entry.name)):
                 continue
-            if not _counts(entry.name):
+            if not counts(entry.name):
                 hidden.append(entry.path)
             elif is_folder or is_link:
                 own = group or (entry.name if is_folder else "")
@@ -131,10 +141,6 @@ def _find(folder: str | os.PathLike, deep: bool) -> dict[str, list[str]]:
     _tell(folder, hidden, "hidden or of the system")
     _tell(folder, twice, "links to what counts already")
     return {group: sorted(paths) for group, paths in found.items()}
-
-
-def _counts(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in _OF_THE_SYSTEM
 
 
 def _entries(folder: str) -> list[os.DirEntry]:

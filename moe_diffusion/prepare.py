@@ -4,8 +4,11 @@
       --vae sd-vae-ft-ema/ --out data/imagenet256_latents
   python -m moe_diffusion.prepare --source tfds:imagenet2012:5.1.0 --size 256 \\
       --vae ae.safetensors --kind flux --out data/imagenet256_flux
-  python -m moe_diffusion.prepare --captions pictures/ --text-encoders FLUX.1-dev/ --size 512 \\
-      --vae FLUX.1-dev/ --out data/pictures_flux
+  python -m moe_diffusion.prepare --captions folder:pictures/ --text-encoders FLUX.1-dev/ \\
+      --size 512 --vae FLUX.1-dev/ --out data/pictures_flux
+  python -m moe_diffusion.prepare --captions "webdataset:cc12m/{00000..01242}.tar" --size 256 \\
+      --text-encoders FLUX.1-dev/ --text-length 128 --text-mask --no-pooled --skip-broken \\
+      --vae sd-vae-ft-ema/ --out data/cc12m_256
   python -m moe_diffusion.prepare --verify --out data/imagenet256_flux
 
 On several hosts, start it on each, as for train; --out must be a folder that all of them see. Then
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 
 TEXT_LENGTH = 512  # tokens of FLUX.1 [dev]
+OF_CAPTIONS = ("text_encoders", "guidance", "caption_key", "captions_per_image", "text_mask")
+OF_CAPTIONS += ("no_pooled", "min_size")
 
 
 def make_job(args: Any) -> encode.Job:
@@ -44,10 +49,8 @@ def make_job(args: Any) -> encode.Job:
     from moe_diffusion.data.latents import describe_fields
     from moe_diffusion.data.sources import open_images
     from moe_diffusion.interop import autoencoder as autoencoders
-    from moe_diffusion.interop.prompts import PromptEncoders
     from moe_diffusion.models.autoencoder import images_at_once
     from moe_diffusion.preparing import encode
-    from moe_diffusion.preparing.captions import CaptionFolder, read_metadata
 
     height, width = _parse_size(args.size)
     check_seed("--seed", args.seed)
@@ -65,12 +68,8 @@ def make_job(args: Any) -> encode.Job:
     pixels = (height, width, network.channels)
     told: dict[str, Any] = {"source": args.source, "split": args.split}
     if args.captions:
-        rows = read_metadata(Path(args.captions))
-        encoders = PromptEncoders(args.text_encoders, args.text_length)
-        options = {"guidance": args.guidance, "skip_broken": args.skip_broken}
-        source = CaptionFolder(rows, pixels, encoders, **options)
-        told |= {"source": f"captions:{args.captions}", "guidance": args.guidance}
-        told["text"] = encoders.describe()
+        source, of_captions = open_captions(args, pixels)
+        told |= of_captions
     else:
         source = open_images(args.source, pixels, split=args.split, skip_broken=args.skip_broken)
     if tuple(source.image_shape) != pixels:
@@ -94,9 +93,30 @@ def make_job(args: Any) -> encode.Job:
         "class_names": getattr(source, "class_names", None),
     }
     batch = images_at_once(height * width) * jax.local_device_count()
-    complete = getattr(source, "complete", None)
+    of_texts = getattr(source, "complete", None), getattr(source, "null", None)
     out = Path(args.out)
-    return encode.Job(source, autoencoder.moments, batch, out, settings, args.workers, complete)
+    return encode.Job(source, autoencoder.moments, batch, out, settings, args.workers, *of_texts)
+
+
+def open_captions(args: Any, pixels: tuple[int, int, int]) -> tuple[Any, dict[str, Any]]:
+    """The source of images with captions that the flags name, and what the manifest says of it."""
+    from moe_diffusion.interop.prompts import PromptEncoders
+    from moe_diffusion.preparing.captions import Captioned, open_pairs
+
+    pairs = open_pairs(args.captions, args.caption_key, args.split, args.skip_broken)
+    how = {"mask": args.text_mask, "pooled": not args.no_pooled}
+    encoders = PromptEncoders(args.text_encoders, args.text_length, **how)
+    options = {
+        "per_image": 1 if args.captions_per_image is None else args.captions_per_image,
+        "guidance": args.guidance,
+    }
+    options |= {"min_size": args.min_size or 0, "skip_broken": args.skip_broken}
+    source = Captioned(pairs, pixels, encoders, **options)
+    told = {"source": f"captions:{args.captions}", "guidance": args.guidance}
+    told |= {"text": encoders.describe()} | source.settings()
+    # What is not given is not told, as in the folders that earlier versions began.
+    given = {"caption_key": args.caption_key, "min_size": args.min_size}
+    return source, told | {key: value for key, value in given.items() if value}
 
 
 def _check_source(args: Any) -> None:
@@ -105,8 +125,11 @@ def _check_source(args: Any) -> None:
         raise UserError("give one of --source and --captions: what shall be encoded")
     if args.captions and not args.text_encoders:
         raise UserError("--captions needs --text-encoders: the folder of a FLUX.1 pipeline")
-    if not args.captions and (args.text_encoders or args.guidance is not None):
-        raise UserError("--text-encoders and --guidance go with --captions only")
+    for flag in () if args.captions else OF_CAPTIONS:
+        if getattr(args, flag) not in (None, False):
+            raise UserError(f"--{flag.replace('_', '-')} goes with --captions only")
+    if args.min_size is not None and args.min_size < 1:
+        raise UserError(f"--min-size {args.min_size} is no size: give pixels, like 256")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise UserError(f"--guidance {args.guidance} is no number that a model can take")
 
@@ -148,14 +171,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("prepare", __doc__)
     add = parser.add_argument
     add("--source", help="folder:<path>, tfds:<name>, digits or synthetic")
-    add("--captions", help="in place of --source: a folder with metadata.jsonl, whose lines are "
-        '{"file_name": ..., "text": ...}')  # fmt: skip
+    add("--captions", metavar="KIND:PATH", help="in place of --source: images with captions, "
+        "folder:DIR, webdataset:TARS, journeydb:DIR or tfds:NAME; see docs/data.md")  # fmt: skip
+    add("--caption-key", metavar="KEY", help="where captions stand: keys of a .json or .jsonl, "
+        "like prompt,Task2.Caption; or the feature of a tfds set (caption)")  # fmt: skip
+    add("--captions-per-image", type=int, metavar="N", help="captions of an image that are stored, "
+        "of which training draws one (1)")  # fmt: skip
+    add("--min-size", type=int, metavar="PIXELS", help="images with a shorter side below it are "
+        "broken; leave them out with --skip-broken")  # fmt: skip
     add("--text-encoders", help="with --captions: a folder with tokenizer, text_encoder, "
         "tokenizer_2 and text_encoder_2, as FLUX.1 has them")  # fmt: skip
     add("--text-length", type=int, default=TEXT_LENGTH, help="tokens of a caption that are stored, "
         "padding included; FLUX.1 [schnell] has 256 (%(default)s)")  # fmt: skip
+    add("--text-mask", action="store_true", help="mask the padding, and store which tokens are "
+        "real as text_mask: for models with cross-attention")  # fmt: skip
+    add("--no-pooled", action="store_true", help="leave out the field pooled and its encoder, CLIP")
     add("--guidance", type=float, help="with --captions: value of a field guidance in all records")
-    add("--split", default="train", help="of a tfds source (%(default)s)")
+    add("--split", default="train", help="of a tfds set (%(default)s)")
     add("--size", help="of the images, in pixels: 256, or height x width: 256x384")
     add("--vae", help="the autoencoder: a weight file or a folder of diffusers")
     add("--kind", default="auto", help="sd or flux, for weights without config.json (%(default)s)")
@@ -166,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--shard-size", type=int, default=8192, help="records in a file (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="threads that read (%(default)s)")
-    add("--skip-broken", action="store_true", help="leave out files that are no images")
+    add("--skip-broken", action="store_true", help="leave out files that are no images, and broken "
+        "captions, and count them")  # fmt: skip
     add("--verify", action="store_true", help="only compare the files of --out with their digests")
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
@@ -184,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table, flush=True)
     manifest = run(job) if job else verify(args.out)
     if distributed.is_main_process():
+        for reason, count in (manifest.get("skipped_by_reason") or {}).items():
+            print(f"left out: {count:,} for {reason}")
         print(f"{manifest['count']:,} latents in {len(manifest['shards'])} files: {args.out}")
         if args.json:
             kept = ("count", "shape", "moments", "flip", "scale", "shift", "autoencoder")

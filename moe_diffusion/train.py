@@ -73,6 +73,7 @@ def open_job(spec: str, workdir: str, overrides: Sequence[str]) -> Job:
     from moe_diffusion.data.sources import open_source
     from moe_diffusion.empty_prompt import told
     from moe_diffusion.interop import autoencoder as autoencoders
+    from moe_diffusion.interop import prompts
     from moe_diffusion.models import build
     from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
     from moe_diffusion.parallel import distributed
@@ -88,6 +89,7 @@ def open_job(spec: str, workdir: str, overrides: Sequence[str]) -> Job:
     classes.check_same(classes.of_run(workdir), known, workdir)
     model = told(model, known.empty)
     autoencoder = autoencoders.for_config(config)
+    prompts.check_for_config(config)
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
               f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip

@@ -254,7 +254,7 @@ def kind_of(name: str, flags: argparse.Namespace, spec: str | None) -> str:
     if name == "convert":
         return flags.family or ""
     if name == "prepare":
-        return "captions" if flags.captions else "images"
+        return f"captions {flags.captions.partition(':')[0]}" if flags.captions else "images"
     if name == "bench":
         return flags.what
     if name == "evaluate" and flags.samples:
@@ -309,7 +309,12 @@ EXECUTED = {
     "plan dsmoe": "tests/planning/test_aot.py::test_dsmoe_l_e48_for_256_chips_in_three_minutes",
     "plan flux": "tests/planning/test_aot.py::test_flux_dev_draws_one_image_on_eight_v5e",
     "plan flux_moe": "tests/planning/test_aot.py::test_every_config_fits_somewhere",
-    "prepare captions": "tests/preparing/test_captions.py::test_what_the_records_hold",
+    "prepare captions folder": "tests/preparing/test_captions.py::"
+    "test_one_of_several_captions_is_drawn",
+    "prepare captions journeydb": "tests/preparing/test_captions.py::test_other_kinds_are_prepared",
+    "prepare captions tfds": "tests/preparing/test_captions.py::test_other_kinds_are_prepared",
+    "prepare captions webdataset": "tests/test_captions_road_cli.py::"
+    "test_records_of_a_tar_and_of_a_folder",
     "prepare images": "tests/test_prepare_cli.py::test_what_a_run_leaves_and_says",
     "report digits": "tests/reporting/test_report.py::test_a_page_of_two_runs",
     "reproduce": "tests/reproduction/test_reproduce.py::test_list_and_dry_run",

@@ -47,7 +47,7 @@ def test_what_a_run_leaves_and_says(inputs, undisturbed, capsys):
     assert last["autoencoder"]["name"] == "vae-tiny" and last["scale"] == 0.18215
     assert cli.contents(undisturbed) == before and len(before) == 11
     manifest = json.loads(before["manifest.json"])
-    assert manifest["format"] == 3
+    assert manifest["format"] == 4
     label = {"name": "label", "shape": [], "dtype": "int32", "num_values": 4}
     assert manifest["fields"] == [label]
     assert manifest["class_names"] == [f"class_{i}" for i in range(4)]
@@ -202,4 +202,6 @@ def test_a_broken_image_stops_the_run_or_is_left_out(inputs, tmp_path, capfd):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert not manifest["flip"] and not Latents(str(tmp_path / "out")).mirrored
     assert manifest["count"] == 3 and manifest["skipped"][0].endswith("class_1/a.png")
+    assert manifest["skipped_by_reason"] == {"unreadable image": 1}
+    assert "left out: 1 for unreadable image\n" in captured.out
     assert manifest["class_counts"] == [2, 1]

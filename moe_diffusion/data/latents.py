@@ -10,7 +10,8 @@ a digest of itself, and one of every shard for `prepare --verify`, which also fi
 another folder. Reading hundreds of GB at every start for these would cost minutes.
 
 Format 1 of the manifest had no "fields": its records hold one int32 label, as `read_settings` says.
-Format 2 had no digests.
+Format 2 had no digests. Format 3 had one caption a record and no empty prompt; see
+`caption_records`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moe_diffusion.caption_records import draw_captions, first_captions, read_null, stored_spec
 from moe_diffusion.conditions import IMAGE, Field
 from moe_diffusion.errors import UserError, explained
 from moe_diffusion.manifest import MANIFEST, REMEDY, check_manifest, check_settings
@@ -56,7 +58,8 @@ def record_of(settings: dict[str, Any]) -> np.dtype:
     """
     height, width, channels = settings["shape"]
     latent = 1 + settings["flip"], height, width, channels * (1 + settings["moments"])
-    fields = [(name, field.dtype, field.shape) for name, field in spec_of(settings).items()]
+    spec = stored_spec(spec_of(settings), settings)
+    fields = [(name, field.dtype, field.shape) for name, field in spec.items()]
     return np.dtype([*fields, (IMAGE, "<f2", latent)])
 
 
@@ -80,12 +83,17 @@ class Latents:
 
     `take` returns the means (or the stored samples) as the model sees them, (z - shift) * scale,
     and never mirrors. A training batch is made by `take_stored` and `draw`. `mirrored` says whether
-    the mirrored images are stored, too.
+    the mirrored images are stored, too. Of several captions, `take` returns the first, and
+    `draw_captions` chooses one. `null` has the fields of the empty prompt, {field: [*shape]}, or
+    nothing. `text_encoders` says which encoder made which field (the manifest's "text").
     """
 
     def __init__(self, folder: str):
         self.manifest = read_manifest(folder)
         self.image_shape, self.cond_spec = tuple(self.manifest["shape"]), spec_of(self.manifest)
+        self.stored_spec = stored_spec(self.cond_spec, self.manifest)
+        self.null = read_null(folder, self.manifest, self.cond_spec)
+        self.text_encoders = self.manifest.get("text") or {}
         self._record = record_of(self.manifest)
         self.class_names = self.manifest.get("class_names")
         self.class_counts = self.manifest.get("class_counts")
@@ -114,7 +122,7 @@ class Latents:
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"image": f32[B, h, w, c], **cond} of the records `indices`."""
-        batch = self.take_stored(indices)
+        batch = first_captions(self.take_stored(indices), self.manifest)
         mean = batch["image"][:, 0, ..., : self.image_shape[-1]].astype(np.float32)
         return {**batch, "image": (mean - self._shift) * self._scale}
 
@@ -154,6 +162,10 @@ class Latents:
                 latent = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
             image[i] = latent
         return (image - np.float32(self._shift)) * np.float32(self._scale)
+
+    def draw_captions(self, batch: dict, positions: range, seed: int) -> dict[str, np.ndarray]:
+        """A stored batch with one caption a record; see `caption_records.draw_captions`."""
+        return draw_captions(batch, self.manifest, positions, seed)
 
     def _read(self, shard: int, indices: list[int]) -> list[bytes]:
         path = str(self._files[shard])

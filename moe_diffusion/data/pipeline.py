@@ -155,7 +155,7 @@ class _Block(NamedTuple):
             batch = source.take(indices)
         else:
             batch = stack([source[int(i)] for i in indices])
-        check_batch(batch, indices, source.cond_spec)
+        check_batch(batch, indices, getattr(source, "stored_spec", source.cond_spec))
         return batch
 
     def augmented(self, batch: Batch, rng: np.random.Generator) -> Batch:
@@ -175,6 +175,8 @@ class _Block(NamedTuple):
         if hasattr(self.source, "draw"):
             seed = int(rng.integers(2**63))
             image = self.source.draw(image, self.positions, seed, self.augment == "flip")
+            if hasattr(self.source, "draw_captions"):
+                batch = self.source.draw_captions(batch, self.positions, seed)
         elif self.augment == "flip":
             flip = (rng.random(self.total) < 0.5)[mine, None, None, None]
             image = np.where(flip, image[:, :, ::-1], image)

@@ -17,7 +17,8 @@ example, `Digits.cond_spec` is {"label": Field((), "int32", 10)}. A source may a
 * `take(indices) -> batch`, if it can read a batch at once;
 * `labels`, i32[N], if it knows all labels beforehand: they are then checked before training;
 * `levels`, the number of grey levels of quantised images; the augmentation "dequantize" needs it;
-* `take_stored` and `draw`, if it draws a training record from a stored one (`latents.Latents`).
+* `take_stored` and `draw`, if it draws a training record from a stored one (`latents.Latents`),
+  and `stored_spec` and `draw_captions`, if the stored ones have several captions.
 
 A class or a function of your own is called with those of `image_shape`, `cond_spec` (of the model)
 and `split` that it has parameters for. The worker processes of `data.num_workers` receive the
@@ -39,6 +40,7 @@ from moe_diffusion.data.tfds import TfdsImages
 from moe_diffusion.digit_pairs import DigitPairs
 from moe_diffusion.digit_prompts import DigitPrompts
 from moe_diffusion.errors import UserError
+from moe_diffusion.manifest import how_to_prepare
 from moe_diffusion.own_data import find_source
 from moe_diffusion.synthetic import Synthetic
 
@@ -107,7 +109,7 @@ def open_source(data: Any, input_shape: Shape, cond_spec: Spec) -> Source:
     """
     kind, _, place = data.source.partition(":")
     if kind == "latents" and place and not Path(place).exists():
-        raise UserError(_how_to_prepare(place, input_shape, cond_spec))
+        raise UserError(how_to_prepare(place, input_shape, cond_spec))
     source = open_images(data.source, input_shape, data.split, data.skip_broken, cond_spec)
     check_fits(source, data.source, input_shape, cond_spec)
     return source
@@ -217,16 +219,3 @@ def _check_values(name: str, values: np.ndarray, indices: Sequence[int], field: 
             f"record {indices[wrong[0, 0]]} of the data has {name} {values[tuple(wrong[0])]}, "
             f"outside 0..{most - 1}: mend the record or the source's number of values"
         )
-
-
-def _how_to_prepare(folder: str, shape: Shape, cond_spec: Spec) -> str:
-    """What a latents folder must hold, and a command that makes one, as an example."""
-    height, width, channels = shape
-    size = f"{8 * height}x{8 * width}"
-    return (
-        f"the folder of data.source=latents:{folder} is not there. It must hold {height}x{width}x"
-        f"{channels} latents with the condition {', '.join(cond_spec) or '(none)'}. An example, "
-        "where the autoencoder has 8 pixels per latent: `python -m moe_diffusion.prepare --source "
-        f"folder:/data --size {size} --vae sd-vae-ft-ema/ --out {folder}`. "
-        "To train right now without data: --config.data.source=synthetic"
-    )

@@ -24,24 +24,8 @@ class TfdsImages:
     """
 
     def __init__(self, place: str, split: str, image_shape: tuple[int, int, int]):
-        builder = _builder(place)
-        self.image_shape = image_shape
-        features, splits = builder.info.features, list(builder.info.splits)
-        if not {"image", "label"} <= set(features):
-            found = ", ".join(features)
-            raise UserError(f"tfds:{place} has the features {found}: it needs image and label")
-        if splits and split not in splits:
-            known = ", ".join(splits)
-            raise UserError(f"data.split={split!r} is not in tfds:{place}; it has {known}")
-        remedy = "prepare it with file_format=array_record, see docs/data.md"
-        # Here and in `_builder` tfds raises many kinds: AssertionError, OSError, some of its own.
-        with explained(f"tfds:{place} cannot be read", remedy):
-            from tensorflow_datasets import decode
-
-            # The images stay files: what tfds makes of them depends on the packages installed.
-            decoders = {"image": decode.SkipDecoding()}
-            self._records = builder.as_data_source(split=split, decoders=decoders)
-        self._place = place
+        features, self._records = open_records(place, split, "label")
+        self._place, self.image_shape = place, image_shape
         self.cond_spec = {"label": Field((), "int32", features["label"].num_classes)}
         self.class_names = list(features["label"].names)
 
@@ -49,11 +33,38 @@ class TfdsImages:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = self._records[index]
+        record, name = self._records[index], f"record {index} of tfds:{self._place}"
         read = pictures.read if isinstance(record["image"], bytes) else pictures.from_array
-        name = f"record {index} of tfds:{self._place}"
         image = read(record["image"], name, "prepare the dataset again")
         return {"image": to_array(image, self.image_shape), "label": np.int32(record["label"])}
+
+
+def open_records(place: str, split: str, needed: str) -> tuple[Any, Any]:
+    """(features, records) of a prepared dataset; the images of its records stay files.
+
+    Args:
+      place: a name or a folder, see `TfdsImages`.
+      needed: a feature that must be there beside "image".
+
+    Raises:
+      UserError: it is not prepared, or has no such split or feature.
+    """
+    builder = _builder(place)
+    features, splits = builder.info.features, list(builder.info.splits)
+    if not {"image", needed} <= set(features):
+        found = ", ".join(features)
+        raise UserError(f"tfds:{place} has the features {found}: it needs image and {needed}")
+    if splits and split not in splits:
+        known = ", ".join(splits)
+        raise UserError(f"data.split={split!r} is not in tfds:{place}; it has {known}")
+    remedy = "prepare it with file_format=array_record, see docs/data.md"
+    # Here and in `_builder` tfds raises many kinds: AssertionError, OSError, some of its own.
+    with explained(f"tfds:{place} cannot be read", remedy):
+        from tensorflow_datasets import decode
+
+        # What tfds makes of images depends on the packages installed.
+        decoders = {"image": decode.SkipDecoding()}
+        return features, builder.as_data_source(split=split, decoders=decoders)
 
 
 def _builder(place: str) -> Any:

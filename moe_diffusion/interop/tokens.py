@@ -54,18 +54,28 @@ class PromptTokenizer:
         Raises:
           UserError: the tokens that begin and end a prompt are more than `length`.
         """
+        return self.with_mask(prompts, length)[0]
+
+    def with_mask(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids i32[B, length], mask bool[B, length]) of the prompts; False is padding.
+
+        Raises:
+          UserError: see `__call__`.
+        """
         least = self.tokenizer.num_special_tokens_to_add(False)
         if length < least:
             raise UserError(f"{length} tokens are too few: a prompt's ends are {least} already")
         self.tokenizer.enable_truncation(length)
         ids = np.full((len(prompts), length), self.pad, np.int32)
+        mask = np.zeros(ids.shape, bool)
         for row, prompt, found in zip(
-            ids, prompts, self.tokenizer.encode_batch(list(prompts)), strict=True
+            range(len(ids)), prompts, self.tokenizer.encode_batch(list(prompts)), strict=True
         ):
-            row[: len(found.ids)] = found.ids
+            ids[row, : len(found.ids)] = found.ids
+            mask[row, : len(found.ids)] = True
             if found.overflowing:
                 warn_of_loss(length, _lost(prompt, found))
-        return ids
+        return ids, mask
 
 
 def open_tokenizer(folder: str | os.PathLike) -> PromptTokenizer:

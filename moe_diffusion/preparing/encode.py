@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,16 +21,19 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from moe_diffusion import digests, locks
+from moe_diffusion.caption_records import save_null, stored_spec
 from moe_diffusion.classes import of_source
 from moe_diffusion.data.latents import UNFINISHED, read_settings, record_of, spec_of
 from moe_diffusion.data.sources import check_batch, stack
 from moe_diffusion.errors import UserError
 from moe_diffusion.manifest import FORMAT, MANIFEST, check_note
+from moe_diffusion.preparing.pairs import UNREADABLE, LeftOut
 from moe_diffusion.reading import read_table
 
 # Each record is a separate group, for random access. Nothing is compressed, because f16 latents
 # are too noisy for it.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
+_NAMED = 1000  # images left out that the manifest names; it counts all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Job:
 
     Attributes:
       source: of images and conditions; see `data/sources.py`. It may have `read(i)`, which returns
-        None for a broken image.
+        None for a broken image, or a `LeftOut`, which says why a record is left out.
       moments: images f32[B, H, W, C] -> f32[B, h, w, 2c], always called with `batch` images.
       batch: images that are encoded at once.
       folder: where the latents go.
@@ -47,6 +51,7 @@ class Job:
       workers: threads that read images.
       complete: records that were read together -> the same with all fields of their conditions,
         for what is computed of many at once; None if a record is read complete.
+      null: makes the fields of the empty prompt, {field: [*shape]}; None if there are no prompts.
     """
 
     source: Any
@@ -56,6 +61,7 @@ class Job:
     settings: dict[str, Any]
     workers: int
     complete: Callable[[list[Any]], list[Any]] | None = None
+    null: Callable[[], dict[str, np.ndarray]] | None = None
 
     @property
     def shards(self) -> list[range]:
@@ -116,14 +122,17 @@ def finish(job: Job) -> dict[str, Any]:
     count = sum(note["count"] for note in notes)
     if not count:
         raise UserError("every image is broken: nothing was prepared")
-    skipped = sum((note["skipped"] for note in notes), [])
+    skipped = [name for note in notes for name in note["skipped"]]
+    null = {"null": save_null(job.folder, job.null())} if job.null else {}
     manifest = {
         "format": FORMAT,
         "count": count,
         **job.settings,
         "class_counts": _class_counts(job, set(skipped)),
         "statistics": _statistics(job, notes, count),
-        "skipped": skipped,
+        "skipped": skipped[:_NAMED],
+        "skipped_by_reason": _reasons(notes),
+        **null,
         "shards": [{k: note[k] for k in ("file", "count", "bytes", "sha256")} for note in notes],
     }
     manifest = digests.seal(manifest)
@@ -133,15 +142,16 @@ def finish(job: Job) -> dict[str, Any]:
 
 
 def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) -> None:
-    path, count, skipped = job.shard_file(number), 0, []
+    path, count, skipped = job.shard_file(number), 0, {}
     part = path.with_name(f".{path.name}.part")
-    record_type, spec, sums = record_of(job.settings), spec_of(job.settings), []
+    spec = stored_spec(spec_of(job.settings), job.settings)
+    record_type, sums = record_of(job.settings), []
     writer = ArrayRecordWriter(str(part), _WRITER_OPTIONS)
     try:
         for indices, records in _read_ahead(job, job.shards[number], readers):
             found = dict(zip(indices, records, strict=True))
-            skipped += [job.source.name(i) for i, record in found.items() if record is None]
-            good = {i: record for i, record in found.items() if record is not None}
+            skipped |= {i: x for i, x in found.items() if x is None or isinstance(x, LeftOut)}
+            good = {i: record for i, record in found.items() if i not in skipped}
             if good:
                 if job.complete:
                     good = dict(zip(good, job.complete(list(good.values())), strict=True))
@@ -160,7 +170,9 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
         os.fsync(file.fileno())  # after a power cut there must be no note without its shard
     os.replace(part, path)
     size, digest = path.stat().st_size, digests.file_digest(path)
-    note = {"file": path.name, "count": count, "bytes": size, "sha256": digest, "skipped": skipped}
+    note = {"file": path.name, "count": count, "bytes": size, "sha256": digest}
+    note["skipped"] = [job.source.name(i) for i in skipped]
+    note["reasons"] = Counter(reason or UNREADABLE for reason in skipped.values())
     # The sums are per image until here, because the number of devices must not change the rounding.
     total = np.concatenate(sums).sum(0).tolist() if sums else 0
     _write_json(job.note(number), digests.seal(note | {"sums": total}))
@@ -238,6 +250,14 @@ def _class_counts(job: Job, skipped: set[str]) -> list[int] | None:
         for index, label in enumerate(job.source.labels.tolist()):
             counts[label] -= job.source.name(index) in skipped
     return counts or None
+
+
+def _reasons(notes: list[dict[str, Any]]) -> dict[str, int]:
+    """Why images were left out -> how many; an earlier version did not note it."""
+    reasons: Counter[str] = Counter()
+    for note in notes:
+        reasons.update(note.get("reasons") or {UNREADABLE: len(note["skipped"])})
+    return {reason: count for reason, count in sorted(reasons.items()) if count}
 
 
 def _read_note(job: Job, number: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def verify(folder: str | os.PathLike) -> dict[str, Any]:
     """Reads a finished folder whole and compares it with its manifest, which is returned.
 
     Raises:
-      UserError: a shard is missing or damaged; or the manifest is older than format 3.
+      UserError: a shard or the empty prompt is missing or damaged; or the manifest is older than
+        format 3.
     """
     manifest = Latents(folder).manifest
     for shard in manifest["shards"]:

@@ -120,6 +120,7 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
     """
     import jax
 
+    from moe_diffusion.classes import of_run
     from moe_diffusion.config.sizes import size_changes
     from moe_diffusion.interop import autoencoder as autoencoders
     from moe_diffusion.parallel.mesh import make_mesh
@@ -145,7 +146,8 @@ def open_run(args: argparse.Namespace, overrides: Sequence[str]) -> OpenRun:
         if texts:
             each = args.num_per_prompt or (file.images if file and not args.num else None)
             num = each and each * len(texts)
-            encoder = prompts.prompt_encoder(config, model, args.text_encoders)
+            known = of_run(args.workdir)
+            encoder = prompts.prompt_encoder(config, model, args.text_encoders, known)
             how = {"num": num or args.num, "guidance": args.guidance, "asked_by": "--guidance"}
             found.append(prompts.condition(encoder, model, texts, **how))
 

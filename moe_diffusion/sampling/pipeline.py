@@ -206,7 +206,7 @@ class Pipeline:
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         if self._encoder is None:
-            self._encoder = prompt_encoder(self.config, self.model, self.text_encoders)
+            self._encoder = prompt_encoder(self.config, self.model, self.text_encoders, self.known)
         return self._encoder(prompts)
 
     def _settings(self, sampling: Mapping[str, Any], size: Size | None) -> ConfigDict:

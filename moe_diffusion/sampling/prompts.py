@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from moe_diffusion.classes import NOTHING, Classes
 from moe_diffusion.conditions import Field
 from moe_diffusion.empty_prompt import GUIDANCE
 from moe_diffusion.errors import UserError, explained, shown
-from moe_diffusion.interop.prompts import PromptEncoders
+from moe_diffusion.interop.prompts import MASK, PromptEncoders, text_of_data
 from moe_diffusion.models.stack import Model
 from moe_diffusion.sampling.conditions import spread
 from moe_diffusion.sampling.lazy import LazyField, lazy_fields
@@ -44,7 +45,10 @@ class PromptEncoder(Protocol):
 
 
 class PipelinePrompts:
-    """Of FLUX.1: {"text": [N, L, D], "pooled": [N, P]}, by the text encoders of a pipeline.
+    """{"text": [N, L, D], "text_mask": [N, L], "pooled": [N, P]}, by the encoders of a pipeline.
+
+    Which of the last two there are is that of the model: FLUX.1 takes no mask, and a model with
+    cross-attention may take no pooled text.
 
     Args:
       spec: the condition of the model; its text has L tokens.
@@ -63,7 +67,8 @@ class PipelinePrompts:
                 "data.text_encoders"
             )
         self.max_tokens = spec["text"].shape[0]
-        self._encoders = PromptEncoders(folder, self.max_tokens)
+        options = {"mask": MASK in spec, "pooled": "pooled" in spec}
+        self._encoders = PromptEncoders(folder, self.max_tokens, **options)
         self._dtypes = {}
         for name, made in self._encoders.cond_spec.items():
             if made.shape != spec[name].shape:
@@ -72,6 +77,13 @@ class PipelinePrompts:
                     f"takes {list(spec[name].shape)}: name those that belong to it"
                 )
             self._dtypes[name] = jnp.dtype(spec[name].dtype)
+
+    def check_made(self, made_by: Mapping[str, Any]) -> None:
+        """Raises a UserError unless these encoders made the texts that the model was trained with.
+
+        made_by: see `interop.prompts.PromptEncoders.check_made`.
+        """
+        self._encoders.check_made(made_by, "the data that this model was trained with")
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         try:
@@ -105,20 +117,29 @@ ENCODERS: dict[str, Callable[[ConfigDict, Model, str | None], PromptEncoder]] = 
 
 
 def prompt_encoder(
-    config: ConfigDict, model: Model, folder: str | os.PathLike | None = None
+    config: ConfigDict,
+    model: Model,
+    folder: str | os.PathLike | None = None,
+    known: Classes = NOTHING,
 ) -> PromptEncoder:
     """What encodes prompts for the model of a run.
 
     Args:
       folder: of text encoders, if the model needs some; None takes `data.text_encoders`.
+      known: what the run knows of its data, which may say which encoders made the texts; if it
+        does not, the prepared data of `data.source` is asked.
 
     Raises:
-      UserError: the model takes no prompts, or its encoders are not there.
+      UserError: the model takes no prompts, or its encoders are not there, or they are not those
+        that made the texts of the training (if these are known).
     """
     fields = model.cond_spec()
     for name, make in ENCODERS.items():
         if name in fields:
-            return make(config, model, os.fspath(folder or config.data.text_encoders))
+            encoder = make(config, model, os.fspath(folder or config.data.text_encoders))
+            if isinstance(encoder, PipelinePrompts):
+                encoder.check_made(known.text or text_of_data(config))
+            return encoder
     raise UserError(
         f"{config.name} takes no prompts: its condition has {', '.join(fields) or 'nothing'}; "
         "choose a model that reads texts, like configs/flux_dev.py"

@@ -33,13 +33,13 @@ from moe_diffusion.figures.curves import read_metrics
 from moe_diffusion.interop import autoencoder, describe, families, files, keymap, tokens
 from moe_diffusion.interop.text_config import config_of, network_from_config
 from moe_diffusion.models.text import CLIPText, T5Encoder
-from moe_diffusion.preparing.captions import read_metadata
+from moe_diffusion.preparing.captions import open_pairs
 from moe_diffusion.reading import read_table
 from moe_diffusion.sampling.load import load_workdir
 from tests import cli
 from tests.campaign.mutations import RAN, VALUES, mutations, whole
 from tests.interop import pipeline_folder, torch_file
-from tests.preparing import latents_folder
+from tests.preparing import caption_places, latents_folder
 from tests.sampling import tiny_run
 
 GOLDENS = cli.ROOT / "tests" / "goldens"
@@ -385,12 +385,37 @@ def captions(count: int, seed: int, folder: Path) -> Counter:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def harmless(name, taken):
-        return all(path.is_file() and isinstance(caption, str) for path, caption in taken)
+        found = [(taken.image(index), taken.texts(index)) for index in range(len(taken))]
+        return all(Path(image).is_file() and all(texts) for image, texts in found)
 
     path = folder / "metadata.jsonl"
     return damage(
-        text.encode(), "bytes", seed, count, path, lambda path: read_metadata(path.parent), harmless
+        text.encode(),
+        "bytes",
+        seed,
+        count,
+        path,
+        lambda path: open_pairs(str(path.parent), skip_broken=False),
+        harmless,
     )
+
+
+def caption_shards(count: int, seed: int, folder: Path) -> Counter:
+    """A tar of pictures with captions. What is inside of its files has no digest."""
+    path = caption_places.write_tar(folder / "a.tar", caption_places.shard(0, 3))
+    given = path.read_bytes()
+    known = {f"{path}: {i:09}" for i in range(3)}
+
+    def read(path):
+        pairs = open_pairs(f"webdataset:{path}", skip_broken=False)
+        for index in range(len(pairs)):
+            pictures.read(pairs.image(index), pairs.name(index), "x")
+        return {pairs.name(index): pairs.texts(index) for index in range(len(pairs))}
+
+    def harmless(name, taken):
+        return taken.keys() == known and all(text for texts in taken.values() for text in texts)
+
+    return damage(given, "bytes", seed, count, path, read, harmless)
 
 
 def text_encoders(count: int, seed: int, folder: Path) -> Counter:
@@ -449,9 +474,9 @@ def features(count: int, seed: int, folder: Path) -> Counter:
 
 # Kind -> how often it is tried for every 100 inputs.
 KINDS: dict[Kind, int] = {
-    run_config: 12, overrides: 12, hyperparameters: 16, weights: 8, pickles: 8, shard_indices: 4,
+    run_config: 12, overrides: 12, hyperparameters: 14, weights: 8, pickles: 8, shard_indices: 4,
     autoencoders: 6, run_notes: 5, checkpoints: 2, manifests: 9, shards: 3, image_files: 3,
-    captions: 2, text_encoders: 4, features: 6,
+    captions: 2, caption_shards: 2, text_encoders: 4, features: 6,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -67,14 +68,21 @@ def spiece(path: Path) -> None:
     )
 
 
-def encoder(kind: type, vocab_size: int, **options) -> TextEncoder:
+def encoder(kind: type, vocab_size: int, seed: int = 0, **options) -> TextEncoder:
     sizes = {"hidden_size": 16, "mlp_hidden_size": 24, "depth": 2, "num_heads": 2, "head_dim": 8}
     network = kind(vocab_size=vocab_size, **sizes | options)
-    params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(network.init)(jax.random.key(seed), np.zeros((1, 4), np.int32))["params"]
     params = jax.tree.map(np.asarray, dict(nn.meta.unbox(params)))
     for name in {"tokens", "positions", "position_bias"} & params.keys():
         params[name] = params[name] * 50  # they start at 0.02: all tokens would look alike
     return TextEncoder(network, params)
+
+
+def replace_t5(folder: Path, seed: int) -> Path:
+    """Puts another T5 of the same shape into a pipeline folder."""
+    shutil.rmtree(folder / "text_encoder_2")
+    text.save(encoder(T5Encoder, len(PIECES) + 3, seed), folder / "text_encoder_2")
+    return folder
 
 
 def write(folder: Path) -> Path:

@@ -1,0 +1,229 @@
+"""Images with captions in tar shards, as LAION, COYO and CC12M are downloaded with img2dataset.
+
+The files of one image have one stem, the name up to its first full stop: `000012.jpg`,
+`000012.txt`, `000012.json`. The shards are not unpacked. They are read once for the places of their
+files, and after that in any order.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+import tarfile
+from typing import NamedTuple
+
+from moe_diffusion import pictures
+from moe_diffusion.errors import UserError, explained
+from moe_diffusion.preparing.pairs import (
+    BROKEN_TEXT,
+    LONGEST,
+    NO_IMAGE,
+    NO_TEXT,
+    SKIP,
+    UNREADABLE,
+    Pair,
+    Pairs,
+    Unusable,
+    inside,
+    keys_of,
+    texts_at,
+    usable,
+)
+from moe_diffusion.reading import table_of
+
+_USUAL = ("caption", "captions")  # keys of the .json
+_IMAGES = tuple(suffix[1:] for suffix in pictures.SUFFIXES)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST = 1_000_000  # shards
+_LARGEST = 1 << 28  # bytes of an image
+_BLOCK = 512  # bytes of a tar's header
+_COPY = "download it again"
+
+
+class Member(NamedTuple):
+    """A file inside of a tar: which tar, and the bytes there."""
+
+    shard: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its content, shorter than `size` if the tar has been cut since."""
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class Shards(Pairs):
+    """The images of tar shards.
+
+    Args:
+      key: see `open_shards`.
+    """
+
+    def __init__(self, pairs: list[Pair], key: str | None):
+        super().__init__(pairs)
+        self._only_json, self._keys = bool(key), keys_of(key, _USUAL)
+
+    def image(self, index: int) -> bytes:
+        pair = self._pairs[index]
+        return _content(pair.image, pair.name, UNREADABLE, _LARGEST)
+
+    def texts(self, index: int) -> list[str]:
+        pair = self._pairs[index]
+        content = {
+            kind: _content(member, f"{pair.name}.{kind}", BROKEN_TEXT, LONGEST)
+            for kind, member in pair.texts.items()
+            if not (self._only_json and kind == "txt")
+        }
+        found: list[str | bytes] = [content["txt"]] if "txt" in content else []
+        if "json" in content:
+            try:
+                found += self._of_json(content["json"], f"{pair.name}.json")
+            except Unusable:
+                if not found:
+                    raise
+        return usable(found, f"{pair.name}.{'txt' if 'txt' in content else 'json'}")
+
+    def _of_json(self, content: bytes, name: str) -> list[str]:
+        try:
+            texts = texts_at(table_of(content.decode("utf-8-sig")) or {}, self._keys)
+        except ValueError as error:  # no UTF-8, too
+            raise Unusable(BROKEN_TEXT, f"{name}: {error}: mend it, {SKIP}") from None
+        if texts is None:
+            keys = " and no ".join(self._keys)
+            raise Unusable(BROKEN_TEXT, f"{name} is no object or has no {keys}: mend it, {SKIP}")
+        return texts
+
+
+def open_shards(place: str, key: str | None = None) -> Shards:
+    """The images of tar shards.
+
+    Args:
+      place: a tar, a folder of tars, a pattern like /data/*.tar, or numbers like
+        /data/{00000..00012}.tar.
+      key: the keys of the .json that hold captions, with commas between them; then the .txt is
+        not read.
+
+    Raises:
+      UserError: there is no such tar; one is damaged or cut, has links or sparse files, a path
+        that leads out of it, or two files of one name; or there is no image.
+    """
+    pairs, texts = [], ("json",) if key else ("txt", "json")
+    for shard in shards_of(place):
+        pairs += [_pair(shard, stem, files, texts) for stem, files in _index(shard).items()]
+    if not any(pair.image for pair in pairs):
+        raise UserError(f"{place} holds no images ({', '.join(_IMAGES)}): name tars with some")
+    return Shards(pairs, key)
+
+
+def shards_of(place: str) -> list[str]:
+    """The tars that a place names, see `open_shards`. Raises a UserError if there is none."""
+    if os.path.isdir(place):
+        found = sorted(glob.glob(os.path.join(glob.escape(place), "*.tar")))
+        found = [path for path in found if pictures.counts(os.path.basename(path))]
+        if not found:
+            raise UserError(f"{place} holds no .tar: name a folder of tar shards")
+        return found
+    found = []
+    for path in [place] if os.path.exists(place) else _expanded(place):
+        matching = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        if not matching:
+            raise UserError(f"there is no tar at {path}: download it, or name those that are there")
+        found += matching
+    for path in found:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is no regular file: name tars")
+    return list(dict.fromkeys(found))
+
+
+def _expanded(place: str) -> list[str]:
+    """ "a{08..10}.tar" -> a08.tar, a09.tar, a10.tar; "{a,b}.tar" -> a.tar, b.tar."""
+    choices, count = [], 1
+    for number, part in enumerate(_BRACES.split(place)):  # every other part is inside of braces
+        ends = _RANGE.fullmatch(part) if number % 2 else None
+        if ends:
+            first, last, width = int(ends[1]), int(ends[2]), len(ends[1])
+            if last < first:
+                raise UserError(f"{place}: {{{part}}} counts down: give the smaller number first")
+            options = range(first, last + 1)
+        else:
+            options, width = part.split(",") if number % 2 else [part], 0
+        count *= len(options)
+        if count > _MOST:
+            raise UserError(f"{place} names more than {_MOST:,} tars: name fewer")
+        choices.append([f"{option:0{width}}" if ends else option for option in options])
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _index(shard: str) -> dict[str, dict[str, Member]]:
+    """Stem -> kind of file -> where it is, in the order of the tar."""
+    found: dict[str, dict[str, Member]] = {}
+    size, end = os.path.getsize(shard), -1
+    with explained(f"{shard} is no whole tar", _COPY), tarfile.open(shard, "r:") as tar:
+        while (member := tar.next()) is not None:
+            if member.size < 0 or tar.offset <= end:
+                raise ValueError("a header has a size that is none")
+            tar.members, end = [], tar.offset  # else all headers are kept
+            _add(found, shard, member, size)
+        end = tar.offset
+    with open(shard, "rb") as file:
+        file.seek(end)
+        rest = file.read(_BLOCK)
+        # tarfile ends at a damaged header without a word, and at the first end of several tars.
+        while len(rest) >= _BLOCK and not rest.strip(b"\0") and (more := file.read(_LARGEST >> 8)):
+            rest = more if len(more) >= _BLOCK else more.ljust(_BLOCK, b"\0")
+        if len(rest) < _BLOCK or rest.strip(b"\0"):
+            raise UserError(f"{shard} is damaged, cut off or several tars in one file: {_COPY}")
+    return found
+
+
+def _add(
+    found: dict[str, dict[str, Member]], shard: str, member: tarfile.TarInfo, size: int
+) -> None:
+    """Notes a member of a tar of `size` bytes; raises a UserError for one that cannot be."""
+    name = inside(member.name, shard)
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        raise UserError(f"{shard}: {name} is a link, a device or a sparse file: pack plain files")
+    folder, _, file = name.rpartition("/")
+    stem, _, kind = file.partition(".")
+    kind = kind.lower()
+    if not pictures.counts(file) or kind not in (*_IMAGES, "txt", "json"):
+        return
+    if member.offset_data + member.size > size:
+        raise UserError(f"{shard} is cut off inside of {name}: {_COPY}")
+    files = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
+    kind = kind if kind in ("txt", "json") else "image"
+    if kind in files:
+        what = "two images" if kind == "image" else f"two .{kind}"
+        raise UserError(f"{shard} has {what} of the stem {stem} ({name}): leave one")
+    files[kind] = Member(shard, member.offset_data, member.size)
+
+
+def _pair(shard: str, stem: str, files: dict[str, Member], kinds: tuple[str, ...]) -> Pair:
+    name = f"{shard}: {stem}"
+    texts = {kind: files[kind] for kind in kinds if kind in files}
+    if "image" not in files:
+        return Pair(name, defect=Unusable(NO_IMAGE, f"{name} has no image: pack it, {SKIP}"))
+    if not texts:
+        beside = " or ".join(f".{kind}" for kind in kinds)
+        defect = Unusable(NO_TEXT, f"{name} has no {beside} beside it: pack one, {SKIP}")
+        return Pair(name, files["image"], defect=defect)
+    return Pair(name, files["image"], texts)
+
+
+def _content(member: Member, name: str, reason: str, most: int) -> bytes:
+    if member.size > most:
+        raise Unusable(reason, f"{name} has {member.size:,} bytes, more than {most:,}: {SKIP}")
+    try:
+        data = member.read()
+    except OSError as error:
+        raise UserError(f"cannot read {member.shard} ({error.strerror}): mend the access") from None
+    if len(data) < member.size:
+        raise UserError(f"{member.shard} is shorter than it was at the start: {_COPY}")
+    return data
