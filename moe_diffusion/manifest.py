@@ -11,7 +11,7 @@ from moe_diffusion.errors import UserError, shown
 from moe_diffusion.reading import Key, check_keys, key_like, plain_name
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4  # of several buckets; what has one is written as format 3
 REMEDY = "restore it, or prepare the folder again"
 DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"}
 DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -22,8 +22,11 @@ _TEXT, _TEXTS = Key((str,)), Key((str,), None)
 _NOTHING = type(None)
 _RECORD = 1 << 30  # bytes of a record, at most
 
+_SHAPE = Key((list,), least=3, most=3, items=_SIDE)
+
 _SETTINGS = {
-    "shape": Key((list,), least=3, most=3, items=_SIDE),
+    "shape": _SHAPE,
+    "buckets": Key((list, _NOTHING), None, least=2, most=1000, items=_SHAPE),  # format 4
     "moments": Key((bool,)),
     "flip": Key((bool,)),
     "scale": Key((float,), least=1e-6, most=1e6),
@@ -41,6 +44,7 @@ _SETTINGS = {
 _MANIFEST = {
     "count": Key((int,), least=1, most=1 << 40),
     "shards": Key((list,), least=1, items=Key((dict,))),
+    "bucket_counts": Key((list, _NOTHING), None, items=_COUNT),  # format 4
     "statistics": Key((dict,), {}),
     "skipped": Key((list,), (), items=_TEXT),
 }
@@ -55,6 +59,7 @@ _SHARD = {
     "count": _COUNT,
     "bytes": Key((int,), least=0, most=1 << 60),
     "sha256": Key((str, _NOTHING), None),  # format 3
+    "bucket": Key((int,), 0, least=0, most=999),  # format 4
 }
 _MADE_BY = {"name": _TEXT, "fingerprint": _TEXT}
 
@@ -73,8 +78,11 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     check_keys(settings, _SETTINGS, where, REMEDY)
     if settings.get("autoencoder"):
         check_keys(settings["autoencoder"], _MADE_BY, f"{where}: autoencoder", REMEDY)
-    height, width, channels = settings["shape"]
-    size = 2 * (1 + settings["flip"]) * (1 + settings["moments"]) * height * width * channels
+    shapes = settings.get("buckets") or [settings["shape"]]
+    if settings["shape"] != shapes[0] or any(shape[2] != shapes[0][2] for shape in shapes):
+        raise UserError(f"{where}: shape is not the first of buckets, or channels differ: {REMEDY}")
+    largest = max(height * width * channels for height, width, channels in shapes)
+    size = 2 * (1 + settings["flip"]) * (1 + settings["moments"]) * largest
     names = []
     for i, field in enumerate(settings["fields"]):
         named = f"{where}: fields[{i}]"
@@ -127,6 +135,14 @@ def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f"{where} says {manifest['count']} records, its shards hold {counted}: prepare it again"
         )
+    counts = [0] * len(manifest.get("buckets") or [0])
+    of_shards = [shard.get("bucket", 0) for shard in manifest["shards"]]
+    if of_shards != sorted(of_shards) or max(of_shards) >= len(counts):
+        raise UserError(f"{where}: the buckets of its shards are not in order: {REMEDY}")
+    for bucket, shard in zip(of_shards, manifest["shards"], strict=True):
+        counts[bucket] += shard["count"]
+    if counts != (manifest.get("bucket_counts") or counts):
+        raise UserError(f"{where}: bucket_counts is not what the shards hold: {REMEDY}")
 
 
 def check_note(note: Mapping[str, Any], shard: Path, where: str, channels: int) -> None:

@@ -263,7 +263,7 @@ FLOORS = (
     ("trackers",),
     ("parallel", "pictures"),
     ("conditions", "tensor_parallel", "progress", "fallback"),
-    ("classes", "own_data", "digit_prompts"),
+    ("classes", "own_data", "digit_prompts", "buckets"),
     ("kernels",),
     ("moe",),
     ("models",),

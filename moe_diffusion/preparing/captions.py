@@ -72,6 +72,11 @@ class CaptionFolder:
         pixels = to_array(picture, self.image_shape)
         return {"image": pixels, _CAPTION: caption}
 
+    def picture_size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of the picture of record `index`; None if `read` may skip it."""
+        remedy = "restore it, or skip such files (--skip-broken)"
+        return pictures.size_of(self.name(index), self.name(index), remedy, self.skip_broken)
+
     def complete(self, records: list[Record]) -> list[Record]:
         """The records with the fields of `cond_spec` in place of their captions."""
         fields = self._encoders.encode([record[_CAPTION] for record in records])

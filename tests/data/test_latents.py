@@ -173,7 +173,7 @@ def test_manifests_that_are_not_whole(copy):
     for text, message in (
         ("{", "is not valid JSON"),
         ("[2]", r"holds \[2\], not a table"),
-        (json.dumps(manifest | {"format": 99}), "is of format 99, .* reads 1 to 3: update moe_dif"),
+        (json.dumps(manifest | {"format": 99}), "is of format 99, .* reads 1 to 4: update moe_dif"),
         (json.dumps(manifest | {"format": None}), "is of format None"),
         (json.dumps(seal(manifest | {"count": 99})), "says 99 records, its shards hold 21"),
         (json.dumps(manifest | {"scale": 0.5000001}), "manifest.json is damaged"),
