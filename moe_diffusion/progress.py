@@ -83,7 +83,7 @@ class Progress:
 
     @contextlib.contextmanager
     def compiling_for(self, what: str) -> Iterator[None]:
-        """Time in which another program is compiled in the midst of training; announced and told."""
+        """Time in which another program is compiled amid training; it is announced and told."""
         self.write(f"compiling for {what} ...")
         start = time.perf_counter()
         with self.paused("compiling"):

@@ -254,7 +254,7 @@ def kind_of(name: str, flags: argparse.Namespace, spec: str | None) -> str:
     if name == "convert":
         return flags.family or ""
     if name == "prepare":
-        return "captions" if flags.captions else "images"
+        return "captions" if flags.captions else "sizes" if flags.sizes else "images"
     if name == "bench":
         return flags.what
     if name == "evaluate" and flags.samples:
@@ -311,6 +311,7 @@ EXECUTED = {
     "plan flux_moe": "tests/planning/test_aot.py::test_every_config_fits_somewhere",
     "prepare captions": "tests/preparing/test_captions.py::test_what_the_records_hold",
     "prepare images": "tests/test_prepare_cli.py::test_what_a_run_leaves_and_says",
+    "prepare sizes": "tests/test_buckets_cli.py::test_prepare_is_killed_and_goes_on",
     "report digits": "tests/reporting/test_report.py::test_a_page_of_two_runs",
     "reproduce": "tests/reproduction/test_reproduce.py::test_list_and_dry_run",
     "routing digits": "tests/test_thresholds_cli.py::test_a_folder_on_the_use_of_experts",

@@ -105,8 +105,8 @@ def records(folder: Path, count: int, number: int) -> list[np.ndarray]:
     """
     path = folder / FILE
     with explained(f"{path} is damaged", "delete the folder and prepare it again"):
-        with np.load(path) as file:
-            bucket = file["bucket"]
+        with path.open("rb") as file:  # np.load leaves a damaged file open
+            bucket = np.load(file)["bucket"]
         if bucket.shape != (count,) or bucket.dtype != np.uint16 or bucket.max() >= number:
             raise ValueError(f"it does not say the buckets of {count} records")
     return [np.flatnonzero(bucket == k) for k in range(number)]
