@@ -23,8 +23,11 @@ _TEXT, _TEXTS = Key((str,)), Key((str,), None)
 _NOTHING = type(None)
 _RECORD = 1 << 30  # bytes of a record, at most
 
+_SHAPE = Key((list,), least=3, most=3, items=_SIDE)
+
 _SETTINGS = {
-    "shape": Key((list,), least=3, most=3, items=_SIDE),
+    "shape": _SHAPE,
+    "buckets": Key((list, _NOTHING), None, least=2, most=1000, items=_SHAPE),  # format 4
     "moments": Key((bool,)),
     "flip": Key((bool,)),
     "scale": Key((float,), least=1e-6, most=1e6),
@@ -44,6 +47,7 @@ _SETTINGS = {
 _MANIFEST = {
     "count": Key((int,), least=1, most=1 << 40),
     "shards": Key((list,), least=1, items=Key((dict,))),
+    "bucket_counts": Key((list, _NOTHING), None, items=_COUNT),  # format 4
     "statistics": Key((dict,), {}),
     "skipped": Key((list,), (), items=_TEXT),
     "skipped_by_reason": Key((dict,), {}),  # format 4
@@ -60,6 +64,7 @@ _SHARD = {
     "count": _COUNT,
     "bytes": Key((int,), least=0, most=1 << 60),
     "sha256": Key((str, _NOTHING), None),  # format 3
+    "bucket": Key((int,), 0, least=0, most=999),  # format 4
 }
 _SEVERAL = {"per_image": Key((int,), least=2, most=255), "fields": Key((list,), items=_TEXT)}
 _NULL = {"file": _TEXT, "bytes": _COUNT, "sha256": _TEXT, "fields": Key((list,), items=_TEXT)}
@@ -88,8 +93,11 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
         check_keys(settings["autoencoder"], _MADE_BY, f"{where}: autoencoder", REMEDY)
     several = settings.get(CAPTIONS) or {"per_image": 1, "fields": []}
     check_keys(several, _SEVERAL if settings.get(CAPTIONS) else {}, f"{where}: captions", REMEDY)
-    height, width, channels = settings["shape"]
-    size = 2 * (1 + settings["flip"]) * (1 + settings["moments"]) * height * width * channels
+    shapes = settings.get("buckets") or [settings["shape"]]
+    if settings["shape"] != shapes[0] or any(shape[2] != shapes[0][2] for shape in shapes):
+        raise UserError(f"{where}: shape is not the first of buckets, or channels differ: {REMEDY}")
+    largest = max(height * width * channels for height, width, channels in shapes)
+    size = 2 * (1 + settings["flip"]) * (1 + settings["moments"]) * largest
     names = []
     for i, field in enumerate(settings["fields"]):
         named = f"{where}: fields[{i}]"
@@ -144,6 +152,14 @@ def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f"{where} says {manifest['count']} records, its shards hold {counted}: prepare it again"
         )
+    counts = [0] * len(manifest.get("buckets") or [0])
+    of_shards = [shard.get("bucket", 0) for shard in manifest["shards"]]
+    if of_shards != sorted(of_shards) or max(of_shards) >= len(counts):
+        raise UserError(f"{where}: the buckets of its shards are not in order: {REMEDY}")
+    for bucket, shard in zip(of_shards, manifest["shards"], strict=True):
+        counts[bucket] += shard["count"]
+    if counts != (manifest.get("bucket_counts") or counts):
+        raise UserError(f"{where}: bucket_counts is not what the shards hold: {REMEDY}")
 
 
 def _check_texts(manifest: Mapping[str, Any], where: str) -> None:

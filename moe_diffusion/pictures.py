@@ -27,7 +27,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from moe_diffusion.errors import explained
+from moe_diffusion.errors import UserError, explained
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # What a file may hold, whatever its suffix: not what Pillow hands to another program, like EPS.
@@ -177,19 +177,43 @@ def read(file: str | os.PathLike | bytes, name: str, remedy: str) -> Image.Image
         return _decoded(image)
 
 
-def header(path: str | os.PathLike, remedy: str) -> tuple[int, int, int]:
+def header(file: str | os.PathLike | bytes, remedy: str, name: str = "") -> tuple[int, int, int]:
     """(height, width, channels 1 or 3) of a picture, without its pixels.
+
+    Args:
+      name: what to call it in messages, if that is not its path.
 
     An EXIF block behind the pixels of a PNG is not seen, so whoever reads the picture compares.
 
     Raises:
       UserError: as `read`, as far as the header tells.
     """
-    with _opened(path, os.fspath(path), remedy) as image:
+    with _opened(file, name or os.fspath(file), remedy) as image:
         late = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
         sideways = not late and _orientation(image) in _SIDEWAYS
         width, height = image.size[::-1] if sideways else image.size
         return height, width, 1 if image.mode in _GREY else 3
+
+
+def size_of(
+    picture: str | os.PathLike | bytes | np.ndarray, name: str, remedy: str, skip: bool = False
+) -> tuple[int, int] | None:
+    """(height, width) of a picture in a file, in bytes, or as an array; see `header`.
+
+    Args:
+      skip: whether the size of a broken picture is None rather than an error.
+
+    Raises:
+      UserError: see `header`.
+    """
+    if isinstance(picture, np.ndarray):
+        return picture.shape[0], picture.shape[1]
+    try:
+        return header(picture, remedy, name)[:2]
+    except UserError:
+        if skip:
+            return None
+        raise
 
 
 def from_array(pixels: np.ndarray, name: str, remedy: str) -> Image.Image:

@@ -9,6 +9,8 @@
   python -m moe_diffusion.prepare --captions "webdataset:cc12m/{00000..01242}.tar" --size 256 \\
       --text-encoders FLUX.1-dev/ --text-length 128 --text-mask --no-pooled --skip-broken \\
       --vae sd-vae-ft-ema/ --out data/cc12m_256
+  python -m moe_diffusion.prepare --source folder:/data/art --sizes 256x256,192x320,320x192 \\
+      --vae sd-vae-ft-ema/ --out data/art_latents
   python -m moe_diffusion.prepare --verify --out data/imagenet256_flux
 
 On several hosts, start it on each, as for train; --out must be a folder that all of them see. Then
@@ -50,9 +52,8 @@ def make_job(args: Any) -> encode.Job:
     from moe_diffusion.data.sources import open_images
     from moe_diffusion.interop import autoencoder as autoencoders
     from moe_diffusion.models.autoencoder import images_at_once
-    from moe_diffusion.preparing import encode
+    from moe_diffusion.preparing import buckets, encode
 
-    height, width = _parse_size(args.size)
     check_seed("--seed", args.seed)
     for name, least in (("shard_size", 1), ("workers", 1)):
         if getattr(args, name) < least:
@@ -60,12 +61,11 @@ def make_job(args: Any) -> encode.Job:
     _check_source(args)
     autoencoder = autoencoders.load(args.vae, args.kind)
     network = autoencoder.network
-    if height % network.factor or width % network.factor:
-        raise UserError(
-            f"--size {args.size} is no multiple of {network.factor}, the pixels per latent of "
-            f"{args.vae}"
-        )
-    pixels = (height, width, network.channels)
+    if args.sizes:
+        sizes = buckets.parse_sizes(args.sizes, network.factor, args.patch_size)
+    else:
+        sizes = [_parse_size(args.size, network.factor, args.vae)]
+    pixels = (*sizes[0], network.channels)
     told: dict[str, Any] = {"source": args.source, "split": args.split}
     if args.captions:
         source, of_captions = open_captions(args, pixels)
@@ -77,11 +77,14 @@ def make_job(args: Any) -> encode.Job:
             f"--source {args.source} has images of shape {tuple(source.image_shape)}, --size and "
             f"--vae need {pixels}"
         )
+    views = buckets.views(source, sizes, told["source"]) if len(sizes) > 1 else ()
+    shapes = [[*(side // network.factor for side in s), network.latent_channels] for s in sizes]
     settings = {
         **told,
         "records": len(source),
         "fields": describe_fields(source.cond_spec),
-        "shape": [height // network.factor, width // network.factor, network.latent_channels],
+        "shape": shapes[0],
+        **({"buckets": shapes} if views else {}),
         "moments": not args.samples,
         # A mirrored picture may not be what its caption says.
         "flip": not args.captions if args.flip is None else args.flip,
@@ -92,10 +95,12 @@ def make_job(args: Any) -> encode.Job:
         "shard_size": args.shard_size,
         "class_names": getattr(source, "class_names", None),
     }
-    batch = images_at_once(height * width) * jax.local_device_count()
+    batches = [images_at_once(math.prod(size)) * jax.local_device_count() for size in sizes]
     of_texts = getattr(source, "complete", None), getattr(source, "null", None)
     out = Path(args.out)
-    return encode.Job(source, autoencoder.moments, batch, out, settings, args.workers, *of_texts)
+    batch = batches if views else batches[0]
+    options = (settings, args.workers, *of_texts, views)
+    return encode.Job(source, autoencoder.moments, batch, out, *options)
 
 
 def open_captions(args: Any, pixels: tuple[int, int, int]) -> tuple[Any, dict[str, Any]]:
@@ -134,12 +139,15 @@ def _check_source(args: Any) -> None:
         raise UserError(f"--guidance {args.guidance} is no number that a model can take")
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    """ "256" -> (256, 256) and "256x384" -> (256, 384)."""
+def _parse_size(text: str, factor: int, vae: str) -> tuple[int, int]:
+    """ "256" -> (256, 256) and "256x384" -> (256, 384), multiples of the pixels per latent."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise UserError(f"--size {text} is no size in pixels: give 256, or height x width: 256x384")
-    return int(sides[0]), int(sides[-1])
+    height, width = int(sides[0]), int(sides[-1])
+    if height % factor or width % factor:
+        raise UserError(f"--size {text} is no multiple of {factor}, the pixels per latent of {vae}")
+    return height, width
 
 
 def run(job: encode.Job) -> dict[str, Any]:
@@ -189,6 +197,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--guidance", type=float, help="with --captions: value of a field guidance in all records")
     add("--split", default="train", help="of a tfds set (%(default)s)")
     add("--size", help="of the images, in pixels: 256, or height x width: 256x384")
+    add("--sizes", help="in place of --size: several, 256x256,192x320,320x192; an image gets that "
+        "of the nearest aspect ratio, and a training batch has images of one size")  # fmt: skip
+    add("--patch-size", type=int, default=2, help="with --sizes: latents per patch along a side of "
+        "the models that shall train on them (%(default)s)")  # fmt: skip
     add("--vae", help="the autoencoder: a weight file or a folder of diffusers")
     add("--kind", default="auto", help="sd or flux, for weights without config.json (%(default)s)")
     add("--out", required=True, help="folder of the latents")
@@ -203,7 +215,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--verify", action="store_true", help="only compare the files of --out with their digests")
     add("--json", action="store_true", help="print one JSON object as last line")
     args = parser.parse_args(argv)
-    absent = [f"--{name}" for name in ("size", "vae") if not getattr(args, name)]
+    if args.size and args.sizes and not args.verify:
+        parser.error("give one of --size and --sizes")
+    given = {"--size": args.size or args.sizes, "--vae": args.vae}
+    absent = [name for name, value in given.items() if not value]
     if absent and not args.verify:
         parser.error(f"the following arguments are required: {', '.join(absent)}")
     from moe_diffusion import classes
@@ -222,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{manifest['count']:,} latents in {len(manifest['shards'])} files: {args.out}")
         if args.json:
             kept = ("count", "shape", "moments", "flip", "scale", "shift", "autoencoder")
-            print(json.dumps({"out": args.out} | {key: manifest[key] for key in kept}))
+            kept += ("buckets", "bucket_counts")
+            kept = {key: manifest[key] for key in kept if key in manifest}
+            print(json.dumps({"out": args.out} | kept))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,18 @@ class Progress:
         self.write(f"compiled in {seconds:.1f} s")
 
     @contextlib.contextmanager
+    def compiling_for(self, what: str) -> Iterator[None]:
+        """Time in which another program is compiled amid training; it is announced and told."""
+        self.write(f"compiling for {what} ...")
+        start = time.perf_counter()
+        with self.paused("compiling"):
+            yield
+        seconds = time.perf_counter() - start
+        if self._first is not None:  # it does not come again in the time that is left
+            self._first = self._first[0], self._first[1] + seconds
+        self.write(f"compiled in {seconds:.1f} s")
+
+    @contextlib.contextmanager
     def paused(self, phase: str = "saving") -> Iterator[None]:
         """Time that does not count as training."""
         self._heart.beat(phase=phase)

@@ -43,6 +43,7 @@ class Job:
     source: Any
     known: Classes
     decode: Callable | None  # latents -> pictures
+    flops: float | None = None  # of an image in training, on average
 
     def open_iterator(self) -> Any:
         """This process's part of the training batches."""
@@ -77,6 +78,7 @@ def open_job(spec: str, workdir: str, overrides: Sequence[str]) -> Job:
     from moe_diffusion.models import build
     from moe_diffusion.models.accounting import forward_flops, parameter_counts, table
     from moe_diffusion.parallel import distributed
+    from moe_diffusion.planning import buckets
     from moe_diffusion.planning.kernels import dispatch_line
     from moe_diffusion.sampling.labels import untrained
 
@@ -90,13 +92,15 @@ def open_job(spec: str, workdir: str, overrides: Sequence[str]) -> Job:
     model = told(model, known.empty)
     autoencoder = autoencoders.for_config(config)
     prompts.check_for_config(config)
+    flops = buckets.mean_flops(config, model, source)
     if distributed.is_main_process():
         print(f"{config.name}: {len(source):,} images, {jax.device_count()} x "
               f"{jax.devices()[0].device_kind}, preset {config.parallel.preset}")  # fmt: skip
-        print(*filter(None, [classes.table(known), untrained(model, known)]), sep="\n")
+        tables = classes.table(known), untrained(model, known), buckets.table(config, source)
+        print(*filter(None, tables), sep="\n")
         print(table(parameter_counts(model), forward_flops(model)))
         print(dispatch_line(model, config.model, jax.default_backend()), flush=True)
-    return Job(config, model, source, known, autoencoder.decode if autoencoder else None)
+    return Job(config, model, source, known, autoencoder.decode if autoencoder else None, flops)
 
 
 def run(
@@ -116,7 +120,7 @@ def run(
     job = open_job(spec, workdir, overrides)
     config, model = job.config, job.model
     options = {"hooks": job.hooks(config, model, workdir), "known": job.known}
-    options |= {"allow_change": allow_change}
+    options |= {"allow_change": allow_change, "flops": job.flops}
     state = train(config, model, make_loss(model, config), job.open_iterator, workdir, **options)
     if distributed.is_main_process():
         print(where_everything_lies(workdir, loss_curves(workdir)), flush=True)

@@ -254,7 +254,9 @@ def kind_of(name: str, flags: argparse.Namespace, spec: str | None) -> str:
     if name == "convert":
         return flags.family or ""
     if name == "prepare":
-        return f"captions {flags.captions.partition(':')[0]}" if flags.captions else "images"
+        if flags.captions:
+            return f"captions {flags.captions.partition(':')[0]}"
+        return "sizes" if flags.sizes else "images"
     if name == "bench":
         return flags.what
     if name == "evaluate" and flags.samples:
@@ -316,6 +318,7 @@ EXECUTED = {
     "prepare captions webdataset": "tests/test_captions_road_cli.py::"
     "test_records_of_a_tar_and_of_a_folder",
     "prepare images": "tests/test_prepare_cli.py::test_what_a_run_leaves_and_says",
+    "prepare sizes": "tests/test_buckets_cli.py::test_prepare_is_killed_and_goes_on",
     "report digits": "tests/reporting/test_report.py::test_a_page_of_two_runs",
     "reproduce": "tests/reproduction/test_reproduce.py::test_list_and_dry_run",
     "routing digits": "tests/test_thresholds_cli.py::test_a_folder_on_the_use_of_experts",

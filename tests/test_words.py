@@ -264,7 +264,7 @@ FLOORS = (
     ("parallel", "pictures"),
     ("conditions", "tensor_parallel", "progress", "fallback"),
     ("synthetic", "empty_prompt", "digit_prompts"),
-    ("classes", "own_data", "digit_pairs", "caption_records"),
+    ("classes", "own_data", "digit_pairs", "caption_records", "buckets"),
     ("kernels",),
     ("moe",),
     ("models",),

@@ -104,6 +104,10 @@ class ImageFolder:
             return None
         return {"image": to_array(image, self.image_shape), "label": self.labels[index]}
 
+    def picture_size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of the picture of record `index`; None if `read` may skip it."""
+        return pictures.size_of(self.name(index), self.name(index), _REMEDY, self.skip_broken)
+
     def name(self, index: int) -> str:
         """The file of record `index`."""
         return self._files[index]

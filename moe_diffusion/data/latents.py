@@ -4,13 +4,15 @@ The folder holds `manifest.json` and ArrayRecord shards. A record is the fields 
 in the order of the manifest's "fields", and then the latent: fp16 [F, h, w, k], unscaled. F is 2
 if the mirrored image was encoded too, else 1. k is 2c for the moments of the autoencoder's Gaussian
 (mean, log variance), and c for a sample. All numbers are little-endian and packed without gaps.
+If the manifest has "buckets", the shapes of latents of several sizes, each shard names its bucket,
+and the shards of the first bucket come first.
 
 Damage is noticed when a record is read, because ArrayRecord stores a hash of each. The manifest has
 a digest of itself, and one of every shard for `prepare --verify`, which also finds the shards of
 another folder. Reading hundreds of GB at every start for these would cost minutes.
 
 Format 1 of the manifest had no "fields": its records hold one int32 label, as `read_settings` says.
-Format 2 had no digests. Format 3 had one caption a record and no empty prompt; see
+Format 2 had no digests. Format 3 had one size, one caption a record and no empty prompt; see
 `caption_records`.
 """
 
@@ -45,18 +47,24 @@ def spec_of(settings: dict[str, Any]) -> dict[str, Field]:
     return {f["name"]: Field(tuple(f["shape"]), f["dtype"], f["num_values"]) for f in fields}
 
 
-def record_of(settings: dict[str, Any]) -> np.dtype:
+def shapes_of(settings: dict[str, Any]) -> list[tuple[int, ...]]:
+    """(h, w, c) of the latents of each bucket of a manifest, or of settings of `prepare`."""
+    return [tuple(shape) for shape in settings.get("buckets") or [settings["shape"]]]
+
+
+def record_of(settings: dict[str, Any], bucket: int = 0) -> np.dtype:
     """One record as a structured dtype of numpy.
 
     Args:
-      settings: a manifest, or the settings of a run of `prepare`; reads "fields", "shape" (h, w, c
-        of a latent), "moments" (whether mean and log variance are stored, or else one sample) and
-        "flip" (whether the latent of the mirrored image is stored, too).
+      settings: a manifest, or the settings of a run of `prepare`; reads "fields", the shape of a
+        latent, "moments" (whether mean and log variance are stored, or else one sample) and "flip"
+        (whether the latent of the mirrored image is stored, too).
+      bucket: of the record.
 
     Returns:
       A dtype of the fields of the condition and then "image", the latent [F, h, w, k].
     """
-    height, width, channels = settings["shape"]
+    height, width, channels = shapes_of(settings)[bucket]
     latent = 1 + settings["flip"], height, width, channels * (1 + settings["moments"])
     spec = stored_spec(spec_of(settings), settings)
     fields = [(name, field.dtype, field.shape) for name, field in spec.items()]
@@ -83,7 +91,8 @@ class Latents:
 
     `take` returns the means (or the stored samples) as the model sees them, (z - shift) * scale,
     and never mirrors. A training batch is made by `take_stored` and `draw`. `mirrored` says whether
-    the mirrored images are stored, too. Of several captions, `take` returns the first, and
+    the mirrored images are stored, too. What is taken together is of one of the `buckets`;
+    `image_shape` is the shape of the first. Of several captions, `take` returns the first, and
     `draw_captions` chooses one. `null` has the fields of the empty prompt, {field: [*shape]}, or
     nothing. `text_encoders` says which encoder made which field (the manifest's "text").
     """
@@ -94,11 +103,14 @@ class Latents:
         self.stored_spec = stored_spec(self.cond_spec, self.manifest)
         self.null = read_null(folder, self.manifest, self.cond_spec)
         self.text_encoders = self.manifest.get("text") or {}
-        self._record = record_of(self.manifest)
         self.class_names = self.manifest.get("class_names")
         self.class_counts = self.manifest.get("class_counts")
         self._scale, self._shift = self.manifest["scale"], self.manifest["shift"]
-        shards = self.manifest["shards"]
+        shards, shapes = self.manifest["shards"], shapes_of(self.manifest)
+        self._bucket_of = [shard.get("bucket", 0) for shard in shards]
+        self._records = [record_of(self.manifest, bucket) for bucket in range(len(shapes))]
+        counts = np.bincount(self._bucket_of, [shard["count"] for shard in shards], len(shapes))
+        self.buckets = tuple(zip(shapes, counts.astype(int).tolist(), strict=True))
         self._files = [Path(folder) / shard["file"] for shard in shards]
         self._starts = np.cumsum([0, *(shard["count"] for shard in shards)])[:-1]
         self.mirrored: bool = self.manifest["flip"]
@@ -129,12 +141,13 @@ class Latents:
     def take_stored(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"image": f16[B, F, h, w, k] as stored, **cond} of the records `indices`."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        table = np.empty(len(indices), self._record)
+        (bucket,) = {self._bucket_of[shard] for shard in shards}
+        table = np.empty(len(indices), self._records[bucket])
         for shard in np.unique(shards).tolist():
             mine = shards == shard
             records = self._read(shard, (indices[mine] - self._starts[shard]).tolist())
-            table[mine] = np.frombuffer(b"".join(records), self._record)
-        return {name: np.ascontiguousarray(table[name]) for name in self._record.names}
+            table[mine] = np.frombuffer(b"".join(records), table.dtype)
+        return {name: np.ascontiguousarray(table[name]) for name in table.dtype.names}
 
     def draw(self, stored: np.ndarray, positions: range, seed: int, flip: bool) -> np.ndarray:
         """Draws the latents of a training batch.
@@ -153,7 +166,8 @@ class Latents:
           f32[B, h, w, c], scaled.
         """
         flip = flip and self.mirrored
-        image = np.empty((len(stored), *self.image_shape), np.float32)
+        shape = (*stored.shape[2:4], self.image_shape[-1])
+        image = np.empty((len(stored), *shape), np.float32)
         for i, position in enumerate(positions):
             rng = np.random.Generator(np.random.Philox(key=[seed, position]))
             latent = stored[i, int(rng.random() < 0.5) if flip else 0].astype(np.float32)
@@ -173,7 +187,7 @@ class Latents:
             if shard not in self._readers:
                 self._readers[shard] = ArrayRecordReader(path, _READER_OPTIONS)
             records = self._readers[shard].read(indices)
-        size = self._record.itemsize
+        size = self._records[self._bucket_of[shard]].itemsize
         if any(len(record) != size for record in records):
             raise UserError(f"{path} has no records of {size} bytes, as {MANIFEST} says: {REMEDY}")
         return records

@@ -2,21 +2,22 @@
 
 Batch b of a run is a pure function of (source, seed, b). Its records are the positions
 b*G .. (b+1)*G-1 of an endless sequence of permutations, one per epoch, where G is the size of the
-global batch. The augmentation draws from (seed, b). Therefore the iterator's state is one number,
-a resumed run sees the same data, and so does a run with another number of workers or processes.
-grain supplies the seeded random map, the prefetching and the worker processes.
+global batch. Of a source with images of several shapes every bucket has such a sequence, and they
+take turns (`buckets.Order`). The augmentation draws from (seed, b). Therefore the iterator's state
+is one number, a resumed run sees the same data, and so does a run with another number of workers or
+processes. grain supplies the seeded random map, the prefetching and the worker processes.
 """
 
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from moe_diffusion import workers
+from moe_diffusion.buckets import Order, order_of
 from moe_diffusion.checks import divides
 from moe_diffusion.data.sources import Batch, Source, check_batch, stack
 from moe_diffusion.errors import UserError
@@ -31,7 +32,8 @@ def make_iterator(
 
     Each process receives one contiguous block of each global batch. The blocks in the order of
     the processes are the batch that a single process would see. No record comes twice in an epoch,
-    whatever the number of processes. A batch may reach from one epoch into the next.
+    whatever the number of processes. A batch may reach from one epoch into the next. All its images
+    have one shape.
 
     Args:
       source: the records; see `sources`.
@@ -49,9 +51,9 @@ def make_iterator(
 
     Raises:
       UserError: the processes cannot share the batch evenly; there are far more workers than
-        cores; `augment` is unknown or does not fit the source. While iterating: a record does not
-        have the fields that the source promises, or a value is out of range; the workers run out
-        of memory or of room in /dev/shm.
+        cores; `augment` is unknown or does not fit the source; see `buckets.order_of`. While
+        iterating: a record does not have the fields that the source promises, or a value is out of
+        range; the workers run out of memory or of room in /dev/shm.
     """
     workers.check_count(data.num_workers)
     augment, size = data.augment, data.batch_size // process_count
@@ -69,7 +71,7 @@ def make_iterator(
     # Two independent seeds: one for the order, one for the augmentation.
     order_seed, augment_seed = np.random.SeedSequence(seed % 2**64).generate_state(2).tolist()
     positions = range(process_index * size, (process_index + 1) * size)
-    block = _Block(source, order_seed, augment, positions, data.batch_size)
+    block = _Block(source, order_of(source, data.batch_size, order_seed), augment, positions)
     # 2**40 batches are "for ever" and keep every position below 2**63.
     batches = grain.MapDataset.range(2**40).map(block.read)
     batches = batches.random_map(block.augmented, seed=augment_seed)
@@ -132,23 +134,19 @@ class _Block(NamedTuple):
 
     Attributes:
       source: the records.
-      seed: of the order.
+      order: of the records.
       augment: one of `AUGMENTATIONS`.
       positions: of the block in the global batch.
-      total: G, records in the global batch.
     """
 
     source: Source
-    seed: int
+    order: Order
     augment: str
     positions: range
-    total: int
 
     def read(self, number: int) -> Batch:
         """The records of global batch `number`; of a source with `draw`, as they are stored."""
-        first, source = number * self.total, self.source
-        start, stop = first + self.positions.start, first + self.positions.stop
-        indices = _records_at(start, stop, len(source), self.seed)
+        source, indices = self.source, self.order.records(number, self.positions)
         if hasattr(source, "draw"):
             batch = source.take_stored(indices)
         elif hasattr(source, "take"):
@@ -172,31 +170,16 @@ class _Block(NamedTuple):
         number of processes does not change what is drawn. A source with `draw` sees to that itself.
         """
         image, mine = batch["image"], slice(self.positions.start, self.positions.stop)
+        total = self.order.batch_size
         if hasattr(self.source, "draw"):
             seed = int(rng.integers(2**63))
             image = self.source.draw(image, self.positions, seed, self.augment == "flip")
             if hasattr(self.source, "draw_captions"):
                 batch = self.source.draw_captions(batch, self.positions, seed)
         elif self.augment == "flip":
-            flip = (rng.random(self.total) < 0.5)[mine, None, None, None]
+            flip = (rng.random(total) < 0.5)[mine, None, None, None]
             image = np.where(flip, image[:, :, ::-1], image)
         elif self.augment == "dequantize":
-            noise = rng.random((self.total, *image.shape[1:]), dtype=np.float32)[mine]
+            noise = rng.random((total, *image.shape[1:]), dtype=np.float32)[mine]
             image = image + (2 * noise - 1) / (self.source.levels - 1)
         return {**batch, "image": image}
-
-
-@lru_cache(maxsize=2)  # a batch touches at most two epochs unless it exceeds the data
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of the records in one epoch. It takes 25 ms for 1.3 million records."""
-    return np.random.Generator(np.random.Philox([seed, epoch])).permutation(size)
-
-
-def _records_at(start: int, stop: int, size: int, seed: int) -> np.ndarray:
-    """Indices of the records at positions start..stop-1 of the endless sequence of epochs."""
-    parts = []
-    while start < stop:
-        epoch, offset = divmod(start, size)
-        parts.append(_permutation(size, seed, epoch)[offset : offset + stop - start])
-        start += len(parts[-1])
-    return np.concatenate(parts)

@@ -18,7 +18,11 @@ example, `Digits.cond_spec` is {"label": Field((), "int32", 10)}. A source may a
 * `labels`, i32[N], if it knows all labels beforehand: they are then checked before training;
 * `levels`, the number of grey levels of quantised images; the augmentation "dequantize" needs it;
 * `take_stored` and `draw`, if it draws a training record from a stored one (`latents.Latents`),
-  and `stored_spec` and `draw_captions`, if the stored ones have several captions.
+  and `stored_spec` and `draw_captions`, if the stored ones have several captions;
+* `buckets`, if its images are of several shapes, see the top of buckets.py. `image_shape` is one of
+  these shapes;
+* `picture_size(i)`, the (height, width) of the picture from which record i is made, for `prepare
+  --sizes`, which sets `image_shape` in a copy of the source. None means that it is broken.
 
 A class or a function of your own is called with those of `image_shape`, `cond_spec` (of the model)
 and `split` that it has parameters for. The worker processes of `data.num_workers` receive the
@@ -33,6 +37,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moe_diffusion.buckets import buckets_of
 from moe_diffusion.conditions import Field, check_fields, fields_of
 from moe_diffusion.data.images import ImageFolder
 from moe_diffusion.data.latents import Latents
@@ -167,15 +172,16 @@ def check_fits(source: Source, name: str, input_shape: Shape, cond_spec: Spec) -
       cond_spec: the fields that the model takes.
 
     Raises:
-      UserError: the image shapes differ; the source lacks a field that the model takes, or has one
-        that the model does not take; the source knows more values of a field than the model; a
-        label that is known beforehand is out of range.
+      UserError: the source has no images of the model's shape; it lacks a field that the model
+        takes, or has one that the model does not take; it knows more values of a field than the
+        model; a label that is known beforehand is out of range.
     """
-    if tuple(source.image_shape) != tuple(input_shape):
+    shapes = [shape for shape, _ in buckets_of(source)]
+    if tuple(input_shape) not in shapes:
         raise UserError(
-            f"data.source={name} has images of shape {tuple(source.image_shape)}, the model takes "
-            f"{tuple(input_shape)}: change model.image_size, model.image_width and model.channels, "
-            "or the source"
+            f"data.source={name} has images of shape {' or '.join(map(str, shapes))}, the model "
+            f"takes {tuple(input_shape)}: change model.image_size, model.image_width and "
+            "model.channels, or the source"
         )
     check_fields(source.cond_spec, cond_spec, f"data.source={name}")
     for field, (_, _, most) in cond_spec.items():

@@ -38,6 +38,11 @@ class TfdsImages:
         image = read(record["image"], name, "prepare the dataset again")
         return {"image": to_array(image, self.image_shape), "label": np.int32(record["label"])}
 
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the picture of record `index`."""
+        picture, name = self._records[index]["image"], f"record {index} of tfds:{self._place}"
+        return pictures.size_of(picture, name, "prepare the dataset again")
+
 
 def open_records(place: str, split: str, needed: str) -> tuple[Any, Any]:
     """(features, records) of a prepared dataset; the images of its records stay files.

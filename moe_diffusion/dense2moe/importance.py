@@ -31,6 +31,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from moe_diffusion import digests
+from moe_diffusion.buckets import sized
 from moe_diffusion.conditions import cond_of
 from moe_diffusion.data.pipeline import BatchIterator
 from moe_diffusion.dense2moe.losses import difference
@@ -181,6 +182,7 @@ def scores(
     units = unit_scores(flatten_dict(dense, sep="/"), flatten_dict(grads, sep="/"))
     draws = draw(rng, batch["image"].shape, config.diffusion)
     asked = objective(batch["image"], draws, config.diffusion)
+    teacher = sized(teacher, asked.x_t.shape[1:])
     return units, changes(teacher, params, asked.x_t, asked.t, cond_of(batch)), loss
 
 

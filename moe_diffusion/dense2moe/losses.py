@@ -21,6 +21,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from moe_diffusion import time_buckets
+from moe_diffusion.buckets import sized
 from moe_diffusion.conditions import cond_of, drop
 from moe_diffusion.diffusion.objectives import LossFn, draw, objective, with_router_losses
 from moe_diffusion.models.stack import Model
@@ -91,9 +92,10 @@ def make_distillation_loss(
         asked = objective(batch["image"], draws, diffusion)
         cond = drop(student, cond_of(batch), draws.drop_uniform < diffusion.cond_dropout)
         inputs = asked.x_t, asked.t, cond
-        told = teacher.apply(lax.stop_gradient(frozen), *inputs, False, capture=theirs)
+        master, pupil = (sized(model, asked.x_t.shape[1:]) for model in (teacher, student))
+        told = master.apply(lax.stop_gradient(frozen), *inputs, False, capture=theirs)
         target, features = told if theirs else (told, {})
-        answer, collections = student.apply(
+        answer, collections = pupil.apply(
             {"params": params, "router_state": router_state},
             *inputs,
             True,

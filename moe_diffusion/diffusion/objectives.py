@@ -18,6 +18,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from moe_diffusion import time_buckets
+from moe_diffusion.buckets import sized
 from moe_diffusion.conditions import cond_of, drop
 from moe_diffusion.diffusion import ddpm, paths, sown
 
@@ -145,6 +146,7 @@ def diffusion_loss(
     """The loss of one batch.
 
     Args:
+      model: for images of any size, see `buckets.sized`.
       batch: "image" [B, H, W, C] in [-1, 1], and the fields of the condition.
       loss_weights: see `with_router_losses`.
 
@@ -153,7 +155,7 @@ def diffusion_loss(
       has "mse" and "vb". The metrics also have their sum by time, see `time_buckets`.
     """
     asked = objective(batch["image"], draws, diffusion)
-    output, collections = model.apply(
+    output, collections = sized(model, asked.x_t.shape[1:]).apply(
         {"params": params, "router_state": router_state},
         asked.x_t,
         asked.t,

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from moe_diffusion.buckets import records_of
+from moe_diffusion.errors import UserError
 from moe_diffusion.evaluation.compare import compare
 from moe_diffusion.evaluation.digits import DigitsFeatures
 from moe_diffusion.evaluation.features import Extractor, FeatureSet
@@ -52,7 +54,8 @@ class EvaluationHook:
     failure, like samples that are not finite, is told in a line, and training goes on.
 
     Args:
-      source: the training data, for the comparison and for conditions (`default_conditions`).
+      source: the training data, for the comparison (its images of the model's `input_shape`) and
+        for conditions (`default_conditions`).
     """
 
     def __init__(self, config: ConfigDict, model: Model, source: Any):
@@ -60,8 +63,14 @@ class EvaluationHook:
         digits = config.data.source in ("digits", "digits_prompts")
         self._extractor: Extractor = DigitsFeatures() if digits else PooledFeatures()
         # The records are spaced evenly, because the source may be sorted by class.
-        count = min(_REFERENCE, len(source))
-        records = np.arange(count) * len(source) // count
+        fit = records_of(source, model.input_shape)
+        if not fit:
+            raise UserError(
+                f"data.source has no images of shape {model.input_shape} to compare samples with: "
+                "set train.eval_samples=0, or another size of the model"
+            )
+        count = min(_REFERENCE, len(fit))
+        records = fit.start + np.arange(count) * len(fit) // count
         images = np.stack([source[int(i)]["image"] for i in records])
         self._reference = self._features("training data", images)
 

@@ -95,6 +95,11 @@ def training_flops(model: Model) -> float:
     return (1 + BACKWARD) * forward_flops(model)["total"]
 
 
+def parameter_shapes(model: Model) -> dict[str, Any]:
+    """Path of every parameter -> its shape and dtype (ShapeDtypeStruct). Nothing is allocated."""
+    return _trace(model)[0]
+
+
 def products(
     model: Model, experts_per_token: float | None = None
 ) -> tuple[dict[str, float], dict[str, Maps]]:

@@ -151,6 +151,13 @@ class Captioned:
             )
         return to_array(picture, self.image_shape)
 
+    def picture_size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of the picture of record `index`; None if `read` may leave it out."""
+        if self._pairs.defect(index):
+            return None
+        place = self._pairs.image(index), self.name(index)
+        return pictures.size_of(*place, f"restore it, {SKIP}", self.skip_broken)
+
     def complete(self, records: list[Record]) -> list[Record]:
         """The records with the fields of `cond_spec` in place of their captions."""
         fields = self._encoders.encode([text for record in records for text in record[_TEXTS]])

@@ -2,16 +2,19 @@
 
 A shard is written whole or not at all. Its records do not depend on the number of processes, so
 any number of them writes the same folder. A finished shard has a note `<shard>.json` beside it.
-When all shards have one, `finish` writes the manifest and deletes the notes.
+When all shards have one, `finish` writes the manifest and deletes the notes. Of images of several
+sizes a shard holds those of one bucket (`buckets.py`); the shards of a bucket follow each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,11 @@ from tqdm import tqdm
 from moe_diffusion import digests, locks
 from moe_diffusion.caption_records import save_null, stored_spec
 from moe_diffusion.classes import of_source
-from moe_diffusion.data.latents import UNFINISHED, read_settings, record_of, spec_of
+from moe_diffusion.data.latents import UNFINISHED, read_settings, record_of, shapes_of, spec_of
 from moe_diffusion.data.sources import check_batch, stack
 from moe_diffusion.errors import UserError
 from moe_diffusion.manifest import FORMAT, MANIFEST, check_note
+from moe_diffusion.preparing import buckets
 from moe_diffusion.preparing.pairs import UNREADABLE, LeftOut
 from moe_diffusion.reading import read_table
 
@@ -44,30 +48,39 @@ class Job:
       source: of images and conditions; see `data/sources.py`. It may have `read(i)`, which returns
         None for a broken image, or a `LeftOut`, which says why a record is left out.
       moments: images f32[B, H, W, C] -> f32[B, h, w, 2c], always called with `batch` images.
-      batch: images that are encoded at once.
+      batch: images that are encoded at once, of each bucket if there are several.
       folder: where the latents go.
       settings: what the manifest says of the source and the autoencoder. This module reads
-        "shape", "moments", "flip", "fields", "scale", "shift", "seed" and "shard_size".
+        "shape", "buckets", "moments", "flip", "fields", "scale", "shift", "seed" and "shard_size".
       workers: threads that read images.
       complete: records that were read together -> the same with all fields of their conditions,
         for what is computed of many at once; None if a record is read complete.
       null: makes the fields of the empty prompt, {field: [*shape]}; None if there are no prompts.
+      views: the source with images of each bucket's size, see `buckets.views`; empty: one bucket.
     """
 
     source: Any
     moments: Callable[[np.ndarray], np.ndarray]
-    batch: int
+    batch: int | Sequence[int]
     folder: Path
     settings: dict[str, Any]
     workers: int
     complete: Callable[[list[Any]], list[Any]] | None = None
     null: Callable[[], dict[str, np.ndarray]] | None = None
+    views: Sequence[Any] = ()
 
-    @property
-    def shards(self) -> list[range]:
-        """Record numbers of each shard."""
+    @functools.cached_property
+    def shards(self) -> list[tuple[int, Sequence[int]]]:
+        """The bucket and the record numbers of each shard; `begin` must have been called."""
         size, total = self.settings["shard_size"], len(self.source)
-        return [range(first, min(first + size, total)) for first in range(0, total, size)]
+        found: list[Any] = [range(total)]
+        if self.views:
+            found = buckets.records(self.folder, total, len(self.views))
+        return [
+            (bucket, numbers[first : first + size])
+            for bucket, numbers in enumerate(found)
+            for first in range(0, len(numbers), size)
+        ]
 
     def shard_file(self, number: int) -> Path:
         return self.folder / f"latents-{number:05}-of-{len(self.shards):05}.array_record"
@@ -98,6 +111,13 @@ def begin(job: Job) -> bool:
             raise UserError(f"{job.folder} holds other files: choose an empty folder for --out")
         job.folder.mkdir(parents=True, exist_ok=True)
         _write_json(begun, job.settings)
+    if job.views:
+        sizes = [view.image_shape[:2] for view in job.views]
+        buckets.assign(job.source, sizes, job.folder, job.workers)
+        used = {bucket for bucket, _ in job.shards}
+        for bucket, (height, width) in enumerate(sizes):
+            if bucket not in used:
+                print(f"no image is nearest to {height}x{width}", file=sys.stderr, flush=True)
     return True
 
 
@@ -105,8 +125,8 @@ def write_shards(job: Job, process_index: int, process_count: int) -> None:
     """Writes the shards of this process that are still missing, and shows the progress."""
     mine = range(process_index, len(job.shards), process_count)
     todo = [n for n in mine if not job.note(n).is_file()]
-    total = sum(len(job.shards[n]) for n in mine)
-    done = total - sum(len(job.shards[n]) for n in todo)
+    total = sum(len(job.shards[n][1]) for n in mine)
+    done = total - sum(len(job.shards[n][1]) for n in todo)
     quiet = process_index != 0
     with (
         tqdm(total=total, initial=done, unit="image", desc="encoding", disable=quiet) as bar,
@@ -129,12 +149,18 @@ def finish(job: Job) -> dict[str, Any]:
         "count": count,
         **job.settings,
         "class_counts": _class_counts(job, set(skipped)),
-        "statistics": _statistics(job, notes, count),
+        "statistics": _statistics(job, notes),
         "skipped": skipped[:_NAMED],
         "skipped_by_reason": _reasons(notes),
         **null,
         "shards": [{k: note[k] for k in ("file", "count", "bytes", "sha256")} for note in notes],
     }
+    if job.views:
+        of_shards, counts = [bucket for bucket, _ in job.shards], [0] * len(job.views)
+        for bucket, shard in zip(of_shards, manifest["shards"], strict=True):
+            shard["bucket"] = bucket
+            counts[bucket] += shard["count"]
+        manifest["bucket_counts"] = counts
     manifest = digests.seal(manifest)
     _write_json(job.folder / MANIFEST, manifest)
     _tidy(job)
@@ -142,14 +168,16 @@ def finish(job: Job) -> dict[str, Any]:
 
 
 def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) -> None:
-    path, count, skipped = job.shard_file(number), 0, {}
+    (bucket, indices), count, skipped = job.shards[number], 0, {}
+    source, size = (job.views[bucket], job.batch[bucket]) if job.views else (job.source, job.batch)
+    path = job.shard_file(number)
     part = path.with_name(f".{path.name}.part")
     spec = stored_spec(spec_of(job.settings), job.settings)
-    record_type, sums = record_of(job.settings), []
+    record_type, sums = record_of(job.settings, bucket), []
     writer = ArrayRecordWriter(str(part), _WRITER_OPTIONS)
     try:
-        for indices, records in _read_ahead(job, job.shards[number], readers):
-            found = dict(zip(indices, records, strict=True))
+        for numbers, records in _read_ahead(source, size, indices, readers):
+            found = dict(zip(numbers, records, strict=True))
             skipped |= {i: x for i, x in found.items() if x is None or isinstance(x, LeftOut)}
             good = {i: record for i, record in found.items() if i not in skipped}
             if good:
@@ -157,13 +185,13 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
                     good = dict(zip(good, job.complete(list(good.values())), strict=True))
                 batch = stack(list(good.values()))
                 check_batch(batch, list(good), spec)
-                latents = _encode(job, list(good), batch["image"])
+                latents = _encode(job, size, list(good), batch["image"])
                 for latent, record in zip(latents, good.values(), strict=True):
                     row = (*(record[name] for name in spec), latent)
                     writer.write(np.array(row, record_type).tobytes())
                 count += len(good)
                 sums.append(_sums(job, latents))
-            bar.update(len(indices))
+            bar.update(len(numbers))
     finally:
         writer.close()
     with part.open("rb") as file:
@@ -179,11 +207,12 @@ def _write_shard(job: Job, number: int, readers: ThreadPoolExecutor, bar: tqdm) 
 
 
 def _read_ahead(
-    job: Job, indices: range, readers: ThreadPoolExecutor
-) -> Iterator[tuple[range, list[Any]]]:
+    source: Any, size: int, indices: Sequence[int], readers: ThreadPoolExecutor
+) -> Iterator[tuple[list[int], list[Any]]]:
     """Yields batches of records. While the caller encodes one, the threads read the next."""
-    read = job.source.read if hasattr(job.source, "read") else job.source.__getitem__
-    batches = [indices[i : i + job.batch] for i in range(0, len(indices), job.batch)]
+    read = source.read if hasattr(source, "read") else source.__getitem__
+    indices = list(map(int, indices))
+    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
     coming = [readers.submit(read, i) for i in batches[0]]
     for number, batch in enumerate(batches):
         records = coming
@@ -192,10 +221,10 @@ def _read_ahead(
         yield batch, [future.result() for future in records]
 
 
-def _encode(job: Job, indices: list[int], image: np.ndarray) -> np.ndarray:
-    """Images f32[B, H, W, C] -> latents f16[B, F, h, w, k] as they are stored."""
+def _encode(job: Job, size: int, indices: list[int], image: np.ndarray) -> np.ndarray:
+    """Images f32[B, H, W, C] -> latents f16[B, F, h, w, k] as stored; `size`: at once."""
     views = [image, image[:, :, ::-1]] if job.settings["flip"] else [image]
-    padding = [(0, job.batch - len(image)), (0, 0), (0, 0), (0, 0)]
+    padding = [(0, size - len(image)), (0, 0), (0, 0), (0, 0)]
     latents = [job.moments(np.pad(view, padding))[: len(image)] for view in views]
     stored = np.stack(latents, axis=1)
     if not job.settings["moments"]:
@@ -233,11 +262,13 @@ def _sums(job: Job, latents: np.ndarray) -> np.ndarray:
     return np.stack([mean.sum((1, 2, 3)), square.sum((1, 2, 3))], axis=1)
 
 
-def _statistics(job: Job, notes: list[dict[str, Any]], count: int) -> dict[str, list[float]]:
+def _statistics(job: Job, notes: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel of the scaled latents."""
-    flips, height, width, _ = record_of(job.settings)["image"].shape
+    areas = [height * width for height, width, _ in shapes_of(job.settings)]
+    pairs = zip(job.shards, notes, strict=True)
+    positions = sum(note["count"] * areas[bucket] for (bucket, _), note in pairs)
     sums = np.sum([note["sums"] for note in notes if note["count"]], axis=0)
-    first, second = sums / (count * flips * height * width)
+    first, second = sums / (positions * (1 + job.settings["flip"]))
     scale, shift = job.settings["scale"], job.settings["shift"]
     deviation = scale * np.sqrt(np.maximum(second - first**2, 0))
     return {"mean": ((first - shift) * scale).tolist(), "std": deviation.tolist()}
@@ -271,7 +302,7 @@ def _read_note(job: Job, number: int) -> dict[str, Any]:
 def _compare(path: Path, settings: dict[str, Any]) -> None:
     """Raises a UserError unless `path` has the same settings."""
     before = read_settings(path)
-    for key, value in settings.items():
+    for key, value in {"buckets": None, **settings}.items():
         if before.get(key) != value:
             raise UserError(
                 f"{path} was written with {key} = {before.get(key)!r}, now it is {value!r}: "
@@ -283,7 +314,8 @@ def _tidy(job: Job) -> None:
     """Removes what only an unfinished folder needs."""
     for path in (*job.folder.glob("latents-*.json"), *job.folder.glob(".*.part")):
         path.unlink()
-    (job.folder / UNFINISHED).unlink(missing_ok=True)
+    for name in (buckets.FILE, UNFINISHED):
+        (job.folder / name).unlink(missing_ok=True)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from moe_diffusion import caches, locks, time_buckets, trackers
 from moe_diffusion import config as configs
+from moe_diffusion.buckets import CompiledPerShape
 from moe_diffusion.classes import NOTHING, Classes
 from moe_diffusion.conditions import check_fields, fields_of
 from moe_diffusion.errors import UserError, check_writable
@@ -54,6 +55,7 @@ def train(
     frozen: Any = None,
     known: Classes = NOTHING,
     allow_change: Sequence[str] = (),
+    flops: float | None = None,
 ) -> TrainState:
     """Trains until step `config.train.num_steps`; called again on the same workdir, it resumes.
 
@@ -62,13 +64,12 @@ def train(
 
     Args:
       model, loss_fn: see `models.stack.Model` and `step.make_train_step`.
-      iterator_fn: makes this process's part of a `data.pipeline.BatchIterator`; the batches of all
-        processes together are `data.batch_size` images in numpy arrays.
+      iterator_fn: makes this process's `BatchIterator`, see `data.pipeline.make_iterator`.
       hooks: see `Hook`; called on every process every `train.sample_every` steps.
-      frozen: arrays that loss_fn reads and nothing trains, like a teacher's weights; not saved.
-        Those that lie on the run's mesh stay as they are; others go whole to every device.
+      frozen: what loss_fn reads and nothing trains or saves; see `run.on_every_device`.
       known: the classes of the data, which the workdir's data.json keeps.
       allow_change: keys that may differ from the run that is resumed, see `config.changes`.
+      flops: of an image in training, on average; None: of one of the model's `input_shape`.
 
     Returns:
       The last state; its `step` is less than `train.num_steps` if a signal stopped the run.
@@ -79,7 +80,7 @@ def train(
     """
     changes = _check(config, model, workdir, allow_change)
     caches.keep_programs(config.compile_cache)
-    run, flops = prepare_run(config, model, loss_fn), training_flops(model)
+    run, flops = prepare_run(config, model, loss_fn), flops or training_flops(model)
     with locks.held(workdir, "training") as lock, contextlib.ExitStack() as stack:
         opened = partial(_open, stack)
         stop = stack.enter_context(StopSignal())
@@ -96,7 +97,7 @@ def train(
         check_fields(fields_of(first), model.cond_spec(), "the data")
         place = partial(to_device, mesh=run.mesh, accumulate=config.optim.accumulate)
         held = Frozen(untrained, on_every_device(run.mesh, frozen))
-        batch, train_step = place(first), run.step()
+        batch, train_step = place(first), CompiledPerShape(run.step(), progress)
         traced = _checked(train_step.trace(state, batch, key, held))  # nothing is written yet
         writer = opened(_open_workdir(run, workdir, start, changes, known))
         checkpoints.save_untrained(untrained)
@@ -212,19 +213,6 @@ def _start(
         traced.lower().compile()  # jax keeps it for the first call
 
 
-def _check_memory(run: Run) -> None:
-    """On CPU, where the kernel would kill the process without a word: does the state fit?"""
-    arrays = jax.tree.leaves((run.state, run.grads, run.untrained))
-    size = sum(x.size * x.dtype.itemsize for x in arrays)
-    memory = make_room(size)
-    if memory is not None and size + 1e9 > memory:
-        raise UserError(
-            f"parameters, gradients, moments and averages take {size / 1e9:.1f} GB, and the "
-            f"machine has {memory / 1e9:.1f} GB: save with optim.mu_dtype=bfloat16, "
-            "ema.decays=() or a smaller model"
-        )
-
-
 def _restore_or_create(
     run: Run, checkpoints: Checkpointer, iterator: Any, known: Classes
 ) -> tuple[TrainState, Tree]:
@@ -233,7 +221,8 @@ def _restore_or_create(
     Returns:
       The state and the untrained parameters.
     """
-    _check_memory(run)
+    arrays = jax.tree.leaves((run.state, run.grads, run.untrained))
+    make_room(sum(x.size * x.dtype.itemsize for x in arrays))
     if checkpoints.newest() is None:
         variables = warm_start.read(run, known) if run.config.init_from else None
         return run.create(run.config.seed, variables)

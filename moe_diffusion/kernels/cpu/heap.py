@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 
 import jax
 
+from moe_diffusion.errors import UserError
+
 # malloc.h of glibc, mman.h of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MADV_HUGEPAGE = 14
@@ -45,24 +47,31 @@ def keep_freed_memory() -> bool:
     return bool(done)
 
 
-def make_room(size: int) -> int | None:
-    """Prepares the heap for a state of `size` bytes; returns the bytes of memory of this machine.
+def make_room(size: int) -> None:
+    """Prepares the heap for a state of `size` bytes: parameters, gradients, moments and averages.
 
     For a state that fills a third of the machine, large blocks are returned again when freed. One
     block that outlives a step cuts the hole where the step's temporaries were, and those of the
-    next step no longer fit into it.
+    next step no longer fit into it. Accelerators complain by themselves where something does not
+    fit; the kernel would kill the process without a word.
 
-    Returns:
-      None on accelerators, which complain by themselves where something does not fit.
+    Raises:
+      UserError: the state does not fit into the memory of a CPU.
     """
     if jax.default_backend() != "cpu":
-        return None
-    if size > _host_memory() / 3 and platform.libc_ver()[0] == "glibc":
+        return
+    memory = _host_memory()
+    if size + 1e9 > memory:
+        raise UserError(
+            f"parameters, gradients, moments and averages take {size / 1e9:.1f} GB, and the "
+            f"machine has {memory / 1e9:.1f} GB: save with optim.mu_dtype=bfloat16, "
+            "ema.decays=() or a smaller model"
+        )
+    if size > memory / 3 and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 65536)
         libc.mallopt(_M_TRIM_THRESHOLD, 128 << 10)  # both as they are by default
         libc.malloc_trim(0)
-    return _host_memory()
 
 
 def _host_memory() -> int:
