@@ -96,7 +96,7 @@ def make_job(args: Any) -> encode.Job:
         "class_names": getattr(source, "class_names", None),
     }
     batches = [images_at_once(math.prod(size)) * jax.local_device_count() for size in sizes]
-    of_texts = getattr(source, "complete", None), getattr(source, "null", None)
+    of_texts = getattr(source, "complete", None), getattr(source, "make_null", None)
     out = Path(args.out)
     batch = batches if views else batches[0]
     options = (settings, args.workers, *of_texts, views)

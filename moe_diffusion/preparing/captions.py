@@ -117,7 +117,7 @@ class Captioned:
         names = list(self._encoders.cond_spec)
         return {CAPTIONS: {"per_image": self._per_image, "fields": names}}
 
-    def null(self) -> dict[str, np.ndarray]:
+    def make_null(self) -> dict[str, np.ndarray]:
         """The fields of the empty prompt, {field: [*shape]} of one sample."""
         return {name: values[0] for name, values in self._encoders.encode([""]).items()}
 
