@@ -51,8 +51,24 @@ FLUX = {
     "model__flux__text_dtype": "bfloat16",
     "model__flux__pooled_width": 16,
 }
+CROSS = {
+    "model__depth": 2,
+    "model__hidden_size": 32,
+    "model__num_heads": 2,
+    "model__moe__hidden_size": 16,
+    "model__moe__num_experts": 4,
+    "model__dtype": "float32",
+    "model__remat": "none",
+    "model__dit_t2i__text_tokens": TOKENS,
+    "model__dit_t2i__text_width": 16,
+    "model__dit_t2i__pooled_width": 16,
+    "diffusion__cond_dropout": 0.5,  # the empty prompt takes part in every step
+    "parallel__preset": "dp",
+    "checkpoint__keep_every": 0,
+}
 ROADS = {
     "flux": Road("configs/flux_tiny.py", FLUX, ("--guidance", "3.5"), ("--guidance", "3.5")),
+    "cross": Road("configs/diffmoe_t2i.py", CROSS, ("--text-mask",), ("--cfg", "2")),
 }
 
 
@@ -124,6 +140,27 @@ def test_records_of_a_tar_and_of_a_folder(inputs, prepared):
     np.testing.assert_allclose(texts[0], texts[5], atol=1e-5)
     assert all(np.abs(texts[0] - other).max() > 1e-3 for other in texts[1:5])
     assert tar.null.keys() == tar.cond_spec.keys() - {"guidance"}
+    if "text_mask" in tar.cond_spec:
+        masks = tar.take(np.arange(18))["text_mask"]
+        assert masks[:, 0].all() and tar.null["text_mask"].sum() == 1  # the end of the text
+
+
+def test_fine_tuning_begins_with_a_run_of_other_data(inputs, prepared, tmp_path, capfd):
+    """Table 7's supervised fine-tuning: the same model, other captions; every array is kept."""
+    road, (tar, folder) = ROADS["cross"], prepared
+    if "text_mask" not in Latents(str(tar)).cond_spec:
+        return  # these records are of the other model
+    first = tmp_path / "pretrained"
+    train.main(train_args(inputs, road, tar, first, train__num_steps=5))
+    tuned = road._replace(config="configs/diffmoe_t2i.py:stage=sft")
+    changes = {"train__num_steps": 5, "init_from": first}
+    capfd.readouterr()
+    train.main(train_args(inputs, tuned, folder, tmp_path / "tuned", **changes))
+    told = capfd.readouterr().out
+    assert "init_from: all" in told and "arrays kept" in told
+    args = train_args(inputs, tuned, folder, tmp_path / "other", **changes)
+    args.append("--config.model.dit_t2i.pooled_width=12")
+    assert "model.dit_t2i.pooled_width: 16 there, 12 here" in cli.refused(capfd, train.main, args)
 
 
 def test_what_does_not_fit_is_refused_at_the_start(inputs, road, prepared, tmp_path, capfd):

@@ -184,6 +184,7 @@ def split(command: Command) -> tuple[str, list[str]]:
 RUNS = {
     "in/": "dsmoe_l",
     "runs/diffmoe": "digits:router=diffmoe",
+    "runs/pairs": "digits_t2i:router=diffmoe",
     "runs/tuned": "dsmoe_l",
 }
 
