@@ -301,6 +301,7 @@ EXECUTED = {
     "docs.generate_models": "tests/test_models_page.py::test_write",
     "docs.generate_reproduce": "tests/reproduction/test_reproduce.py::test_the_page_is_not_stale",
     "docs.notebooks": "tests/test_notebooks.py::test_it_runs",
+    "evaluate digits_t2i": "tests/test_pairs_cli.py::test_train_draw_and_score",
     "evaluate digits": "tests/test_evaluate_cli.py::test_a_run_on_digits_needs_nothing_else",
     "evaluate dsmoe": _REPRODUCED,
     "evaluate files": "tests/test_evaluate_cli.py::test_images_features_and_statistics_agree",
@@ -323,6 +324,7 @@ EXECUTED = {
     "report digits": "tests/reporting/test_report.py::test_a_page_of_two_runs",
     "reproduce": "tests/reproduction/test_reproduce.py::test_list_and_dry_run",
     "routing digits": "tests/test_thresholds_cli.py::test_a_folder_on_the_use_of_experts",
+    "sample digits_t2i": "tests/test_pairs_cli.py::test_train_draw_and_score",
     "sample digits": "tests/test_sample_cli.py::test_the_same_seed_draws_the_same_bytes",
     "sample dsmoe": "tests/test_convert_cli.py::test_from_a_golden_to_images_and_back",
     "sample flux": "tests/test_prompts_cli.py::test_one_image_for_each_prompt",
@@ -334,6 +336,9 @@ EXECUTED = {
     "tests.interop.full_size": "tests/interop/test_full_size.py::"
     "test_a_small_one_comes_back_bit_by_bit",
     "thresholds digits": "tests/test_thresholds_cli.py::test_search",
+    "train digits_t2i": "tests/test_pairs_cli.py::test_train_draw_and_score",
+    "train diffmoe_t2i": "tests/test_captions_road_cli.py::"
+    "test_a_killed_run_resumes_and_draws_prompts",
     "train --help": "tests/test_help.py::test_config_list_shows_all",
     "train digits": "tests/test_train_cli.py::test_what_a_run_prints_and_leaves",
     "train dsmoe": _REPRODUCED,
