@@ -120,6 +120,20 @@ def test_shards(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
+def test_processes_share_many_shards(tmp_path):
+    """They find what one process finds, and say what is wrong."""
+    for number in range(40):
+        write_tar(tmp_path / f"{number:05}.tar", places.shard(10 * number, 1 + number % 3))
+    pairs = open_pairs(f"webdataset:{tmp_path}")
+    numbers = [10 * n + i for n in range(40) for i in range(1 + n % 3)]
+    assert [name(pairs, i)[-9:] for i in range(len(pairs))] == [f"{n:09}" for n in numbers]
+    assert texts_of(pairs) == [[TEXTS[n % 5]] for n in numbers]
+    write_tar(tmp_path / "00017.tar", {"../1.jpg": picture(1)})
+    with pytest.raises(UserError, match="00017.tar names '../1.jpg', which leads out of it"):
+        open_pairs(f"webdataset:{tmp_path}")
+
+
 def test_what_lies_beside_pictures_in_a_shard(tmp_path):
     about = {"caption": "a seven", "captions": ["three", "the digit"], "dense": {"long": "a three"}}
     files = {
