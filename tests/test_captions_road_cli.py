@@ -202,6 +202,15 @@ def test_prepare_is_killed_and_goes_on(inputs, road, tmp_path):
     assert finished and all(path.stat().st_mtime_ns == times[path] for path in finished)
 
 
+def test_two_processes_make_the_same_folder(inputs, road, tmp_path):
+    captions = f"folder:{inputs}/folder"
+    cli.succeed("prepare", *prepare_args(inputs, road, captions, tmp_path / "one"))
+    args = prepare_args(inputs, road, captions, tmp_path / "two")
+    outputs = cli.together("prepare", *args, processes=2, optimize=False)
+    assert "10 latents" in outputs[0] and "10 latents" not in outputs[1]
+    assert cli.contents(tmp_path / "one") == cli.contents(tmp_path / "two")
+
+
 def test_a_killed_run_resumes_and_draws_prompts(inputs, road, prepared, tmp_path, capfd):
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
     cli.succeed("train", *train_args(inputs, road, prepared[0], undisturbed))

@@ -13,12 +13,15 @@ ignored.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from moe_diffusion import pictures
-from moe_diffusion.errors import UserError, shown
+from moe_diffusion.errors import UserError, explained, shown
 from moe_diffusion.preparing.pairs import (
     BROKEN_TEXT,
     LONGEST,
@@ -33,7 +36,7 @@ from moe_diffusion.preparing.pairs import (
     texts_at,
     usable,
 )
-from moe_diffusion.reading import lines, table_of
+from moe_diffusion.reading import regular_file, table_of
 
 METADATA, SHARED = "metadata.jsonl", "caption.txt"
 _KEYS, _JOURNEY_KEYS = ("text", "captions"), ("prompt", "Task2.Caption")
@@ -43,8 +46,8 @@ _IMAGES = "imgs"  # of JourneyDB
 class TextFiles(Pairs):
     """Images whose captions lie in files beside them."""
 
-    def texts(self, index: int) -> list[str]:
-        path = self._pairs[index].texts
+    def texts(self, pair: Pair) -> list[str]:
+        path = pair.texts
         try:
             with open(path, "rb") as file:
                 data = file.read(LONGEST + 1)
@@ -69,7 +72,7 @@ def open_folder(place: str, key: str | None = None) -> Pairs:
     if not folder.is_dir():
         raise UserError(f"there is no folder {place}: name one with images and captions")
     if (folder / METADATA).exists():
-        return Pairs(read_metadata(folder, keys_of(key, _KEYS)))
+        return Lines(folder / METADATA, "file_name", keys_of(key, _KEYS), (folder,))
     found = [_beside(path) for path in pictures.below(folder)]
     if not any(pair.texts for pair in found):
         raise UserError(
@@ -101,15 +104,6 @@ def _alone(folder: Path, known: set[str]) -> list[Pair]:
     return found
 
 
-def read_metadata(folder: Path, keys: Sequence[str] = _KEYS) -> list[Pair]:
-    """The image and the captions of every line of a folder's `metadata.jsonl`.
-
-    Raises:
-      UserError: there is no such file, it has no lines, or one names a file outside of the folder.
-    """
-    return _read_lines(folder / METADATA, "file_name", keys, (folder,))
-
-
 def open_journeydb(place: str, key: str | None = None) -> Pairs:
     """JourneyDB: an annotation file, or the folder with one; `img_path` is a file below `imgs/`.
 
@@ -126,49 +120,84 @@ def open_journeydb(place: str, key: str | None = None) -> Pairs:
             names = ", ".join(p.name for p in found) or "none"
             raise UserError(f"{place} must hold one .jsonl of annotations, it has {names}: name it")
         path = found[0]
-    folder = path.parent
-    places = (folder / _IMAGES, folder)
-    return Pairs(_read_lines(path, "img_path", keys_of(key, _JOURNEY_KEYS), places))
+    places = (path.parent / _IMAGES, path.parent)
+    return Lines(path, "img_path", keys_of(key, _JOURNEY_KEYS), places)
 
 
-def _read_lines(path: Path, image: str, keys: Sequence[str], folders: Sequence[Path]) -> list[Pair]:
-    """A pair of every line of a file .jsonl.
+class Lines(Pairs):
+    """The images of a file of JSON objects, one a line. It is read again for every image.
 
     Args:
+      path: the file.
       image: the key of the image's path.
       keys: those of the captions.
       folders: where the image may lie.
+
+    Raises:
+      UserError: there is no such file, it has no lines, or one names a file outside of the folder.
     """
-    pairs = []
-    for number, line in lines(path, path.name):
-        if line.strip():
-            where = f"line {number} of {path}"
-            try:
-                pairs.append(_of_line(line, where, image, keys, folders))
-            except Unusable as defect:
-                pairs.append(Pair(where, defect=defect))
-    if not pairs:
-        raise UserError(f"{path} has no lines: nothing to prepare")
-    return pairs
 
+    def __init__(self, path: Path, image: str, keys: Sequence[str], folders: Sequence[Path]):
+        self._path, self._image, self._keys, self._folders = path, image, keys, folders
+        self._numbers, self._offsets, offset = array("q"), array("q"), 0
+        regular_file(path, path.name)
+        with (
+            explained(f"cannot read {path}", "mend the access", (OSError,)),
+            path.open("rb") as file,
+        ):
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self._numbers.append(number)
+                    self._offsets.append(offset)
+                    self._check_inside(line, number)
+                offset += len(line)
+        if not self._offsets:
+            raise UserError(f"{path} has no lines: nothing to prepare")
 
-def _of_line(
-    line: str, where: str, image: str, keys: Sequence[str], folders: Sequence[Path]
-) -> Pair:
-    row = table_of(line)
-    needed = f"{image} and {' or '.join(keys)}"
-    name = (row or {}).get(image)
-    try:
-        texts = texts_at(row or {}, keys)
-    except ValueError as error:
-        raise Unusable(BROKEN_TEXT, f"{where}: {error}: mend it, {SKIP}") from None
-    if name is None or texts is None:
-        raise Unusable(BROKEN_TEXT, f"{where} is no object with {needed}: mend it, {SKIP}")
-    if not isinstance(name, str):
-        raise Unusable(BROKEN_TEXT, f"{where}: {image} is {shown(name)}, no text: mend it, {SKIP}")
-    file = inside(name, where)
-    paths = [path for path in (folder / file for folder in folders) if os.path.isfile(path)]
-    if not paths:
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def pair(self, index: int) -> Pair:
+        where = f"line {self._numbers[index]} of {self._path}"
+        with self._opened() as file:
+            file.seek(self._offsets[index])
+            line = file.readline()
+        try:
+            return self._parsed(line, where)
+        except Unusable as defect:
+            return Pair(where, defect=defect)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        with explained(f"cannot read {self._path}", "mend the access", (OSError,)):
+            with self._path.open("rb") as file:
+                yield file
+
+    def _check_inside(self, line: bytes, number: int) -> None:
+        name = (_table(line) or {}).get(self._image)
+        if isinstance(name, str):
+            inside(name, f"line {number} of {self._path}")
+
+    def _parsed(self, line: bytes, where: str) -> Pair:
+        row = _table(line) or {}
+        name = row.get(self._image)
+        try:
+            texts = texts_at(row, self._keys)
+        except ValueError as error:
+            raise Unusable(BROKEN_TEXT, f"{where}: {error}: mend it, {SKIP}") from None
+        if name is None or texts is None:
+            needed = f"{self._image} and {' or '.join(self._keys)}"
+            raise Unusable(BROKEN_TEXT, f"{where} is no object with {needed}: mend it, {SKIP}")
+        if not isinstance(name, str):
+            message = f"{where}: {self._image} is {shown(name)}, no text: mend it, {SKIP}"
+            raise Unusable(BROKEN_TEXT, message)
+        file = inside(name, where)
+        for folder in self._folders:
+            if os.path.isfile(folder / file):
+                return Pair(str(folder / file), str(folder / file), usable(texts, where))
         message = f"{where} names {shown(name)}, which is not there: restore it, {SKIP}"
         raise Unusable(NO_IMAGE, message)
-    return Pair(str(paths[0]), str(paths[0]), usable(texts, where))
+
+
+def _table(line: bytes) -> dict[str, Any] | None:
+    return table_of(line.decode(errors="replace"))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe_diffusion.data.tfds import open_records
-from moe_diffusion.preparing.pairs import BROKEN_TEXT, Pairs, Unusable, keys_of, usable
+from moe_diffusion.preparing.pairs import BROKEN_TEXT, Pair, Pairs, Unusable, keys_of, usable
 
 _USUAL = ("caption",)
 
@@ -33,23 +33,18 @@ class TfdsPairs(Pairs):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._records[index]
+    def pair(self, index: int) -> Pair:
+        return Pair(f"record {index} of tfds:{self._place}", index, index)
 
-    def name(self, index: int) -> str:
-        return f"record {index} of tfds:{self._place}"
+    def image(self, pair: Pair) -> bytes | np.ndarray:
+        return self._records[pair.image]["image"]
 
-    def defect(self, index: int) -> None:
-        """Nothing is known before a record is read."""
-
-    def image(self, index: int) -> bytes | np.ndarray:
-        return self._records[index]["image"]
-
-    def texts(self, index: int) -> list[str]:
-        texts, name = _at(self._records[index], self._key.split(".")), self.name(index)
+    def texts(self, pair: Pair) -> list[str]:
+        texts = _at(self._records[pair.texts], self._key.split("."))
         if not all(isinstance(text, str | bytes) for text in texts):
-            raise Unusable(BROKEN_TEXT, f"{name}: {self._key} holds no texts: see --caption-key")
-        return usable(texts, name)
+            message = f"{pair.name}: {self._key} holds no texts: see --caption-key"
+            raise Unusable(BROKEN_TEXT, message)
+        return usable(texts, pair.name)
 
 
 def _at(value: Any, parts: list[str]) -> list[Any]:

@@ -26,7 +26,7 @@ from moe_diffusion.errors import UserError
 from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.preparing.caption_folder import open_folder, open_journeydb
 from moe_diffusion.preparing.caption_tfds import TfdsPairs
-from moe_diffusion.preparing.pairs import SKIP, SMALL, UNREADABLE, LeftOut, Pairs, Unusable
+from moe_diffusion.preparing.pairs import SKIP, SMALL, UNREADABLE, LeftOut, Pair, Pairs, Unusable
 from moe_diffusion.preparing.webdataset import open_shards
 
 # Kind -> (place, key of the captions or None, split) -> its images with captions.
@@ -64,7 +64,7 @@ def open_pairs(
     else:
         pairs = open_folder(name, key)
     for index in () if skip_broken else range(len(pairs)):
-        if defect := pairs.defect(index):
+        if defect := pairs.pair(index).defect:
             raise defect
     return pairs
 
@@ -124,19 +124,20 @@ class Captioned:
     def read(self, index: int) -> Record | LeftOut:
         """{"image", "texts"} of record `index`, or why it is left out, if that is allowed."""
         try:
-            if defect := self._pairs.defect(index):
-                raise defect
-            texts = self._pairs.texts(index)[: self._per_image]
-            return {"image": self._pixels(index), _TEXTS: texts}
+            pair = self._pairs.pair(index)
+            if pair.defect:
+                raise pair.defect
+            texts = self._pairs.texts(pair)[: self._per_image]
+            return {"image": self._pixels(pair), _TEXTS: texts}
         except Unusable as error:
             if not self.skip_broken:
                 raise
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             return LeftOut(error.reason)
 
-    def _pixels(self, index: int) -> np.ndarray:
+    def _pixels(self, pair: Pair) -> np.ndarray:
         """f32[H, W, C]."""
-        name, image = self._pairs.name(index), self._pairs.image(index)
+        name, image = pair.name, self._pairs.image(pair)
         read = pictures.from_array if isinstance(image, np.ndarray) else pictures.read
         try:
             picture = read(image, name, f"restore it, {SKIP}")
@@ -176,4 +177,4 @@ class Captioned:
 
     def name(self, index: int) -> str:
         """What messages call the image of record `index`."""
-        return self._pairs.name(index)
+        return self._pairs.pair(index).name

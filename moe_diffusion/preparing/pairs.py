@@ -47,7 +47,8 @@ class Pair(NamedTuple):
 class Pairs:
     """The images with captions of one place, in an order that depends on nothing else.
 
-    A kind of place is a function (place, key) -> Pairs; `captions.KINDS` lists them.
+    A kind of place is a function (place, key) -> Pairs; `captions.KINDS` lists them. A place of
+    millions of images overrides `pair` and keeps less of each.
     """
 
     def __init__(self, pairs: Sequence[Pair]):
@@ -56,21 +57,17 @@ class Pairs:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def name(self, index: int) -> str:
-        """What messages and manifests call image `index`."""
-        return self._pairs[index].name
+    def pair(self, index: int) -> Pair:
+        """Image `index`, which is not read."""
+        return self._pairs[index]
 
-    def defect(self, index: int) -> Unusable | None:
-        """What makes it unusable, as far as that is known without reading it."""
-        return self._pairs[index].defect
+    def image(self, pair: Pair) -> str | bytes | np.ndarray:
+        """The image of a pair: a path, the content of a file, or pixels. May raise Unusable."""
+        return pair.image
 
-    def image(self, index: int) -> str | bytes | np.ndarray:
-        """Its image: a path, the content of a file, or pixels."""
-        return self._pairs[index].image
-
-    def texts(self, index: int) -> list[str]:
+    def texts(self, pair: Pair) -> list[str]:
         """Its captions, none of them empty. Raises Unusable if one is broken or there is none."""
-        return usable(self._pairs[index].texts, self._pairs[index].name)
+        return usable(pair.texts, pair.name)
 
 
 def usable(texts: Iterable[str | bytes], name: str) -> list[str]:

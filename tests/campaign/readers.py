@@ -385,8 +385,8 @@ def captions(count: int, seed: int, folder: Path) -> Counter:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def harmless(name, taken):
-        found = [(taken.image(index), taken.texts(index)) for index in range(len(taken))]
-        return all(Path(image).is_file() and all(texts) for image, texts in found)
+        pairs = [taken.pair(index) for index in range(len(taken))]
+        return all(Path(pair.image).is_file() and all(taken.texts(pair)) for pair in pairs)
 
     path = folder / "metadata.jsonl"
     return damage(
@@ -407,10 +407,11 @@ def caption_shards(count: int, seed: int, folder: Path) -> Counter:
     known = {f"{path}: {i:09}" for i in range(3)}
 
     def read(path):
-        pairs = open_pairs(f"webdataset:{path}", skip_broken=False)
-        for index in range(len(pairs)):
-            pictures.read(pairs.image(index), pairs.name(index), "x")
-        return {pairs.name(index): pairs.texts(index) for index in range(len(pairs))}
+        places = open_pairs(f"webdataset:{path}", skip_broken=False)
+        pairs = [places.pair(index) for index in range(len(places))]
+        for pair in pairs:
+            pictures.read(places.image(pair), pair.name, "x")
+        return {pair.name: places.texts(pair) for pair in pairs}
 
     def harmless(name, taken):
         return taken.keys() == known and all(text for texts in taken.values() for text in texts)

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_diffusion import prepare, train
+from moe_diffusion import digests, prepare, train
 from moe_diffusion.data.latents import Latents
 from moe_diffusion.data.pipeline import make_iterator
 from moe_diffusion.errors import UserError
 from moe_diffusion.interop.prompts import PromptEncoders
 from moe_diffusion.preparing.captions import Captioned, open_pairs
 from tests import cli, pictures
+from tests.data import test_latents
 from tests.interop import pipeline_folder
 from tests.preparing import caption_places
 from tests.preparing.scenes import Scenes
@@ -285,6 +286,50 @@ def test_the_empty_prompt_is_stored(several, prepared, tmp_path, capfd):
     path.unlink()
     with pytest.raises(UserError, match="empty_prompt.bin cannot be read"):
         Latents(str(copy))
+
+
+def test_what_a_manifest_says_of_captions(several, tmp_path):
+    """A wrong value is refused, or changes no text that is read."""
+    args, source = several
+    copy = Path(shutil.copytree(args[-1], tmp_path / "copy"))
+    path, indices = copy / "manifest.json", np.arange(3)
+    manifest, expected = source.manifest, source.take(indices)
+    counts = {"refused": 0, "taken": 0}
+    entries = {key: manifest[key] for key in ("captions", "null", "text", "skipped_by_reason")}
+    for place in test_latents.places(entries):
+        for mutant in (*test_latents.MUTANTS, ["text", "text"], ["guidance"]):
+            changed = json.loads(json.dumps(manifest))
+            holder = changed
+            for step in place[:-1]:
+                holder = holder[step]
+            holder[place[-1]] = mutant
+            path.write_text(json.dumps(digests.seal(changed)))
+            try:
+                found = Latents(str(copy))
+                batch = found.take(indices)
+            except UserError as error:
+                assert str(copy) in str(error), (place, mutant, error)
+                counts["refused"] += 1
+                continue
+            counts["taken"] += 1
+            for name, values in expected.items():
+                np.testing.assert_array_equal(batch[name], values, err_msg=f"{place}: {mutant}")
+            assert found.null.keys() <= source.null.keys(), (place, mutant)
+    assert counts["refused"] > 3 * counts["taken"], counts
+
+
+def test_a_folder_of_format_3(prepared, tmp_path):
+    """It had no empty prompt, and did not count what was left out by reason."""
+    copy = Path(shutil.copytree(prepared[1], tmp_path / "copy"))
+    path, new = copy / "manifest.json", ("null", "skipped_by_reason")
+    manifest = json.loads(path.read_text()) | {"format": 3}
+    (copy / manifest["null"]["file"]).unlink()
+    old = {key: value for key, value in manifest.items() if key not in new}
+    path.write_text(json.dumps(digests.seal(old)))
+    source, now = Latents(str(copy)), Latents(prepared[1])
+    assert source.null == {} and source.text_encoders == now.text_encoders
+    for name, values in now.take(np.arange(3)).items():
+        np.testing.assert_array_equal(source.take(np.arange(3))[name], values)
 
 
 def test_what_is_left_out_is_counted(several, capfd):

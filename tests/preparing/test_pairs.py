@@ -16,8 +16,20 @@ from tests.preparing.caption_places import TEXTS, picture, write_tar
 from tests.preparing.scenes import Scenes
 
 
+def texts(pairs, index):
+    return pairs.texts(pairs.pair(index))
+
+
+def image(pairs, index):
+    return pairs.image(pairs.pair(index))
+
+
+def name(pairs, index):
+    return pairs.pair(index).name
+
+
 def texts_of(pairs):
-    return [pairs.texts(i) for i in range(len(pairs))]
+    return [texts(pairs, i) for i in range(len(pairs))]
 
 
 def reasons(pairs):
@@ -25,9 +37,9 @@ def reasons(pairs):
     found = []
     for i in range(len(pairs)):
         try:
-            if defect := pairs.defect(i):
+            if defect := pairs.pair(i).defect:
                 raise defect
-            pairs.texts(i)
+            texts(pairs, i)
             found.append(None)
         except Unusable as error:
             found.append(error.reason)
@@ -39,20 +51,20 @@ def test_texts_beside_pictures(tmp_path):
     (folder / "part0" / "._000.txt").write_text("of the system")
     pairs = open_pairs(f"folder:{folder}")
     order = [0, 2, 4, 1, 3, 5]
-    assert [pairs.name(i) for i in range(6)] == [f"{folder}/part{i % 2}/{i:03}.png" for i in order]
+    assert [name(pairs, i) for i in range(6)] == [f"{folder}/part{i % 2}/{i:03}.png" for i in order]
     assert texts_of(pairs) == [[TEXTS[i % 5]] for i in order]
-    assert places.mean_colour(pairs.image(1)) == [14, 90, 241]
+    assert places.mean_colour(image(pairs, 1)) == [14, 90, 241]
     (folder / "part0" / "000.txt").unlink()
     (folder / "part0" / "002.txt").write_bytes(b"")
     (folder / "part1" / "001.txt").write_bytes("été".encode("latin-1"))
     (folder / "part1" / "alone.txt").write_text("a seven")
     pairs = open_pairs(str(folder))  # a path without a kind
     broken = ["no text", "broken text", None, "broken text", None, None, "no image"]
-    assert reasons(pairs) == broken and pairs.name(6) == f"{folder}/part1/alone.txt"
-    assert str(pairs.defect(0)).startswith(f"{folder}/part0/000.png has no .txt beside it")
+    assert reasons(pairs) == broken and name(pairs, 6) == f"{folder}/part1/alone.txt"
+    assert str(pairs.pair(0).defect).startswith(f"{folder}/part0/000.png has no .txt beside it")
     for index, message in ((1, "part0/002.txt: its text is empty"), (3, "001.txt: its text is no")):
         with pytest.raises(Unusable, match=message):
-            pairs.texts(index)
+            texts(pairs, index)
 
 
 def test_metadata_with_several_captions(tmp_path):
@@ -67,11 +79,11 @@ def test_metadata_with_several_captions(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metadata.jsonl").write_text(lines + "no JSON\n")
     pairs = open_pairs(f"folder:{tmp_path}")
-    assert [pairs.texts(i) for i in range(2)] == [["a seven", "three"], ["the digit", "七"]]
+    assert [texts(pairs, i) for i in range(2)] == [["a seven", "three"], ["the digit", "七"]]
     assert reasons(pairs) == [None, None, "no image", *["broken text"] * 3]
-    assert pairs.name(5) == f"line 6 of {tmp_path}/metadata.jsonl"
+    assert name(pairs, 5) == f"line 6 of {tmp_path}/metadata.jsonl"
     pairs = open_pairs(f"folder:{tmp_path}", "captions")
-    assert pairs.texts(0) == ["three", "a seven"]
+    assert texts(pairs, 0) == ["three", "a seven"]
 
 
 def test_journeydb(tmp_path):
@@ -80,12 +92,12 @@ def test_journeydb(tmp_path):
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"img_path": "./012/b.jpg"}) + "\n")
     for place in (tmp_path, path):
         pairs = open_pairs(f"journeydb:{place}")
-        assert pairs.texts(0) == [f"{TEXTS[0]} --ar 16:9", TEXTS[0]]
-        assert pairs.name(0) == f"{tmp_path}/imgs/012/0.jpg" and reasons(pairs) == [
+        assert texts(pairs, 0) == [f"{TEXTS[0]} --ar 16:9", TEXTS[0]]
+        assert name(pairs, 0) == f"{tmp_path}/imgs/012/0.jpg" and reasons(pairs) == [
             None,
             "no image",
         ]
-    assert open_pairs(f"journeydb:{tmp_path}", "Task2.Caption").texts(0) == [TEXTS[0]]
+    assert texts(open_pairs(f"journeydb:{tmp_path}", "Task2.Caption"), 0) == [TEXTS[0]]
     path.write_text(json.dumps(row | {"img_path": "../../a.jpg"}))
     with pytest.raises(UserError, match="line 1 of .* names '../../a.jpg', which leads out of it"):
         open_pairs(f"journeydb:{tmp_path}")
@@ -102,10 +114,24 @@ def test_shards(tmp_path):
         pairs = open_pairs(f"webdataset:{tmp_path}{place}")
         numbers = [0, 1, 2, 3, 10, 11, 12, 20, 21]
         assert texts_of(pairs) == [[TEXTS[i % 5]] for i in numbers]
-        assert pairs.name(4) == f"{tmp_path}/00001.tar: 000000010"
-    assert places.mean_colour(pairs.image(8)) == pytest.approx([147, 90, 108], abs=3)
+        assert name(pairs, 4) == f"{tmp_path}/00001.tar: 000000010"
+    assert places.mean_colour(image(pairs, 8)) == pytest.approx([147, 90, 108], abs=3)
     assert len(open_pairs(f"webdataset:{tmp_path}/00001.tar")) == 3
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_processes_share_many_shards(tmp_path):
+    """They find what one process finds, and say what is wrong."""
+    for number in range(40):
+        write_tar(tmp_path / f"{number:05}.tar", places.shard(10 * number, 1 + number % 3))
+    pairs = open_pairs(f"webdataset:{tmp_path}")
+    numbers = [10 * n + i for n in range(40) for i in range(1 + n % 3)]
+    assert [name(pairs, i)[-9:] for i in range(len(pairs))] == [f"{n:09}" for n in numbers]
+    assert texts_of(pairs) == [[TEXTS[n % 5]] for n in numbers]
+    write_tar(tmp_path / "00017.tar", {"../1.jpg": picture(1)})
+    with pytest.raises(UserError, match="00017.tar names '../1.jpg', which leads out of it"):
+        open_pairs(f"webdataset:{tmp_path}")
 
 
 def test_what_lies_beside_pictures_in_a_shard(tmp_path):
@@ -130,13 +156,13 @@ def test_what_lies_beside_pictures_in_a_shard(tmp_path):
     path = write_tar(tmp_path / "a.tar", files)
     pairs = open_pairs(f"webdataset:{path}")
     expected = [None, None, "no image", "no text", *["broken text"] * 3]
-    assert reasons(pairs) == expected and pairs.name(0) == f"{path}: x/1"
-    assert pairs.texts(0) == ["a seven", "three", "the digit"] and pairs.texts(1) == ["七"]
+    assert reasons(pairs) == expected and name(pairs, 0) == f"{path}: x/1"
+    assert texts(pairs, 0) == ["a seven", "three", "the digit"] and texts(pairs, 1) == ["七"]
     for index, message in ((4, "5.txt: its text is empty"), (5, "no caption and no captions")):
         with pytest.raises(Unusable, match=message):
-            pairs.texts(index)
+            texts(pairs, index)
     pairs = open_pairs(f"webdataset:{path}", "dense.long,caption")
-    assert pairs.texts(0) == ["a three", "a seven"]
+    assert texts(pairs, 0) == ["a three", "a seven"]
     assert reasons(pairs)[1:3] == ["broken text", "no image"]
 
 
@@ -196,7 +222,7 @@ def test_shards_that_are_not_whole(tmp_path):
     pairs = open_pairs(f"webdataset:{tmp_path}/a.tar")
     (tmp_path / "a.tar").write_bytes(data[:2000])  # cut after it was opened
     with pytest.raises(UserError, match="a.tar is shorter than it was at the start"):
-        pairs.image(2)
+        image(pairs, 2)
 
 
 def test_places_that_are_not_there(tmp_path):
@@ -222,12 +248,12 @@ def test_a_prepared_dataset(tmp_path):
     Scenes(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     place = f"tfds:{tmp_path}/scenes/1.0.0"
     pairs = open_pairs(place)
-    numbers = [places.mean_colour(pairs.image(i))[0] // 7 for i in range(2)]
-    assert sorted(numbers) == [0, 1] and pairs.texts(numbers.index(0)) == [TEXTS[3]]
+    numbers = [places.mean_colour(image(pairs, i))[0] // 7 for i in range(2)]
+    assert sorted(numbers) == [0, 1] and texts(pairs, numbers.index(0)) == [TEXTS[3]]
     assert reasons(pairs)[numbers.index(1)] == "broken text"
-    assert pairs.name(0) == f"record 0 of {place}"
+    assert name(pairs, 0) == f"record 0 of {place}"
     pairs = open_pairs(place, "captions.text")
-    assert pairs.texts(numbers.index(1)) == [f"{TEXTS[0]} 1", f"{TEXTS[1]} 1"]
+    assert texts(pairs, numbers.index(1)) == [f"{TEXTS[0]} 1", f"{TEXTS[1]} 1"]
     for key, split, message in (
         ("prompt", "train", "it needs image and prompt"),
         ("caption", "test", "data.split='test' is not in"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from moe_diffusion import config as configs
+from moe_diffusion.classes import Classes, of_run
 from moe_diffusion.conditions import Field
 from moe_diffusion.config.sizes import parse_size, size_changes
 from moe_diffusion.errors import UserError
@@ -19,6 +21,11 @@ from tests.interop import pipeline_folder
 SPEC = {"text": Field((6, 16), "float32"), "pooled": Field((16,), "float32")}
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return pipeline_folder.write(tmp_path_factory.mktemp("pipeline") / "flux")
+
+
 def model_of(spec):
     return SimpleNamespace(cond_spec=lambda: spec)
 
@@ -27,12 +34,11 @@ def raises(message):
     return pytest.raises(UserError, match=message)
 
 
-def test_text_encoders_of_a_pipeline(tmp_path, capfd):
+def test_text_encoders_of_a_pipeline(pipeline, capfd):
     """The fields in the dtypes of the model; T5's 6 tokens hold five words and the end."""
-    folder = pipeline_folder.write(tmp_path / "flux")
     config = configs.default()
-    config.data.text_encoders = str(folder)
-    for place in (None, folder):
+    config.data.text_encoders = str(pipeline)
+    for place in (None, pipeline):
         encode = prompt_encoder(config, model_of(SPEC), place)
     made = encode(["a digit", "a handwritten digit of the seven"])
     assert encode.max_tokens == 6 and {n: v.shape[1:] for n, v in made.items()} == {
@@ -45,6 +51,37 @@ def test_text_encoders_of_a_pipeline(tmp_path, capfd):
         prompt_encoder(config, model_of(wide))
     with raises("prompts need the text encoders of FLUX.1: name the folder of its pipeline"):
         prompt_encoder(configs.default(), model_of(SPEC))
+
+
+def test_a_mask_and_no_pooled_text(pipeline, tmp_path):
+    """Which fields are made is that of the model; without `pooled`, CLIP need not be there."""
+    folder = shutil.copytree(pipeline, tmp_path / "flux")
+    masked = {"text": SPEC["text"], "text_mask": Field((6,), "bool")}
+    both = prompt_encoder(configs.default(), model_of(SPEC | masked), folder)(["a digit"])
+    assert both.keys() == {"text", "text_mask", "pooled"}
+    shutil.rmtree(folder / "text_encoder")
+    shutil.rmtree(folder / "tokenizer")
+    made = prompt_encoder(configs.default(), model_of(masked), folder)(["a digit", ""])
+    assert made.keys() == masked.keys() and made["text_mask"].dtype == bool
+    assert made["text_mask"].tolist() == [[True] * 3 + [False] * 3, [True] + [False] * 5]
+    np.testing.assert_array_equal(made["text"][0], both["text"][0])
+    with raises("no tokenizer at"):
+        prompt_encoder(configs.default(), model_of(SPEC), folder)
+
+
+def test_other_encoders_than_those_of_the_training(pipeline, tmp_path):
+    """As the run knows it; where nothing is known, every encoder that fits is taken."""
+    folder = shutil.copytree(pipeline, tmp_path / "flux")
+    config, model = configs.default(), model_of(SPEC)
+    made_by = prompt_encoder(config, model, folder)._encoders.describe()
+    known = Classes(text=made_by)
+    prompt_encoder(config, model, folder, known)
+    known.save(tmp_path)
+    assert of_run(tmp_path).text == made_by and of_run(tmp_path) == known
+    pipeline_folder.replace_t5(folder, seed=1)
+    prompt_encoder(config, model, folder)
+    with raises("the field text of the data that this model was trained with was made by another"):
+        prompt_encoder(config, model, folder, of_run(tmp_path))
 
 
 def test_a_model_of_labels_reads_none():
