@@ -293,10 +293,18 @@ def test_prompts_that_cannot_be_names(files, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_a_sweep(trained, capsys):
-    """Two scales are two results; FID needs no CLIP."""
-    args = ["--prompts", trained / "prompts.txt", "--cfg", "1.0,2.0", "--num", 8]
-    result, _ = measure(trained, capsys, *args)
+def test_a_sweep(trained, capsys, monkeypatch):
+    """Two averages are two results; those that are done are kept until all are."""
+    args = ["--prompts", trained / "prompts.txt", "--ema", "0.999,none", "--num", 8]
+    with monkeypatch.context() as patch:
+        stopped_after(patch, scorers.PromptedDigit, "rows", 1)
+        with pytest.raises(Stop):
+            measure(trained, capsys, *args)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        stopped_after(patch, scorers.PromptedDigit, "rows", 1)
+        result, _ = measure(trained, capsys, *args)
     first, second = result["results"]
-    assert (first["cfg"], second["cfg"]) == (1.0, 2.0)
+    assert (first["ema"], second["ema"]) == ("0.999", "none")
     assert first["metrics"]["fd_digits"] != second["metrics"]["fd_digits"]
+    assert not (trained / "run" / prompt_scores.FOLDER).exists()
