@@ -10,14 +10,17 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from moe_diffusion import evaluate, sample, train
-from moe_diffusion.evaluation import prompt_scores, scorers
+from moe_diffusion.evaluation import inception, prompt_scores, scorers
 from moe_diffusion.evaluation.images import FolderImages
 from moe_diffusion.interop import clip
 from moe_diffusion.sampling import layouts, saved
 from tests import cli
+from tests.golden.inception import recipe, shrink
 from tests.interop import clip_folder
+from tests.sampling import flux_folder
 from tests.test_flux_demo import TINY
 
 PROMPTS = ["a handwritten seven", "three", "the digit 5 , written by hand"]
@@ -290,6 +293,28 @@ def test_prompts_that_cannot_be_names(files, tmp_path, capfd):
     args += ["--benchmark", "mjhq", "--save-images", tmp_path / "x"]
     assert "'../b' is no plain name" in cli.refused(capfd, sample.main, args)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_latents_text_encoders_and_inception(files, tmp_path, capsys, monkeypatch):
+    """A FLUX.1 whose text encoders and autoencoder come from a pipeline; FID against a folder."""
+    shrink(monkeypatch)
+    save_file(recipe(inception.tensor_shapes(), seed=0), tmp_path / "inception.safetensors")
+    folder = flux_folder.write(tmp_path / "FLUX.1-tiny")
+    workdir = flux_folder.convert(folder, tmp_path / "run")
+    (tmp_path / "real").mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3))):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "real" / f"{number}.png")
+    args = ["--workdir", workdir, "--vae", folder, "--prompts", files / "prompts.txt"]
+    args += ["--config.model.image_size=4", "--steps", 2, "--images-per-prompt", 2]
+    args += ["--clip", files / "clip", "--reference", tmp_path / "real", "--guidance", 2]
+    args += ["--inception", tmp_path / "inception.safetensors", "--json"]
+    evaluate.main(list(map(str, args)))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"clip_score", "clip_s", "fid", "sfid", "kid", "precision"} <= result["metrics"].keys()
+    assert "prompt_accuracy" not in result["metrics"]
+    assert (result["guidance"], result["resolution"], result["num_samples"]) == (2.0, "32x32", 6)
+    assert result["reference"]["count"] == 9 and result["autoencoder"]["name"]
 
 
 @pytest.mark.slow
