@@ -6,6 +6,7 @@ A FLUX that reads digits and was trained for two steps; a CLIP of random weights
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -333,3 +334,24 @@ def test_a_sweep(trained, capsys, monkeypatch):
     assert (first["ema"], second["ema"]) == ("0.999", "none")
     assert first["metrics"]["fd_digits"] != second["metrics"]["fd_digits"]
     assert not (trained / "run" / prompt_scores.FOLDER).exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process(trained, tmp_path):
+    """SIGKILL after some of 100 batches; the second process draws the others, and says the same."""
+    args = ["--workdir", trained / "run", "--prompts", trained / "prompts.txt", "--num", 200]
+    args += ["--clip", trained / "clip", "--batch", 2, "--json", "--save-images"]
+    wanted = json.loads(cli.succeed("evaluate", *args, tmp_path / "whole").splitlines()[-1])
+    with cli.started("evaluate", *args, tmp_path / "images") as process:
+        place = trained / "run" / prompt_scores.FOLDER
+        end = time.monotonic() + cli.HANGS_AFTER
+        while len(list(place.glob("*/rows_*.npz"))) < 5 and time.monotonic() < end:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    there = len(list(place.glob("*/rows_*.npz")))
+    assert 5 <= there < 100 and len(list((tmp_path / "images").glob("*.png"))) < 200
+    again = cli.succeed("evaluate", *args, tmp_path / "images")
+    assert json.loads(again.splitlines()[-1]) == wanted
+    whole, resumed = (cli.contents(tmp_path / name) for name in ("whole", "images"))
+    assert whole == resumed
