@@ -81,12 +81,24 @@ def check_columns(args: argparse.Namespace) -> None:
                 )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises a UserError for flags and places that cannot be."""
+    flags.check_flags(args)
+    check_columns(args)
+    check_places(args)
+
+
 def connect(args: argparse.Namespace) -> None:
-    """Connects the processes; raises a UserError for what one does alone, if there are several."""
+    """Connects the processes; raises a UserError for what one does alone, if there are several.
+
+    Before that, for prompts that --save-images cannot lay out.
+    """
     import jax
 
     from moe_diffusion.parallel import distributed
+    from moe_diffusion.sampling import saved
 
+    saved.check_flags(args)
     distributed.initialize()
     alone = [flag for flag in ("stats", "trajectory", "teacher") if getattr(args, flag)]
     alone += ["top-k"] * ("," in (args.top_k or ""))
@@ -154,9 +166,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parse(argv)
-    flags.check_flags(args)
-    check_columns(args)
-    check_places(args)
+    check(args)
     from moe_diffusion.diffusion.samplers import make_sampler
     from moe_diffusion.evaluation.routing_stats import RoutingObserver, save_stats
     from moe_diffusion.figures.images import save_pngs
@@ -167,7 +177,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from moe_diffusion.sampling.generate import generate, pool_of
     from moe_diffusion.sampling.load import load_config
 
-    saved.check_flags(args)
     connect(args)
     values = top_k.parse(args.top_k)
     if values:

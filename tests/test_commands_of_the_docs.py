@@ -262,6 +262,10 @@ def kind_of(name: str, flags: argparse.Namespace, spec: str | None) -> str:
         return flags.what
     if name == "evaluate" and flags.samples:
         return "files"
+    if name == "evaluate" and flags.prompts:
+        return "prompts"
+    if name == "sample" and flags.save_images:
+        return "folders"
     if not spec:
         return ""
     stem = Path(spec.partition(":")[0]).stem
@@ -305,6 +309,7 @@ EXECUTED = {
     "evaluate digits": "tests/test_evaluate_cli.py::test_a_run_on_digits_needs_nothing_else",
     "evaluate dsmoe": _REPRODUCED,
     "evaluate files": "tests/test_evaluate_cli.py::test_images_features_and_statistics_agree",
+    "evaluate prompts": "tests/test_scores_cli.py::test_scores_of_prompts",
     "launch.gke dsmoe": _DRY_RUN,
     "launch.slurm dsmoe": _DRY_RUN,
     "launch.tpu_vm dsmoe": _DRY_RUN,
@@ -327,6 +332,7 @@ EXECUTED = {
     "sample digits_t2i": "tests/test_pairs_cli.py::test_train_draw_and_score",
     "sample digits": "tests/test_sample_cli.py::test_the_same_seed_draws_the_same_bytes",
     "sample dsmoe": "tests/test_convert_cli.py::test_from_a_golden_to_images_and_back",
+    "sample folders": "tests/test_scores_cli.py::test_layouts_of_scorers",
     "sample flux": "tests/test_prompts_cli.py::test_one_image_for_each_prompt",
     "sample flux_moe": "tests/sampling/test_top_k.py::test_columns_are_the_pictures_of_each",
     "tests.campaign": "tests/campaign/test_readers.py::test_damaged_inputs",

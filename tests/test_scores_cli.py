@@ -6,18 +6,22 @@ A FLUX that reads digits and was trained for two steps; a CLIP of random weights
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from moe_diffusion import evaluate, sample, train
-from moe_diffusion.evaluation import prompt_scores, scorers
+from moe_diffusion.evaluation import inception, prompt_scores, scorers
 from moe_diffusion.evaluation.images import FolderImages
 from moe_diffusion.interop import clip
 from moe_diffusion.sampling import layouts, saved
 from tests import cli
+from tests.golden.inception import recipe, shrink
 from tests.interop import clip_folder
+from tests.sampling import flux_folder
 from tests.test_flux_demo import TINY
 
 PROMPTS = ["a handwritten seven", "three", "the digit 5 , written by hand"]
@@ -293,10 +297,61 @@ def test_prompts_that_cannot_be_names(files, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_a_sweep(trained, capsys):
-    """Two scales are two results; FID needs no CLIP."""
-    args = ["--prompts", trained / "prompts.txt", "--cfg", "1.0,2.0", "--num", 8]
-    result, _ = measure(trained, capsys, *args)
+def test_latents_text_encoders_and_inception(files, tmp_path, capsys, monkeypatch):
+    """A FLUX.1 whose text encoders and autoencoder come from a pipeline; FID against a folder."""
+    shrink(monkeypatch)
+    save_file(recipe(inception.tensor_shapes(), seed=0), tmp_path / "inception.safetensors")
+    folder = flux_folder.write(tmp_path / "FLUX.1-tiny")
+    workdir = flux_folder.convert(folder, tmp_path / "run")
+    (tmp_path / "real").mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3))):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "real" / f"{number}.png")
+    args = ["--workdir", workdir, "--vae", folder, "--prompts", files / "prompts.txt"]
+    args += ["--config.model.image_size=4", "--steps", 2, "--images-per-prompt", 2]
+    args += ["--clip", files / "clip", "--reference", tmp_path / "real", "--guidance", 2]
+    args += ["--inception", tmp_path / "inception.safetensors", "--json"]
+    evaluate.main(list(map(str, args)))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"clip_score", "clip_s", "fid", "sfid", "kid", "precision"} <= result["metrics"].keys()
+    assert "prompt_accuracy" not in result["metrics"]
+    assert (result["guidance"], result["resolution"], result["num_samples"]) == (2.0, "32x32", 6)
+    assert result["reference"]["count"] == 9 and result["autoencoder"]["name"]
+
+
+@pytest.mark.slow
+def test_a_sweep(trained, capsys, monkeypatch):
+    """Two averages are two results; those that are done are kept until all are."""
+    args = ["--prompts", trained / "prompts.txt", "--ema", "0.999,none", "--num", 8]
+    with monkeypatch.context() as patch:
+        stopped_after(patch, scorers.PromptedDigit, "rows", 1)
+        with pytest.raises(Stop):
+            measure(trained, capsys, *args)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        stopped_after(patch, scorers.PromptedDigit, "rows", 1)
+        result, _ = measure(trained, capsys, *args)
     first, second = result["results"]
-    assert (first["cfg"], second["cfg"]) == (1.0, 2.0)
+    assert (first["ema"], second["ema"]) == ("0.999", "none")
     assert first["metrics"]["fd_digits"] != second["metrics"]["fd_digits"]
+    assert not (trained / "run" / prompt_scores.FOLDER).exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process(trained, tmp_path):
+    """SIGKILL after some of 100 batches; the second process draws the others, and says the same."""
+    args = ["--workdir", trained / "run", "--prompts", trained / "prompts.txt", "--num", 200]
+    args += ["--clip", trained / "clip", "--batch", 2, "--json", "--save-images"]
+    wanted = json.loads(cli.succeed("evaluate", *args, tmp_path / "whole").splitlines()[-1])
+    with cli.started("evaluate", *args, tmp_path / "images") as process:
+        place = trained / "run" / prompt_scores.FOLDER
+        end = time.monotonic() + cli.HANGS_AFTER
+        while len(list(place.glob("*/rows_*.npz"))) < 5 and time.monotonic() < end:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    there = len(list(place.glob("*/rows_*.npz")))
+    assert 5 <= there < 100 and len(list((tmp_path / "images").glob("*.png"))) < 200
+    again = cli.succeed("evaluate", *args, tmp_path / "images")
+    assert json.loads(again.splitlines()[-1]) == wanted
+    whole, resumed = (cli.contents(tmp_path / name) for name in ("whole", "images"))
+    assert whole == resumed

@@ -30,6 +30,7 @@ from moe_diffusion.evaluation.scorers import FeatureRows, Wanted, chosen_scorers
 from moe_diffusion.models.clip import CLIPEncoder
 from moe_diffusion.parallel.distributed import is_main_process
 from moe_diffusion.sampling.layouts import Folder, check, check_folder, layout_of
+from moe_diffusion.sampling.load import weights_digest
 from moe_diffusion.writing import save_arrays
 
 FOLDER = "prompt_scores"
@@ -147,12 +148,13 @@ def judge(
     scorers = chosen_scorers(wanted)
     notes = {name: scorer.note for name, scorer in scorers.items()}
     features = FeatureRows(extractor, images.name) if extractor else None
-    settings, saved = settings_of(images), None
+    told, saved = images.conditions, None
+    settings = settings_of(images, told)
     if prompts.save_images and is_main_process():
         saved = Folder(
             prompts.save_images, prompts.layout_name, prompts.asked.file, len(images), settings
         )
-    key = json.dumps([settings, notes, extractor and extractor.note, images.conditions["software"]])
+    key = json.dumps([settings, notes, extractor and extractor.note, told["software"]])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     records = Records(epath.Path(images.name) / FOLDER / name)
     judges = {**scorers, **({_FEATURES: features} if features else {})}
@@ -162,7 +164,7 @@ def judge(
             "--save-images for a scorer elsewhere"
         )
     with locks.held(records.folder, "an evaluation"):
-        _draw(images, judges, saved, records)
+        _draw(images, judges, saved, records, {"seed": str(told["seed"])})
         rows = _joined(records)
     images.set_shares(rows[_DROPPED]["shares"].tolist())
     metrics: dict[str, float] = {}
@@ -172,18 +174,26 @@ def judge(
     return Judged(found, metrics, notes), records
 
 
-def settings_of(images: RunImages) -> dict[str, Any]:
-    """What the images depend on, as JSON has it."""
-    told = {key: value for key, value in images.conditions.items() if key not in _PASSING}
+def settings_of(images: RunImages, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the images depend on, as JSON has it.
+
+    told: `images.conditions`.
+    """
+    told = {key: value for key, value in told.items() if key not in _PASSING}
+    told["weights"] = weights_digest(images.name, told["step"])
     told["model"] = images.config.model.to_dict()
     told["text_encoders"] = images.asked.text_encoders or images.config.data.text_encoders
     return json.loads(json.dumps(told, default=str))
 
 
 def _draw(
-    images: RunImages, judges: Mapping[str, Any], saved: Folder | None, records: Records
+    images: RunImages,
+    judges: Mapping[str, Any],
+    saved: Folder | None,
+    records: Records,
+    fields: Mapping[str, str],
 ) -> None:
-    """Draws, scores and keeps the batches that are not there yet."""
+    """Draws, scores and keeps the batches that are not there yet; pictures carry `fields`."""
     num, start = len(images), 0
     if is_main_process():
         ends = [first + int(rows["count"]) for first, rows in records.batches()]
@@ -207,7 +217,7 @@ def _draw(
             rows[f"{_DROPPED}.shares"] = np.array(images.new_shares(), np.float64)
             if is_main_process():
                 if saved:
-                    saved.write(batch, start, {"seed": str(images.conditions["seed"])})
+                    saved.write(batch, start, fields)
                 records.write(start, len(batch), rows)
             start += len(batch)
             bar.update(len(batch))

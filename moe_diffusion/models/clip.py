@@ -23,7 +23,7 @@ from moe_diffusion.models.blocks import Norm, linear, parameter, patchify
 from moe_diffusion.models.stack import Block, Network
 from moe_diffusion.models.text import CLIPText, EncoderNetwork, fingerprint_of
 
-AT_ONCE = 16  # pictures or texts on a device; every batch is padded to it: there is one program
+AT_ONCE = 16  # pictures or texts on a device, at most; padded to a power of 2, for few programs
 _CLASS = nn.initializers.normal(0.02)
 _LOGIT_SCALE = 2.6592  # of CLIP before training: log(1 / 0.07)
 
@@ -188,7 +188,8 @@ class CLIPEncoder:
         return fingerprint_of(self.params)
 
     def _chunked(self, method: str, rows: np.ndarray, prepare: Any = lambda x: x) -> np.ndarray:
-        chunk, parts = self._mesh.size * AT_ONCE, []
+        share = 1 << (-(-len(rows) // self._mesh.size) - 1).bit_length()
+        chunk, parts = self._mesh.size * min(AT_ONCE, share), []
         split = NamedSharding(self._mesh, PartitionSpec("rows"))
         for start in range(0, len(rows), chunk):
             part = prepare(rows[start : start + chunk])

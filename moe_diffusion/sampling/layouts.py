@@ -205,7 +205,9 @@ class Folder:
             part.unlink()
 
     def finish(self) -> None:
-        """Removes what images waited in; to be called when all are there."""
+        """Removes what images waited in, and half files of a killed call; to be called at the end."""
+        for path in self.folder.rglob(".*.part"):
+            path.unlink()
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
     def _part(self, place: Place) -> Path | None:

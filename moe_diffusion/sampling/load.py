@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from moe_diffusion import config as configs
+from moe_diffusion import digests
 from moe_diffusion.empty_prompt import of_run, told
 from moe_diffusion.errors import UserError
 from moe_diffusion.models import build
@@ -88,6 +90,12 @@ def load_workdir(
 def rebuilt(model: Model, config: ConfigDict) -> Model:
     """The model of another config, with the empty prompt and the layout of `model`."""
     return told(build(config.model), getattr(model, "empty", None)).clone(preset=model.preset)
+
+
+def weights_digest(workdir: str | os.PathLike, step: int) -> str:
+    """SHA-256 of what a checkpoint says of its files; "" of one that says nothing."""
+    path = epath.Path(workdir) / "checkpoints" / str(step) / "state" / digests.NAME
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def averaged_variables(config: ConfigDict, state: TrainState) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moe_diffusion.sampling import bound, notes
 from moe_diffusion.sampling.flags import OpenRun
 from moe_diffusion.sampling.generate import generate_batches, pool_of
 from moe_diffusion.sampling.layouts import Folder, check, check_folder, layout_of
+from moe_diffusion.sampling.load import weights_digest
 from moe_diffusion.sampling.prompt_files import PromptFile, open_prompts
 
 
@@ -59,6 +60,7 @@ def draw(run: OpenRun, args: Namespace) -> None:
     fields = notes.settings_text(config, note, args.seed, pixels, prompted.cond)
     settings = {**fields, "pool": pool, "prompts": file.describe(), "num_samples": num}
     settings |= {"sampling": config.sampling.to_dict(), "model": config.model.to_dict()}
+    settings["weights"] = weights_digest(args.workdir, note["step"])
     settings |= {"checkpoint": str(args.workdir), "autoencoder": autoencoder and autoencoder.name}
     settings = json.loads(json.dumps(settings, default=str))
     observer, first = bound.BoundObserver(model, config), 0

@@ -43,9 +43,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(UserError, match="no weight file at .*w.safetensors"):
         files.read_state_dict(tmp_path / "w.safetensors")
-    (tmp_path / "w.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="w.bin: weight files end in"):
-        files.read_state_dict(tmp_path / "w.bin")
+    (tmp_path / "w.h5").write_bytes(b"")
+    with pytest.raises(UserError, match="w.h5: weight files end in"):
+        files.read_state_dict(tmp_path / "w.h5")
     with pytest.raises(UserError, match="written as .safetensors"):
         files.write_state_dict(STATE, tmp_path / "w.pt")
     whole = tmp_path / "w.safetensors"
