@@ -78,15 +78,15 @@ def test_prepare_is_killed_and_goes_on(inputs, prepared, tmp_path):
 def test_training_is_killed_and_ends_bit_for_bit_the_same(prepared, tmp_path, positions):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     printed = cli.succeed("train", *train_args(prepared, whole, positions))
-    assert "bucket        8x8x4           36 images" in printed
-    assert "bucket       2x20x4            0 images" in printed
+    assert "bucket          8x8x4           36 images" in printed
+    assert "bucket         2x20x4            0 images" in printed
     told = re.findall(r"compiling for images of shape (\S+) \.\.\.\ncompiled in", printed)
     assert len(told) == len(set(told)) == 2  # and one before the first step
     with cli.started("train", *train_args(prepared, killed, positions, checkpoint__every=1)) as run:
-        cli.read_until(run, "step 5/")
+        cli.read_until(run, "step 7/")
         run.kill()
     newest = max(cli.saved_steps(killed))
-    assert 4 <= newest < NUM_STEPS
+    assert 1 <= newest < NUM_STEPS  # the newest ones may not be whole
     printed = cli.succeed("train", *train_args(prepared, killed, positions))
     assert f"resuming after step {newest} of {NUM_STEPS}" in printed
     (state, data), (expected, _) = (cli.read_checkpoint(w, NUM_STEPS) for w in (killed, whole))
@@ -143,5 +143,5 @@ def test_what_does_not_fit_is_refused(prepared, tmp_path, capfd, changes, messag
 def test_images_of_small_buckets_are_left_out(prepared, tmp_path):
     changes = {"data__batch_size": 16, "train__num_steps": 3}
     printed = cli.succeed("train", *train_args(prepared, tmp_path, **changes))
-    line = "bucket       10x6x4           12 images  left out: fewer than data.batch_size = 16"
+    line = "bucket         10x6x4           12 images  left out: fewer than data.batch_size = 16"
     assert line in printed and "shape 10x6x4" not in printed
