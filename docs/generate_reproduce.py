@@ -84,7 +84,7 @@ def _duration(value: float) -> str:
 
 def _needs(item: Item) -> str:
     needs = []
-    if item.counts:
+    if item.counts or (item.rows and all("digits" in row.config for row in item.rows)):
         return "nothing"
     if any(row.config for row in item.rows):
         pixels = any("jit" in row.config for row in item.rows)
