@@ -222,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{manifest['count']:,} latents in {len(manifest['shards'])} files: {args.out}")
         if args.json:
             kept = ("count", "shape", "moments", "flip", "scale", "shift", "autoencoder")
-            print(json.dumps({"out": args.out} | {key: manifest[key] for key in kept}))
+            told = {"out": args.out} | {key: manifest[key] for key in kept}
+            print(json.dumps(told | {"skipped_by_reason": manifest.get("skipped_by_reason") or {}}))
 
 
 if __name__ == "__main__":
