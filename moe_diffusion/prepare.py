@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{manifest['count']:,} latents in {len(manifest['shards'])} files: {args.out}")
         if args.json:
             kept = ("count", "shape", "moments", "flip", "scale", "shift", "autoencoder")
-            kept += ("buckets", "bucket_counts")
+            kept += ("buckets", "bucket_counts", "skipped_by_reason")
             kept = {key: manifest[key] for key in kept if key in manifest}
             print(json.dumps({"out": args.out} | kept))
 
