@@ -205,7 +205,7 @@ class Folder:
             part.unlink()
 
     def finish(self) -> None:
-        """Removes what images waited in, and half files of a killed call; to be called at the end."""
+        """Removes what images waited in, and half files of a killed call; the last call."""
         for path in self.folder.rglob(".*.part"):
             path.unlink()
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)

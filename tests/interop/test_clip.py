@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 from moe_diffusion.errors import UserError
@@ -14,6 +16,7 @@ from moe_diffusion.models.clip import Preprocessing
 from tests.interop import clip_folder, torch_clip
 
 
+@pytest.mark.slow
 def test_a_folder_and_what_it_computes(tmp_path):
     """Weights of either kind of file; vectors have length 1, whatever comes with them."""
     folder = clip_folder.write(tmp_path / "a")
@@ -84,6 +87,16 @@ def test_what_configs_leave_out():
     ):
         with pytest.raises(UserError, match=message):
             clip.preprocessing(table, 32)
+
+
+def test_the_weights_of_the_published_ones():
+    """ViT-L/14 has 427.6M, as transformers counts them."""
+    image = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    image |= {"num_hidden_layers": 24, "patch_size": 14}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    table = {"text_config": text, "vision_config": image, "projection_dim": 768}
+    leaves = jax.tree.leaves(nn.meta.unbox(clip.network_from_config(table).abstract_params()))
+    assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == 427_616_513
 
 
 @pytest.mark.slow
