@@ -29,6 +29,7 @@ from moe_diffusion.models.stack import (
 )
 from moe_diffusion.planning import buckets as planned
 from moe_diffusion.preparing import buckets, encode
+from moe_diffusion.preparing.captions import CaptionFolder
 from tests import cli
 from tests.preparing import latents_folder as lib
 
@@ -117,6 +118,14 @@ def test_sizes_of_pictures(tmp_path):
     bits = (tmp_path / "a.png").read_bytes()
     for picture in (tmp_path / "a.png", bits, array):
         assert pictures.size_of(picture, "a", "mend it") == (3, 5)
+    rows = [(tmp_path / name, "text") for name in ("a.png", "b.png")]
+    for skip in (False, True):
+        captions = CaptionFolder(rows, (8, 8, 3), SimpleNamespace(cond_spec={}), None, skip)
+        assert captions.picture_size(0) == (3, 5)
+        if not skip:
+            with pytest.raises(UserError, match="b.png cannot be read as an image"):
+                captions.picture_size(1)
+    assert captions.picture_size(1) is None
     assert pictures.size_of(tmp_path / "b.png", "b", "mend it", skip=True) is None
     with pytest.raises(UserError, match="b cannot be read as an image .*: mend it"):
         pictures.size_of(tmp_path / "b.png", "b", "mend it")

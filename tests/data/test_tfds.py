@@ -118,6 +118,7 @@ def test_pictures_mean_what_they_mean_in_folders(tmp_path):
         else:
             records[i] = record
     assert len(records) == 3
+    assert {source.picture_size(i) for i in records} == {(6, 8)}
     for record in records.values():
         np.testing.assert_array_equal(record["image"][..., 0], GREY / np.float32(127.5) - 1)
 
@@ -127,6 +128,7 @@ def test_arrays_that_are_no_files(prepared):
     source = sources.open_images(f"tfds:{prepared}", (6, 8, 1))
     source._records = [{"image": GREY[..., None], "label": 1}]
     record = source[0]
+    assert source.picture_size(0) == (6, 8)
     np.testing.assert_array_equal(record["image"][..., 0], GREY / np.float32(127.5) - 1)
     source._records = [{"image": GREY.astype(np.float32), "label": 1}]
     with pytest.raises(UserError, match="record 0 of tfds:.* mode F means white"):
