@@ -158,9 +158,12 @@ def test_fine_tuning_begins_with_a_run_of_other_data(inputs, prepared, tmp_path,
     train.main(train_args(inputs, tuned, folder, tmp_path / "tuned", **changes))
     told = capfd.readouterr().out
     assert "init_from: all" in told and "arrays kept" in told
-    args = train_args(inputs, tuned, folder, tmp_path / "other", **changes)
-    args.append("--config.model.dit_t2i.pooled_width=12")
-    assert "model.dit_t2i.pooled_width: 16 there, 12 here" in cli.refused(capfd, train.main, args)
+    args = train_args(inputs, tuned, folder, tmp_path / "other", **changes, model__patch_size=1)
+    assert "model.patch_size: 2 there, 1 here" in cli.refused(capfd, train.main, args)
+    train.main([*args, "--config.init.reset=auto"])
+    told = capfd.readouterr().out
+    assert "init_from: new: params/patch_embed/kernel\n" in told
+    assert "init_from: kept: params/text_embed/dense_0/kernel\n" in told
 
 
 def test_what_does_not_fit_is_refused_at_the_start(inputs, road, prepared, tmp_path, capfd):
