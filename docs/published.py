@@ -61,8 +61,6 @@ PUBLISHED = {
     "configs/diffmoe_b.py": Published(130, _NO_PREDICTOR),
     "configs/diffmoe_l.py": Published(458, _NO_PREDICTOR),
     "configs/diffmoe_l.py:experts=8": Published(458, _NO_PREDICTOR),
-    "configs/diffmoe_t2i.py": Published(1200, _NO_PREDICTOR),
-    "configs/dit_t2i.py": Published(1200),
     "configs/diffmoe_xl.py": Published(675, _NO_PREDICTOR),
     "configs/tcdit_l.py": Published(458),
     "configs/ecdit_l.py": Published(458),

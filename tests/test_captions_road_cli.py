@@ -145,6 +145,22 @@ def test_records_of_a_tar_and_of_a_folder(inputs, prepared):
         assert masks[:, 0].all() and tar.null["text_mask"].sum() == 1  # the end of the text
 
 
+def test_a_tar_of_several_sizes(inputs, road, tmp_path):
+    """Its pictures, also those that are left out, belong to the size of their shape."""
+    args = prepare_args(inputs, road, f"webdataset:{inputs}/tars", tmp_path / "out")
+    place = args.index("--size")
+    args[place : place + 2] = ["--sizes", f"{SIDE}x{SIDE},{SIDE}x{2 * SIDE}"]
+    prepare.main(args)
+    found = Latents(str(tmp_path / "out"))
+    assert [shape for shape, _ in found.buckets] == [(4, 4, 4), (4, 8, 4)]
+    assert sum(count for _, count in found.buckets) == len(found) == 18
+    assert found.manifest["skipped_by_reason"] == {"broken text": 1, "unreadable image": 1}
+    assert found.null.keys() == found.cond_spec.keys() - {"guidance"}
+    changes = {"train__num_steps": 3, "checkpoint__every": 3}
+    train.main(train_args(inputs, road, tmp_path / "out", tmp_path / "run", **changes))
+    assert [line["step"] for line in cli.metrics(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_fine_tuning_begins_with_a_run_of_other_data(inputs, prepared, tmp_path, capfd):
     """Table 7's supervised fine-tuning: the same model, other captions; every array is kept."""
     road, (tar, folder) = ROADS["cross"], prepared

@@ -305,7 +305,6 @@ EXECUTED = {
     "docs.generate_models": "tests/test_models_page.py::test_write",
     "docs.generate_reproduce": "tests/reproduction/test_reproduce.py::test_the_page_is_not_stale",
     "docs.notebooks": "tests/test_notebooks.py::test_it_runs",
-    "evaluate digits_t2i": "tests/test_pairs_cli.py::test_train_draw_and_score",
     "evaluate digits": "tests/test_evaluate_cli.py::test_a_run_on_digits_needs_nothing_else",
     "evaluate dsmoe": _REPRODUCED,
     "evaluate files": "tests/test_evaluate_cli.py::test_images_features_and_statistics_agree",

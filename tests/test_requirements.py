@@ -24,8 +24,8 @@ IMPORTED_AS = {
 }
 # Imported, but part of what another requirement brings.
 PART_OF = {"jaxlib": "jax", "ml_dtypes": "jax", "fsspec": "etils", "IPython": "ipykernel"}
-# A rival that `bench --compare` measures if the user has it.
-OPTIONAL = {"tokamax"}
+# A rival that `bench --compare` measures if the user has it, and what CLIP is compared with.
+OPTIONAL = {"tokamax", "transformers"}
 # tensorflow-datasets imports it and declares it for old versions of Python only.
 NOT_IMPORTED = {"importlib_resources"}
 # Of the tests and the site, run and not imported.

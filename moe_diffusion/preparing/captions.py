@@ -154,10 +154,14 @@ class Captioned:
 
     def picture_size(self, index: int) -> tuple[int, int] | None:
         """(height, width) of the picture of record `index`; None if `read` may leave it out."""
-        if self._pairs.defect(index):
+        pair = self._pairs.pair(index)
+        try:
+            image = None if pair.defect else self._pairs.image(pair)
+        except Unusable:
+            image = None  # `read` says what is wrong
+        if image is None:
             return None
-        place = self._pairs.image(index), self.name(index)
-        return pictures.size_of(*place, f"restore it, {SKIP}", self.skip_broken)
+        return pictures.size_of(image, pair.name, f"restore it, {SKIP}", self.skip_broken)
 
     def complete(self, records: list[Record]) -> list[Record]:
         """The records with the fields of `cond_spec` in place of their captions."""

@@ -29,7 +29,8 @@ from moe_diffusion.models.stack import (
 )
 from moe_diffusion.planning import buckets as planned
 from moe_diffusion.preparing import buckets, encode
-from moe_diffusion.preparing.captions import CaptionFolder
+from moe_diffusion.preparing.captions import Captioned
+from moe_diffusion.preparing.pairs import Pair, Pairs
 from tests import cli
 from tests.preparing import latents_folder as lib
 
@@ -118,9 +119,10 @@ def test_sizes_of_pictures(tmp_path):
     bits = (tmp_path / "a.png").read_bytes()
     for picture in (tmp_path / "a.png", bits, array):
         assert pictures.size_of(picture, "a", "mend it") == (3, 5)
-    rows = [(tmp_path / name, "text") for name in ("a.png", "b.png")]
+    pairs = Pairs([Pair(name, str(tmp_path / name), ["text"]) for name in ("a.png", "b.png")])
     for skip in (False, True):
-        captions = CaptionFolder(rows, (8, 8, 3), SimpleNamespace(cond_spec={}), None, skip)
+        encoders = SimpleNamespace(cond_spec={})
+        captions = Captioned(pairs, (8, 8, 3), encoders, skip_broken=skip)
         assert captions.picture_size(0) == (3, 5)
         if not skip:
             with pytest.raises(UserError, match="b.png cannot be read as an image"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from moe_diffusion import synthetic
 from moe_diffusion.conditions import Field
 from moe_diffusion.data import sources
 from moe_diffusion.errors import UserError
@@ -54,19 +55,19 @@ def test_digits_records():
 
 
 def test_synthetic_is_deterministic_in_range_and_any_shape():
-    source = sources.Synthetic((6, 4, 3), _labels(5), size=50)
+    source = synthetic.Synthetic((6, 4, 3), _labels(5), size=50)
     batch = source.take(np.arange(50))
     assert batch["image"].shape == (50, 6, 4, 3) and batch["image"].dtype == np.float32
     assert np.abs(batch["image"]).max() <= 1 and batch["image"].std() > 0.1
     np.testing.assert_array_equal(np.bincount(batch["label"]), [10] * 5)
-    again = sources.Synthetic((6, 4, 3), _labels(5), size=50)[13]
+    again = synthetic.Synthetic((6, 4, 3), _labels(5), size=50)[13]
     np.testing.assert_array_equal(again["image"], batch["image"][13])
     assert again["label"] == batch["label"][13] == 3
     assert len(np.unique(batch["image"].reshape(50, -1), axis=0)) == 50
 
 
 def test_synthetic_classes_can_be_told_apart():
-    source = sources.Synthetic((8, 8, 3), _labels(10), size=400)
+    source = synthetic.Synthetic((8, 8, 3), _labels(10), size=400)
     batch = source.take(np.arange(400))
     images = batch["image"].reshape(400, -1)
     distance = np.linalg.norm(images[200:, None] - images[None, :200], axis=-1)
@@ -83,7 +84,7 @@ def test_synthetic_makes_every_field_of_a_condition():
         "sizes": Field((), "int64"),
         "guidance": Field((), "float32"),
     }
-    source = sources.Synthetic((6, 4, 3), spec, size=50)
+    source = synthetic.Synthetic((6, 4, 3), spec, size=50)
     indices = np.array([33, 0, 8])
     batch = source.take(indices)
     sources.check_batch(batch, indices, spec)
@@ -97,20 +98,20 @@ def test_synthetic_makes_every_field_of_a_condition():
     assert abs(text.mean()) < 0.05 and abs(text.std() - 1) < 0.02
     assert not np.array_equal(text[:, 0], source.take(np.arange(50))["pooled"])
     assert len(np.unique(source.take(np.arange(50))["guidance"])) == 50
-    bare = sources.Synthetic((6, 4, 3), {}, size=50).take(indices)
+    bare = synthetic.Synthetic((6, 4, 3), {}, size=50).take(indices)
     assert set(bare) == {"image"} and len(np.unique(bare["image"].reshape(3, -1), axis=0)) == 3
 
 
 def test_synthetic_is_what_it_has_always_been():
     """Recorded before conditions had fields."""
-    batch = sources.Synthetic((8, 8, 4), _labels(1000)).take(np.array([7, 65_535, 1234]))
+    batch = synthetic.Synthetic((8, 8, 4), _labels(1000)).take(np.array([7, 65_535, 1234]))
     assert batch["label"].tolist() == [7, 535, 234] and batch["label"].dtype == np.int32
     digest = hashlib.md5(batch["image"].tobytes()).hexdigest()
     assert digest == "5ea91700e0232694f1b0976f95c92b66"
 
 
 def test_hashed_uniform_is_uniform_and_independent():
-    a, b = sources._hashed_uniform(np.arange(10_000), 2)
+    a, b = synthetic.hashed_uniform(np.arange(10_000), 2)
     np.testing.assert_allclose(np.histogram(a, 10, (0, 1))[0], 1000, atol=150)
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
     assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.05
@@ -151,7 +152,7 @@ def test_what_does_not_fit_is_refused(data, model, message):
 
 
 def test_a_source_with_more_values_than_the_model_takes_is_refused():
-    source = sources.Synthetic((8, 8, 1), {"tokens": Field((4,), "int32", 7)})
+    source = synthetic.Synthetic((8, 8, 1), {"tokens": Field((4,), "int32", 7)})
     sources.check_fits(source, "mine", (8, 8, 1), {"tokens": Field((4,), "int32", 8)})
     with pytest.raises(UserError, match="mine has 7 values of 'tokens', the model only 6: choose"):
         sources.check_fits(source, "mine", (8, 8, 1), {"tokens": Field((4,), "int32", 6)})

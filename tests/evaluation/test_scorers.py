@@ -48,7 +48,7 @@ def test_what_applies():
     def names(shape, texts, clip=None):
         return list(chosen_scorers(Wanted(None, shape, texts, clip)))
 
-    assert list(SCORERS) == ["clip", "digits"]
+    assert list(SCORERS) == ["clip", "digits", "pairs"]
     assert names((8, 8, 1), ["a seven", "3"]) == ["digits"]
     assert names((8, 8, 1), ["a seven", "a fox"]) == names((16, 16, 3), ["a seven"]) == []
     assert names((16, 16, 3), ["a fox"], Clip()) == ["clip"]
