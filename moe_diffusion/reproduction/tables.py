@@ -128,7 +128,8 @@ def _spread(values: Sequence[float]) -> str:
 
 def _deviations(results: list[dict[str, Any]]) -> str:
     """One sentence on what differs from the protocols; "" if nothing does."""
-    texts = (text for result in results for text in result["protocol"]["deviations"])
+    asked = (result["protocol"] for result in results)
+    texts = (text for protocol in asked if protocol for text in protocol["deviations"])
     different = list(dict.fromkeys(texts))
     return f"Not as published: {'; '.join(different)}." if different else ""
 
