@@ -17,24 +17,24 @@ from typing import Any
 import numpy as np
 
 from moe_diffusion.conditions import Field
-from moe_diffusion.digit_prompts import NUMERALS, WORDS, check_length, spelt
+from moe_diffusion.digit_prompts import NUMERALS, WORDS, PromptedDigits, spelt
 from moe_diffusion.synthetic import hashed_uniform
-from moe_diffusion.vocabulary import TOKENS, VOCABULARIES, split_words
+from moe_diffusion.vocabulary import TOKENS, split_words
 
 VOCABULARY = "digit_pairs"
 _OPENINGS = ("", "draw", "show me", "a picture of", "an image of")
 # L is the left digit, R the right one.
 _RELATIONS = (
-    "a L left of a R",
-    "a R right of a L",
-    "a L to the left of a R",
-    "a R to the right of a L",
-    "a L and then a R",
-    "a L followed by a R",
-    "a R after a L",
-    "a L on the left and a R on the right",
-    "a R on the right and a L on the left",
-    "on the left side a L, on the right side a R",
+    "a {L} left of a {R}",
+    "a {R} right of a {L}",
+    "a {L} to the left of a {R}",
+    "a {R} to the right of a {L}",
+    "a {L} and then a {R}",
+    "a {L} followed by a {R}",
+    "a {R} after a {L}",
+    "a {L} on the left and a {R} on the right",
+    "a {R} on the right and a {L} on the left",
+    "on the left side a {L}, on the right side a {R}",
 )
 _ADJECTIVES = ("", "small", "handwritten")
 _NAMES = (WORDS, NUMERALS)
@@ -53,7 +53,7 @@ def prompts(left: int, right: int, held_out: bool = False) -> tuple[str, ...]:
     ):
         if ((start + number) % len(_OPENINGS) == 0) == held_out:
             named = {"L": f"{adjective} {names[left]}", "R": f"{adjective} {others[right]}"}
-            text = re.sub(r"\b[LR]\b", lambda found: named[found[0]], f"{opening} {relation}")  # noqa: B023
+            text = f"{opening} {relation.format(**named)}"
             found.append(spelt(" ".join(text.split())))
     return tuple(found)
 
@@ -91,13 +91,8 @@ def _patterns() -> tuple[re.Pattern, ...]:
         "|".join(f"{text} " for text in texts if text) for texts in (_OPENINGS, _ADJECTIVES)
     )
     name = "|".join((*WORDS, *NUMERALS))
-    return tuple(
-        re.compile(
-            f"(?:{start})?"
-            + re.sub(r"\b[LR]\b", lambda side: f"(?:{adjective})?(?P<{side[0]}>{name})", relation)
-        )
-        for relation in _RELATIONS
-    )
+    sides = {side: f"(?:{adjective})?(?P<{side}>{name})" for side in "LR"}
+    return tuple(re.compile(f"(?:{start})?{relation.format(**sides)}") for relation in _RELATIONS)
 
 
 LONGEST = max(
@@ -105,7 +100,7 @@ LONGEST = max(
 )
 
 
-class DigitPairs:
+class DigitPairs(PromptedDigits):
     """A source of two images of `digits` side by side, with a prompt for them.
 
     Record i has image i // P on the left, a fixed one at random on the right, and prompt i % P of P
@@ -122,21 +117,14 @@ class DigitPairs:
     """
 
     def __init__(self, digits: Any, held_out: bool, cond_spec: Mapping[str, Field]):
-        length = check_length(cond_spec, LONGEST, "digit_pairs")
+        texts = (prompts(*pair, held_out) for pair in product(range(10), repeat=2))
+        super().__init__("digit_pairs", digits, texts, VOCABULARY, LONGEST, cond_spec)
         height, width, channels = digits.image_shape
-        self.image_shape, self.levels = (height, 2 * width, channels), digits.levels
-        vocabulary = VOCABULARIES[VOCABULARY]
-        self.cond_spec = {TOKENS: Field((length,), "int32", len(vocabulary))}
-        self._digits = digits
-        pairs = product(range(10), repeat=2)
-        rows = [vocabulary.tokens(prompts(*pair, held_out), length) for pair in pairs]
-        self._tokens = np.stack(rows).reshape(10, 10, -1, length)
-
-    def __len__(self) -> int:
-        return len(self._digits) * self._tokens.shape[2]
+        self.image_shape = height, 2 * width, channels
+        self._tokens = self._tokens.reshape(10, 10, *self._tokens.shape[1:])
 
     def __getitem__(self, index: int | np.ndarray) -> Mapping[str, np.ndarray]:
-        image, prompt = np.divmod(index, self._tokens.shape[2])
+        image, prompt = np.divmod(index, self._tokens.shape[-2])
         drawn = hashed_uniform(np.atleast_1d(np.asarray(index)), 1)[0].reshape(np.shape(index))
         left, right = (
             self._digits[i] for i in (image, (drawn * len(self._digits)).astype(np.int64))

@@ -8,7 +8,7 @@ together (a fifth of all), so that they are known words combined anew.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -45,21 +45,6 @@ def spelt(text: str) -> str:
     return re.sub(r"\ba (?=8|eight)", "an ", text).replace(" ,", ",")
 
 
-def check_length(cond_spec: Mapping[str, Field], longest: int, source: str) -> int:
-    """The tokens of a prompt of a model, or `longest` if it takes none.
-
-    Raises:
-      UserError: they are fewer than the `longest` prompt of a source has words.
-    """
-    length = cond_spec[TOKENS].shape[0] if TOKENS in cond_spec else longest
-    if length < longest:
-        raise UserError(
-            f"data.source={source} has prompts of {longest} tokens, the model takes {length}: "
-            f"set its text_tokens to {longest}, like model.flux.text_tokens={longest}"
-        )
-    return length
-
-
 def held_out_prompts(number: int) -> list[tuple[str, int]]:
     """(prompt, digit) of `number` prompts that training never sees, the digits in order.
 
@@ -89,7 +74,47 @@ def digit_of(prompt: str) -> str | None:
 LONGEST = max(len(split_words(text)) for held_out in (False, True) for text in prompts(8, held_out))
 
 
-class DigitPrompts:
+class PromptedDigits:
+    """What sources of digits with prompts share: the field `tokens`, and the tokens of all prompts.
+
+    Args:
+      name: of the source.
+      digits: `data.sources.Digits`, of which the images are taken.
+      texts: the prompts of each digit or pair, as many of each.
+      vocabulary: a name of `VOCABULARIES`.
+      longest: words of a prompt, at most.
+      cond_spec: of the model, which says how many tokens a prompt has.
+
+    Raises:
+      UserError: they are fewer than the words of a prompt.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        digits: Any,
+        texts: Iterable[Sequence[str]],
+        vocabulary: str,
+        longest: int,
+        cond_spec: Mapping[str, Field],
+    ):
+        length = cond_spec[TOKENS].shape[0] if TOKENS in cond_spec else longest
+        if length < longest:
+            raise UserError(
+                f"data.source={name} has prompts of {longest} tokens, the model takes {length}: "
+                f"set its text_tokens to {longest}, like model.flux.text_tokens={longest}"
+            )
+        words = VOCABULARIES[vocabulary]
+        self.image_shape, self.levels = digits.image_shape, digits.levels
+        self.cond_spec = {TOKENS: Field((length,), "int32", len(words))}
+        self._digits = digits
+        self._tokens = np.stack([words.tokens(row, length) for row in texts])  # [.., prompt, token]
+
+    def __len__(self) -> int:
+        return len(self._digits) * self._tokens.shape[-2]
+
+
+class DigitPrompts(PromptedDigits):
     """A source of every image of `digits` with every prompt for its digit.
 
     Record i is image i // P with prompt i % P of P. So a run draws images and prompts at random,
@@ -105,16 +130,8 @@ class DigitPrompts:
     """
 
     def __init__(self, digits: Any, held_out: bool, cond_spec: Mapping[str, Field]):
-        length = check_length(cond_spec, LONGEST, "digits_prompts")
-        self.image_shape, self.levels = digits.image_shape, digits.levels
-        vocabulary = VOCABULARIES[VOCABULARY]
-        self.cond_spec = {TOKENS: Field((length,), "int32", len(vocabulary))}
-        self._digits = digits
-        rows = [vocabulary.tokens(prompts(digit, held_out), length) for digit in range(10)]
-        self._tokens = np.stack(rows)  # [digit, prompt, token]
-
-    def __len__(self) -> int:
-        return len(self._digits) * self._tokens.shape[1]
+        texts = (prompts(digit, held_out) for digit in range(10))
+        super().__init__("digits_prompts", digits, texts, VOCABULARY, LONGEST, cond_spec)
 
     def __getitem__(self, index: int | np.ndarray) -> Mapping[str, np.ndarray]:
         image, prompt = np.divmod(index, self._tokens.shape[1])

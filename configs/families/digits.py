@@ -26,15 +26,20 @@ def digits(router: str, size: str) -> ConfigDict:
     model.positions = "rope2d"
     give_router(config, router)
 
+    train_briefly(config, num_steps=1300)
+    return config
+
+
+def train_briefly(config: ConfigDict, num_steps: int) -> None:
+    """The training of small models on digits, which takes minutes."""
     config.data.batch_size = 128
     config.optim.learning_rate = 1e-3
     config.optim.schedule, config.optim.warmup_steps = "cosine", 100
     config.ema.decays, config.ema.warmup = (0.999,), True
-    config.train.num_steps = 1300
+    config.train.num_steps = num_steps
     config.train.sample_every, config.train.eval_samples = 500, 100
     config.checkpoint.every = 500
     config.sampling.steps = 25
-    return config
 
 
 def give_router(config: ConfigDict, router: str) -> None:

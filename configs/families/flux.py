@@ -5,6 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.dense2moe import give_experts
+from configs.families.digits import train_briefly
 from moe_diffusion import config as configs
 from moe_diffusion.interop.flux import configure
 
@@ -106,13 +107,8 @@ def digits() -> ConfigDict:
     configure({**DIGITS, "guidance_embed": False}, config)
     config.model.image_size = 8
     config.model.flux.update(text_tokens=12, text_dtype="float32", vocabulary="digits")
-    config.data.source, config.data.batch_size = "digits_prompts", 128
+    config.data.source = "digits_prompts"
     config.diffusion.cond_dropout = 0.1
-    config.optim.learning_rate = 1e-3
-    config.optim.schedule, config.optim.warmup_steps = "cosine", 100
-    config.ema.decays, config.ema.warmup = (0.999,), True
-    config.train.num_steps = 2000
-    config.train.sample_every, config.train.eval_samples = 500, 100
-    config.checkpoint.every = 500
-    config.sampling.steps, config.sampling.cfg = 25, 2.0
+    train_briefly(config, num_steps=2000)
+    config.sampling.cfg = 2.0
     return config

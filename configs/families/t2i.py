@@ -3,7 +3,7 @@
 DiffMoE (arXiv 2503.14487, section 3.3 and table 7) gives only their parameters, 4.6B with 1.2B
 activated, and 1.2B, and that they are trained at 256x256. Here 24 layers of width 1536 with the
 MLPs, experts and adaLN of DiffMoE-L, and cross-attention of the same width in every layer: 1.25B
-and 4.64B before embedders and capacity predictors. docs/papers_vs_code.md has the sum.
+and 4.65B before embedders and capacity predictors. docs/models.md has the sum.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs.families.diffmoe import give_diffmoe
-from configs.families.digits import give_router
+from configs.families.digits import give_router, train_briefly
 from moe_diffusion import config as configs
 
 ROUTERS = ("dense", "token_choice", "expert_choice", "diffmoe")
@@ -78,12 +78,8 @@ def digits_t2i(router: str, seed: int) -> ConfigDict:
     model.dit_t2i.update(pooled_width=0, vocabulary="digit_pairs")
     give_router(config, router)
 
+    train_briefly(config, num_steps=3000)
     config.data.source, config.data.batch_size = "digit_pairs", 64
     config.optim.learning_rate = 1.5e-3
-    config.optim.schedule, config.optim.warmup_steps = "cosine", 100
-    config.ema.decays, config.ema.warmup = (0.999,), True
-    config.train.num_steps = 3000
-    config.train.sample_every = 1000
-    config.checkpoint.every = 500
-    config.sampling.steps = 25
+    config.train.sample_every, config.train.eval_samples = 1000, 0
     return config

@@ -1,7 +1,7 @@
 """Draws and scores the images of a run for prompts, batch by batch, and goes on where it stopped.
 
 What the scorers say of a batch is kept in `<workdir>/prompt_scores/<digest of all settings>/`, and
-read when all is there. `finish` removes it.
+read when all is there. `evaluator.evaluate` removes it at its end.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_the_words_say_which_digit_is_left():
 
 
 def test_a_bag_of_words_does_not_say_it():
-    """For half of the relations the two pairs of two digits have prompts of the same words."""
+    """The two orders of two digits have prompts of the same words."""
     bags = {tuple(sorted(split_words(text))) for text in prompts(3, 7)}
     swapped = {tuple(sorted(split_words(text))) for text in prompts(7, 3)}
     assert bags == swapped
@@ -77,7 +77,9 @@ def test_records_are_the_digits_that_their_prompts_name(split):
     chosen = np.random.default_rng(0).integers(0, len(source), 200)
     batch = source.take(chosen)
     assert batch["image"].shape == (200, 8, 16, 1)
-    labels = {image.tobytes(): label for image, label in zip(digits.images, digits.labels)}  # noqa: B905
+    labels = {
+        image.tobytes(): label for image, label in zip(digits.images, digits.labels, strict=True)
+    }
     for i, (image, tokens) in enumerate(zip(batch["image"], batch[TOKENS], strict=True)):
         text = VOCABULARY.text(tokens)
         halves = (image[:, :8], image[:, 8:])
