@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SLOW_STAMP := $(VENV)/.installed-slow
 JOBS ?= 2
+HERE := not alone and not gpu and not tpu_aot and not browser
 SEEDS ?= 1
 PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile --prefer-binary
 # The first Python that is new enough; evaluated only when the environment is made.
@@ -43,10 +44,11 @@ test: lint
 
 # Few and long ones: a worker without work takes another's, or one would run alone for minutes.
 test-slow: $(SLOW_STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not alone and not gpu and not tpu_aot and not browser"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not exhaustive and $(HERE)"
 
 # The last, with 23 GB of memory, wants the machine for itself.
 test-all: test test-slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "exhaustive and $(HERE)"
 	$(BIN)/python -m pytest -m alone
 
 # Reports in a real browser; skipped where no Chromium is installed.

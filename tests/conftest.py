@@ -51,9 +51,9 @@ SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow.txt as slow, before -m chooses."""
+    """Marks the tests of slow.txt as slow, before -m chooses; those marked exhaustive are, too."""
     for item in items:
-        if item.nodeid in SLOW:
+        if item.nodeid in SLOW or any(item.iter_markers("exhaustive")):
             item.add_marker(pytest.mark.slow)
 
 

@@ -29,7 +29,7 @@ QUICK = [
     ["flux_dev.py", "hyper_flux.py", "flux_lite.py", "flux_mini.py"],
 ]
 # Their blocks, routers and objectives are those of the above in other combinations.
-SLOW = [
+OTHER = [
     *([f"digits.py:router={name}"] for name in ("expert_choice", "diffmoe", "expert_race")),
     *([f"digits.py:router={name}"] for name in ("deepseek", "dense")),
     *([f"dsmoe_{size}.py:experts={e}" for size in "sb"] for e in (16, 48)),
@@ -70,14 +70,14 @@ SLOW = [
 ]
 FIRST = [specs[0] for specs in QUICK]
 # HyperFLUX-MoE is FLUX.1-MoE with another teacher: its steps are lowered once.
-OTHERS = [
-    s for specs in QUICK + SLOW for s in specs if s not in FIRST and "hyper_flux_moe" not in s
+OTHER_SPECS = [
+    s for specs in QUICK + OTHER for s in specs if s not in FIRST and "hyper_flux_moe" not in s
 ]
 BATCH = 2
 
 
-def slow(values):
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+def exhaustive(values):
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
 
 
 def small(spec: str) -> configs.ConfigDict:
@@ -135,10 +135,10 @@ def small(spec: str) -> configs.ConfigDict:
 
 
 def test_every_config_file_is_listed_above():
-    assert {spec.split(".")[0] for specs in QUICK + SLOW for spec in specs} == every_stem()
+    assert {spec.split(".")[0] for specs in QUICK + OTHER for spec in specs} == every_stem()
 
 
-@pytest.mark.parametrize("specs", QUICK + slow(SLOW), ids=lambda specs: specs[0])
+@pytest.mark.parametrize("specs", QUICK + exhaustive(OTHER), ids=lambda specs: specs[0])
 def test_takes_a_step(specs):
     """On one device."""
     config = small(specs[0])
@@ -159,7 +159,7 @@ def test_takes_a_step(specs):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("spec", FIRST + slow(OTHERS))
+@pytest.mark.parametrize("spec", FIRST + exhaustive(OTHER_SPECS))
 def test_lowers_a_step_as_it_is(spec):
     """At full size, without its memory: shapes in are shapes out."""
     config = configs.load(f"configs/{spec}", [f"data.batch_size={BATCH}"])

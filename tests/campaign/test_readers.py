@@ -16,7 +16,7 @@ REFUSED = {"run_config": 0.7, "overrides": 0.4, "weights": 0.8, "manifests": 0.5
 REFUSED |= {"autoencoders": 0.5, "hyperparameters": 0.4, "checkpoints": 0.8, "shards": 0.5}
 
 
-@pytest.mark.parametrize("number", [150, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [150, pytest.param(3000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", readers.KINDS, ids=lambda kind: kind.__name__)
 def test_damaged_inputs(kind, number, tmp_path):
     count = max(4, -(-number * readers.KINDS[kind] // 100))

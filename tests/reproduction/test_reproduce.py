@@ -187,8 +187,26 @@ def shared(tmp_path_factory):
     return folder
 
 
+def kind_of(item: Item) -> tuple:
+    """What is run for an item, and what comes out."""
+    commands = {command.split()[0] for command in item.commands}
+    prompts = any(row.prompts for row in item.rows)
+    protocol = any(row.protocol for row in item.rows)
+    return frozenset(commands), item.curves, item.counts, item.bars, prompts, protocol
+
+
+def first_of_each_kind() -> list:
+    """All that are made; those of a kind that came before are marked exhaustive."""
+    found, seen = [], set()
+    for name in MADE:
+        known = kind_of(ITEMS[name]) in seen
+        found.append(pytest.param(name, marks=pytest.mark.exhaustive if known else ()))
+        seen.add(kind_of(ITEMS[name]))
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", first_of_each_kind())
 def test_every_command_runs(name, shared, tmp_path, monkeypatch, capsys):
     shrink_inception(monkeypatch)
     item = ITEMS[name]
