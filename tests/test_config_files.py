@@ -308,9 +308,10 @@ def test_every_model_of_images_is_trained_on_flipped_images():
     flip in their train.py. A mirrored digit is none, and a prompt may tell left from right.
     """
     for spec in SPECS:
-        digits = "digits" in spec
-        wanted = "none" if digits or spec in FLUX else "flip"
-        assert configs.load(spec).data.augment == wanted, spec
+        config = configs.load(spec)
+        prompts = config.model.architecture in ("flux", "dit_t2i")
+        wanted = "none" if "digits" in spec or prompts else "flip"
+        assert config.data.augment == wanted, spec
 
 
 @pytest.mark.parametrize("size", "sbl")

@@ -145,7 +145,7 @@ def test_two_processes_make_the_same_folder(inputs, alone, tmp_path):
         )
         for own in cli.cluster(2)
     ]
-    outputs = [process.communicate(timeout=200)[0] for process in pair]
+    outputs = [process.communicate(timeout=cli.HANGS_AFTER)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     assert "200 latents" in outputs[0] and "200 latents" not in outputs[1]
     assert cli.contents(out) == cli.contents(alone)

@@ -164,7 +164,7 @@ def test_workers_leave_ctrl_c_to_the_parent(tmp_path, when):
             signal_children(process.pid, signal.SIGINT)
         assert process.stdout.readline() == "reading\n"
         os.killpg(process.pid, signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=cli.HANGS_AFTER)
         assert rest == "stopped\n"
         assert process.returncode == 0
 
@@ -176,7 +176,7 @@ def test_workers_outlive_a_stop_signal_for_all_until_the_parent_ends(tmp_path):
         signal_children(process.pid, signal.SIGTERM)
         time.sleep(0.5)
         os.kill(process.pid, signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=cli.HANGS_AFTER)
         assert rest == "stopped\n" and process.returncode == 0
 
 
@@ -200,7 +200,7 @@ def test_a_small_dev_shm_is_one_line(tmp_path, size):
         env=os.environ | {"PYTHONPATH": str(cli.ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=cli.HANGS_AFTER,
     )
     assert ran.returncode == 2, ran.stderr
     errors = [line for line in ran.stderr.splitlines() if "resource_tracker" not in line]
@@ -220,7 +220,7 @@ os.abort()
 
 def test_memory_of_a_killed_process_is_removed_without_a_word():
     command = [sys.executable, "-c", LEAVES_MEMORY]
-    result = subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True, timeout=cli.HANGS_AFTER)
     assert result.returncode == -signal.SIGABRT and result.stderr == ""
     with pytest.raises(FileNotFoundError):
         shared_memory.SharedMemory(result.stdout.strip())

@@ -140,7 +140,7 @@ def test_nobody_waits_longer_than_it_says(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)} | cluster,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert result.stdout == f"waiting for 2 processes at {address}, at most 2 s\n"
     error = cli.the_one_error(result.returncode, result.stderr)
@@ -172,7 +172,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
         assert all(process.poll() is None for process in pair)
         time.sleep(0.2)
     pair[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=100)[0].decode() for process in pair]
+    outputs = [process.communicate(timeout=cli.HANGS_AFTER)[0].decode() for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     assert "stopped by SIGTERM after step" in outputs[0]
     assert "stopped" not in outputs[1]  # only the main process speaks
@@ -185,7 +185,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     assert not list(noted.parent.glob("digests.*.part"))
     for workdir in (tmp_path / "run", tmp_path / "alone"):
         (process,) = start(workdir, 1, stopped + 3)
-        process.communicate(timeout=100)
+        process.communicate(timeout=cli.HANGS_AFTER)
         assert process.returncode == 0
     assert list(losses(tmp_path / "run")) == list(range(1, stopped + 4))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
