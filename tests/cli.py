@@ -209,6 +209,7 @@ def together(
     finally:
         for process in running:
             process.kill()
+            process.wait()  # or it is complained of in a later test
             process.stdout.close()
     assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)
     return outputs
