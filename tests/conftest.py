@@ -45,14 +45,21 @@ def silence_ends_with_the_test(monkeypatch):
         gc.collect()
 
 
-# Tests that `pytest --durations=0` showed to be long, where others test the same thing sooner.
-SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
+def named_in(file: str) -> frozenset[str]:
+    return frozenset((Path(__file__).parent / file).read_text().splitlines())
+
+
+# Tests that `pytest --durations=0` showed to be long, where others test the same thing sooner; and
+# those of them that `make test-slow` leaves out, too.
+SLOW, EXHAUSTIVE = named_in("slow.txt"), named_in("exhaustive.txt")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow.txt as slow, before -m chooses; those marked exhaustive are, too."""
+    """Marks the tests of these files, before -m chooses. What is exhaustive is slow, too."""
     for item in items:
+        if item.nodeid in EXHAUSTIVE:
+            item.add_marker(pytest.mark.exhaustive)
         if item.nodeid in SLOW or any(item.iter_markers("exhaustive")):
             item.add_marker(pytest.mark.slow)
 

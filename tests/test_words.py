@@ -304,7 +304,8 @@ def test_nothing_below_knows_the_launchers():
     assert [n.module for n in imports if (n.module or "").split(".")[0] == "launch"] == []
 
 
-def test_the_slow_tests_are_there():
-    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+@pytest.mark.parametrize("name", ["slow.txt", "exhaustive.txt"])
+def test_the_slow_tests_are_there(name):
+    for line in (ROOT / "tests" / name).read_text().splitlines():
         file, _, test = line.partition("::")
         assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text(), line
