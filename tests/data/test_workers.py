@@ -220,7 +220,9 @@ os.abort()
 
 def test_memory_of_a_killed_process_is_removed_without_a_word():
     command = [sys.executable, "-c", LEAVES_MEMORY]
-    result = subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True, timeout=cli.HANGS_AFTER)
+    result = subprocess.run(
+        command, cwd=cli.ROOT, capture_output=True, text=True, timeout=cli.HANGS_AFTER
+    )
     assert result.returncode == -signal.SIGABRT and result.stderr == ""
     with pytest.raises(FileNotFoundError):
         shared_memory.SharedMemory(result.stdout.strip())
