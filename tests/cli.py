@@ -21,7 +21,7 @@ import pytest
 from moe_diffusion.metric_lines import of_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-HANGS_AFTER = 1200  # seconds; on idle cores no process here takes a tenth of it
+HANGS_AFTER = 1200  # seconds; the longest process takes half of it on slow cores
 
 
 def digits(router: str = "token_choice", **changes: Any) -> list[str]:
